@@ -1,0 +1,47 @@
+# Two commands matter: `make quickstart` and `make test`. Each sets up what it needs.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-all check format lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode -e '.[all,dev]' -c constraints.txt
+	@touch $@
+
+install: $(STAMP)  ## set up .venv (done by the other targets as well)
+
+quickstart: $(STAMP)  ## scenes -> shards -> pretraining -> captions, VQA -> retrieval numbers and a report
+	$(BIN)/pairstream quickstart
+
+test: $(STAMP)  ## the default tests: offline, CPU
+	$(BIN)/python -m pytest -q
+
+test-all: $(STAMP)  ## every test that this machine can run, slow ones included
+	$(BIN)/python -m pytest -q -m 'not gpu'
+
+check: $(STAMP)  ## ruff, pyright, import-linter
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache
+
+format: $(STAMP)  ## let ruff format and mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock:  ## refresh the pins in constraints.txt
+	@test -x $(BIN)/uv || ($(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv)
+	$(BIN)/uv pip compile --quiet --universal --upgrade --all-extras --no-annotate --no-header \
+	  --no-emit-index-url --no-emit-find-links pyproject.toml -o constraints.txt
+
+clean:  ## remove the environment and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Web pairs to shards to batches; knows no model."""

@@ -1,0 +1,199 @@
+"""Shards: WebDataset tar files of image-text samples, their names, and the writer with its manifest."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import webdataset
+
+from pairstream.atomic import aside, fsync_path, write_text
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its texts, as it goes into a shard.
+
+    Attributes:
+        key: Unique in the data set; letters, digits, `-` and `_` (a dot would start the extension).
+        image: The encoded picture, bytes.
+        extension: `jpg`, `png` or `webp`.
+        captions: Texts of the picture; the first one is also written as `KEY.txt`.
+        meta: Further JSON keys (`url`, `label`, `questions`, `text`, ...; see the shard format in docs/data.md).
+    """
+
+    key: str
+    image: bytes
+    extension: str
+    captions: Sequence[str] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def members(self) -> dict[str, bytes]:
+        """The sample's files by extension."""
+        record = dict(self.meta)
+        if self.captions:
+            record = {"caption": self.captions[0], "captions": list(self.captions), **record}
+        files = {self.extension: self.image}
+        if self.captions:
+            files["txt"] = self.captions[0].encode("utf-8")
+        files["json"] = json.dumps(record, ensure_ascii=False).encode("utf-8")
+        return files
+
+
+class ShardWriter:
+    """Write samples into numbered shards and a manifest; equal samples give equal bytes.
+
+    A shard appears under its name only when it is complete, and the manifest when all are.
+
+    Args:
+        folder: Where `00000.tar`, `00001.tar`, ... and `manifest.json` go.
+        samples_per_shard: Samples a shard holds at the most.
+        overwrite: Remove the shards of an earlier, finished or unfinished, writing first.
+
+    Raises:
+        FileExistsError: The folder holds shards and `overwrite` is False.
+        ValueError: `samples_per_shard` below 1, a bad or repeated key, an unknown image extension.
+
+    Example:
+        >>> with ShardWriter(folder) as writer:                                   # doctest: +SKIP
+        ...     writer.write(Sample("000000001", jpeg, "jpg", ["a dog on a beach"]))
+    """
+
+    def __init__(self, folder: str | Path, *, samples_per_shard: int = 1000, overwrite: bool = False):
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+        self.folder = Path(folder)
+        self.samples_per_shard = samples_per_shard
+        self.folder.mkdir(parents=True, exist_ok=True)
+        old = sorted(self.folder.glob("*.tar"))
+        if old and not overwrite:
+            raise FileExistsError(
+                f"{self.folder} already holds {len(old)} shards ({old[0].name} ...). "
+                "Choose another --out, or replace them with --overwrite."
+            )
+        for path in [*old, self.folder / MANIFEST]:
+            path.unlink(missing_ok=True)
+        self.shards: dict[str, dict[str, Any]] = {}
+        self.keys: set[str] = set()
+        self.samples = 0
+        self.in_shard = 0
+        self.file: Any = None
+        self.tar: webdataset.TarWriter | None = None
+
+    def write(self, sample: Sample) -> None:
+        """Append one sample."""
+        if not re.fullmatch(r"[\w-]+", sample.key):
+            raise ValueError(f"key {sample.key!r}: expected letters, digits, '-' and '_' only")
+        if sample.key in self.keys:
+            raise ValueError(f"key {sample.key!r} was written before: keys must be unique in a data set")
+        if sample.extension not in IMAGE_EXTENSIONS:
+            raise ValueError(
+                f"sample {sample.key!r}: image extension {sample.extension!r}, "
+                f"expected one of {', '.join(IMAGE_EXTENSIONS)}"
+            )
+        if self.tar is None:
+            self.path = self.folder / f"{len(self.shards):05d}.tar"
+            self.temporary = aside(self.path)
+            self.file = self.temporary.open("wb")
+            self.tar = webdataset.TarWriter(self.file, encoder=False, mtime=0)
+        self.tar.write({"__key__": sample.key, **sample.members()})
+        self.keys.add(sample.key)
+        self.samples += 1
+        self.in_shard += 1
+        if self.in_shard == self.samples_per_shard:
+            self.finish_shard()
+
+    def finish_shard(self) -> None:
+        assert self.tar is not None
+        self.tar.close()
+        self.file.close()
+        fsync_path(self.temporary)
+        with self.temporary.open("rb") as file:
+            digest = (
+                hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else ""
+            )
+            if not digest:  # Python 3.10
+                digest = hashlib.sha256(file.read()).hexdigest()
+        size = self.temporary.stat().st_size
+        self.temporary.replace(self.path)
+        self.shards[self.path.name] = {"samples": self.in_shard, "bytes": size, "sha256": digest}
+        self.tar, self.in_shard = None, 0
+
+    def close(self) -> None:
+        """Finish the last shard and write the manifest."""
+        if self.tar is not None:
+            self.finish_shard()
+        manifest = {"format": "webdataset", "samples": self.samples, "shards": self.shards}
+        write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self.tar is not None:
+            self.file.close()
+            self.temporary.unlink(missing_ok=True)
+
+
+def expand_shards(shards: str | Iterable[str]) -> list[str]:
+    """Names of the shards that a specification means, in a fixed order.
+
+    Args:
+        shards: One or several of: a folder (all its `*.tar`), a file, a glob, braces as in
+            `train-{00000..00041}.tar`, an http(s) URL with or without braces.
+
+    Returns:
+        Sorted paths of a glob or folder, otherwise the given order; no duplicates.
+
+    Raises:
+        ValueError: Nothing was given, or nothing matches.
+    """
+    words = [shards] if isinstance(shards, str) else list(shards)
+    if not words:
+        raise ValueError("the shard list is empty: expected at least one path, glob or URL of .tar files")
+    found: list[str] = []
+    for word in words:
+        for name in expand_braces(str(word)):
+            if "://" in name:
+                found.append(name)
+            elif Path(name).is_dir():
+                found += sorted(str(path) for path in Path(name).glob("*.tar"))
+            elif Path(name).is_file():
+                found.append(name)
+            else:
+                found += sorted(glob.glob(name))  # noqa: PTH207 - the pattern may be absolute
+    if not found:
+        raise ValueError(f"no shards found: {', '.join(map(str, words))} matches no .tar file")
+    return list(dict.fromkeys(found))
+
+
+def expand_braces(name: str) -> list[str]:
+    """`a-{00..02}.tar` and `a-{x,y}.tar` as lists of names, as in bash (numbers keep their width)."""
+    match = re.search(r"\{([^{}]*)\}", name)
+    if match is None:
+        return [name]
+    inside = match.group(1)
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if bounds:
+        first, last = bounds.groups()
+        step = 1 if int(first) <= int(last) else -1
+        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+        choices = [str(number).zfill(width) for number in range(int(first), int(last) + step, step)]
+    else:
+        choices = inside.split(",")
+    head, tail = name[: match.start()], name[match.end() :]
+    return [expanded for choice in choices for expanded in expand_braces(head + choice + tail)]

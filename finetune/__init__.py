@@ -1,0 +1,1 @@
+"""A dual encoder to a captioner, a VQA model, a classifier."""

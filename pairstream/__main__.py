@@ -1,0 +1,5 @@
+import sys
+
+from pairstream.cli import main
+
+sys.exit(main())

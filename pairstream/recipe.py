@@ -1,0 +1,161 @@
+"""Recipes: YAML in, frozen and checked configuration out, with overrides from the command line."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pairstream.atomic import write_text
+from pairstream.errors import nearest
+
+
+class Config(BaseModel):
+    """Base of every configuration class: immutable, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+RecipeT = TypeVar("RecipeT", bound=Config)
+
+
+def recipe_names(stage: str) -> list[str]:
+    """Names of the recipes that a stage carries, without path and suffix."""
+    folder = files(stage) / "recipes"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def find_recipe(stage: str, name: str) -> Path:
+    """Resolve a recipe given as a path or by its bare name.
+
+    Args:
+        stage: The package whose `recipes/` folder is searched.
+        name: `path/to/file.yaml`, or the name of a carried recipe.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: Neither exists; the message names the nearest recipe.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    carried = Path(str(files(stage) / "recipes" / f"{name.removesuffix('.yaml')}.yaml"))
+    if carried.is_file():
+        return carried
+    names = recipe_names(stage)
+    raise FileNotFoundError(
+        f"no recipe {name!r}: expected a YAML file or one of {', '.join(names)}{nearest(name, names)}"
+    )
+
+
+def load_recipe(kind: type[RecipeT], stage: str, name: str, overrides: Sequence[str] = ()) -> RecipeT:
+    """Read a recipe and apply command-line overrides.
+
+    Args:
+        kind: The stage's recipe class.
+        stage: The stage's package name.
+        name: A path or a carried recipe's name.
+        overrides: Words such as `["--optim.lr", "1e-3"]`.
+
+    Returns:
+        The validated, frozen recipe.
+
+    Raises:
+        FileNotFoundError: No such recipe.
+        ValueError: Not YAML, an unknown key (with the nearest valid one), a wrong type, an impossible
+            combination; each named with its file and key.
+    """
+    path = find_recipe(stage, name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML recipe: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a recipe (a mapping of keys), got {type(content).__name__}")
+    recipe = validate(kind, content, str(path))
+    return override(recipe, overrides, str(path)) if overrides else recipe
+
+
+def override(recipe: RecipeT, words: Sequence[str], source: str = "the recipe") -> RecipeT:
+    """Apply command-line words to a recipe; see `load_recipe`."""
+    import tyro
+
+    try:
+        changed = tyro.cli(
+            type(recipe),
+            default=recipe,
+            args=list(words),
+            prog=source,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValidationError as error:
+        raise ValueError(explain(type(recipe), error, f"{source} with {' '.join(words)}")) from error
+    return validate(type(recipe), changed.model_dump(mode="json"), f"{source} with {' '.join(words)}")
+
+
+def validate(kind: type[RecipeT], content: dict[str, Any], source: str) -> RecipeT:
+    """Build a recipe from plain data, with errors that name the source and the key."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(explain(kind, error, source)) from error
+
+
+def dump_recipe(recipe: Config, path: Path) -> None:
+    """Write a resolved recipe, which can be run again as it is."""
+    write_text(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def explain(kind: type[BaseModel], error: ValidationError, source: str) -> str:
+    """One message for all faults of a recipe."""
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"]) or "(the whole recipe)"
+        if fault["type"] == "extra_forbidden":
+            fields = fields_at(kind, fault["loc"][:-1])
+            hint = nearest(str(fault["loc"][-1]), fields)
+            lines.append(f"{key}: unknown key{hint or '; valid here: ' + ', '.join(fields)}")
+        else:
+            came = f" (got {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
+            lines.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}{came}")
+    return f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
+
+
+def fields_at(kind: Any, location: Sequence[int | str]) -> list[str]:
+    """Names of the fields at a place in a recipe class; union tags in the location are followed."""
+    for part in location:
+        kind = step_into(kind, part)
+        if kind is None:
+            return []
+    choices = [
+        choice for choice in alternatives(kind) if isinstance(choice, type) and issubclass(choice, BaseModel)
+    ]
+    return sorted({name for choice in choices for name in choice.model_fields})
+
+
+def step_into(kind: Any, part: int | str) -> Any:
+    for choice in alternatives(kind):
+        if isinstance(choice, type) and issubclass(choice, BaseModel):
+            if part in choice.model_fields:
+                return choice.model_fields[str(part)].annotation
+            tag = choice.model_fields.get("kind")
+            if tag is not None and tag.default == part:
+                return choice
+        elif get_origin(choice) in (list, tuple) and isinstance(part, int):
+            return get_args(choice)[0]
+    return None
+
+
+def alternatives(kind: Any) -> list[Any]:
+    if get_origin(kind) is Annotated:
+        return alternatives(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        return [inner for choice in get_args(kind) for inner in alternatives(choice)]
+    return [kind]
