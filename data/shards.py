@@ -29,7 +29,7 @@ class Sample:
         image: The encoded picture, bytes.
         extension: `jpg`, `png` or `webp`.
         captions: Texts of the picture; the first one is also written as `KEY.txt`.
-        meta: Further JSON keys (`url`, `label`, `questions`, `text`, ...; see the shard format in docs/data.md).
+        meta: Further JSON keys (`url`, `label`, `questions`, `text`, ...; docs/data.md has the format).
     """
 
     key: str
