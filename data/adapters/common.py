@@ -1,0 +1,201 @@
+"""What all adapters share: what they yield, and how they find and read a set's files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.shards import IMAGE_EXTENSIONS, Sample
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that gives no sample.
+
+    Attributes:
+        cause: A short name to count by: `missing_image`, `missing_caption`, `bad_row`, ...
+        where: File and line (or the place in a JSON file) of the row.
+        why: What is wrong with it.
+    """
+
+    cause: str
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture of an annotation file, before its bytes are read.
+
+    Attributes:
+        name: The picture's own name in the set; the sample's key is made of its stem.
+        path: Where its file should be.
+        where: File and line, or place in a JSON file, that speaks of it.
+        captions: Its texts, as they stand in the file.
+        meta: Further JSON keys of the sample.
+    """
+
+    name: str
+    path: Path
+    where: str
+    captions: Sequence[str] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Counted:
+    """An iterable whose length is known beforehand, so that progress can be shown.
+
+    Args:
+        total: Samples and skipped rows that `items` will give.
+        items: The samples and skipped rows.
+    """
+
+    def __init__(self, total: int, items: Iterable[Sample | Skipped]):
+        self.total, self.items = total, items
+
+    def __iter__(self) -> Iterator[Sample | Skipped]:
+        return iter(self.items)
+
+    def __length_hint__(self) -> int:
+        return self.total
+
+
+def read_rows(rows: Sequence[Row], faults: Sequence[Skipped] = (), *, captioned: bool = True) -> Counted:
+    """Read the pictures of a table one after the other.
+
+    Args:
+        rows: One per picture.
+        faults: What was found wrong while the table was read; given first.
+        captioned: Whether a picture without a text is a fault.
+
+    Returns:
+        Samples and skipped rows, in the order of the table. The table has been read when this returns;
+        pictures are read one at a time, so memory holds one of them.
+    """
+    return Counted(
+        len(rows) + len(faults), (item for part in (faults, read_all(rows, captioned)) for item in part)
+    )
+
+
+def read_all(rows: Iterable[Row], captioned: bool) -> Iterator[Sample | Skipped]:
+    for row in rows:
+        captions = [text for text in map(str.strip, row.captions) if text]
+        if captioned and not captions:
+            yield Skipped("missing_caption", row.where, f"{row.name} has no caption")
+            continue
+        try:
+            image = row.path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            yield Skipped("missing_image", row.where, f"no picture {row.path}")
+            continue
+        yield Sample(safe_key(row.name), image, suffix(row.name), captions, {"name": row.name, **row.meta})
+
+
+def safe_key(name: str) -> str:
+    """A sample key from a file name: its stem, with `_` for all but ASCII letters, digits, `-` and `_`."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).stem) or "_"
+
+
+def suffix(name: str) -> str:
+    """The extension a name claims; `prepare` looks at the bytes and corrects it."""
+    claimed = Path(name).suffix[1:].lower()
+    return claimed if claimed in IMAGE_EXTENSIONS else "jpg"
+
+
+def near(root: Path) -> list[Path]:
+    """Entries of a set's folder and of the folders in it, nearest first, in a fixed order.
+
+    Raises:
+        FileNotFoundError: `root` is not a folder.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"no folder {root}: expected --root to be the folder of the unpacked data set"
+        )
+    first = sorted(root.iterdir())
+    return first + [path for folder in first if folder.is_dir() for path in sorted(folder.iterdir())]
+
+
+def find_file(root: Path, *names: str) -> Path | None:
+    """The first of `names` (upper or lower case) in a folder or one level below; None when there is none."""
+    entries = near(root)
+    for name in names:
+        for path in entries:
+            if path.name.lower() == name.lower() and path.is_file():
+                return path
+    return None
+
+
+def need_file(root: Path, *names: str, what: str) -> Path:
+    """`find_file`, or a clear error.
+
+    Raises:
+        FileNotFoundError: Names the folder and the files that were looked for.
+    """
+    found = find_file(root, *names)
+    if found is None:
+        raise FileNotFoundError(
+            f"no {what} in {root}: expected {' or '.join(names)} there or one folder below"
+        )
+    return found
+
+
+def need_folder(root: Path, *names: str, what: str = "pictures") -> Path:
+    """The first folder with one of the names that holds pictures, in a folder or one level below.
+
+    Archives differ in how they wrap their folder (`flickr30k_images/flickr30k_images/`), so a folder of the
+    right name without a picture is looked into, not taken.
+
+    Raises:
+        FileNotFoundError: No such folder, or none with a picture.
+    """
+    wanted = {name.lower() for name in names}
+    entries = [path for path in near(root) if path.name.lower() in wanted and path.is_dir()]
+    for path in entries:
+        if any(entry.suffix[1:].lower() in IMAGE_EXTENSIONS for entry in path.iterdir()):
+            return path
+    raise FileNotFoundError(
+        f"no folder of {what} in {root}: expected {' or '.join(names)} with pictures in it, "
+        "there or one folder below"
+    )
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Read an annotation file and make sure of its lists.
+
+    Args:
+        path: A JSON file with one object.
+        keys: Each must be there and be a list of objects.
+
+    Raises:
+        ValueError: Not JSON, or another structure.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON or UTF-8
+        raise ValueError(
+            f"{path}: not a JSON file: {error}. It may be cut short: download it again"
+        ) from error
+    for key in keys:
+        rows = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            has = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{path}: expected a list of objects under {key!r}, but the file has {has}")
+    return content
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1.
+
+    Raises:
+        ValueError: Not UTF-8 text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
+    return [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
