@@ -6,9 +6,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from data.adapters.web import fetch, map_threads
+from data.faults import Fault
 from data.shards import IMAGE_EXTENSIONS, Sample
 
 
@@ -32,18 +36,20 @@ class Row:
     """One picture of an annotation file, before its bytes are read.
 
     Attributes:
-        name: The picture's own name in the set; the sample's key is made of its stem.
-        path: Where its file should be.
+        name: The picture's own name in the set, kept in the sample's JSON.
+        source: Its file, or its http(s) URL.
         where: File and line, or place in a JSON file, that speaks of it.
         captions: Its texts, as they stand in the file.
         meta: Further JSON keys of the sample.
+        key: The sample's key; made of the stem of `name` when empty.
     """
 
     name: str
-    path: Path
+    source: Path | str
     where: str
     captions: Sequence[str] = ()
     meta: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
 
 
 class Counted:
@@ -65,7 +71,7 @@ class Counted:
 
 
 def read_rows(rows: Sequence[Row], faults: Sequence[Skipped] = (), *, captioned: bool = True) -> Counted:
-    """Read the pictures of a table one after the other.
+    """Read the pictures of a table, URLs over many connections.
 
     Args:
         rows: One per picture.
@@ -73,37 +79,35 @@ def read_rows(rows: Sequence[Row], faults: Sequence[Skipped] = (), *, captioned:
         captioned: Whether a picture without a text is a fault.
 
     Returns:
-        Samples and skipped rows, in the order of the table. The table has been read when this returns;
-        pictures are read one at a time, so memory holds one of them.
+        Samples and skipped rows, in the order of the table. Memory holds one file, or the answers to some
+        dozens of requests, at a time.
     """
-    return Counted(
-        len(rows) + len(faults), (item for part in (faults, read_all(rows, captioned)) for item in part)
-    )
+    read = partial(read_row, captioned=captioned)
+    remote = any(isinstance(row.source, str) for row in rows)
+    items = map_threads(read, rows) if remote else map(read, rows)
+    return Counted(len(rows) + len(faults), chain(faults, items))
 
 
-def read_all(rows: Iterable[Row], captioned: bool) -> Iterator[Sample | Skipped]:
-    for row in rows:
-        captions = [text for text in map(str.strip, row.captions) if text]
-        if captioned and not captions:
-            yield Skipped("missing_caption", row.where, f"{row.name} has no caption")
-            continue
-        try:
-            image = row.path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            yield Skipped("missing_image", row.where, f"no picture {row.path}")
-            continue
-        yield Sample(safe_key(row.name), image, suffix(row.name), captions, {"name": row.name, **row.meta})
+def read_row(row: Row, captioned: bool = True) -> Sample | Skipped:
+    """Read one picture, or say why there is none."""
+    captions = [text for text in map(str.strip, row.captions) if text]
+    if captioned and not captions:
+        return Skipped("missing_caption", row.where, f"{row.name} has no caption")
+    try:
+        image = fetch(row.source) if isinstance(row.source, str) else row.source.read_bytes()
+    except Fault as fault:
+        return Skipped(fault.cause, row.where, fault.detail)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return Skipped("missing_image", row.where, f"no picture {row.source}")
+    claimed = Path(row.name).suffix[1:].lower()  # `prepare` looks at the bytes and corrects it
+    extension = claimed if claimed in IMAGE_EXTENSIONS else "jpg"
+    meta = {"url" if isinstance(row.source, str) else "name": row.name, **row.meta}
+    return Sample(row.key or safe_key(row.name), image, extension, captions, meta)
 
 
 def safe_key(name: str) -> str:
     """A sample key from a file name: its stem, with `_` for all but ASCII letters, digits, `-` and `_`."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).stem) or "_"
-
-
-def suffix(name: str) -> str:
-    """The extension a name claims; `prepare` looks at the bytes and corrects it."""
-    claimed = Path(name).suffix[1:].lower()
-    return claimed if claimed in IMAGE_EXTENSIONS else "jpg"
 
 
 def near(root: Path) -> list[Path]:

@@ -1,0 +1,218 @@
+"""Tables of picture paths or URLs and captions: .csv, .tsv and .jsonl."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from data.adapters.common import Counted, Row, Skipped, read_lines, read_rows
+from pairstream.errors import nearest
+
+IMAGE_COLUMNS = (
+    "image",
+    "image_path",
+    "filepath",
+    "file_path",
+    "file_name",
+    "filename",
+    "path",
+    "url",
+    "image_url",
+)
+CAPTION_COLUMNS = ("caption", "captions", "title", "text")
+DELIMITERS = ",\t;|"
+NUMBERS = {"width": int, "height": int, "similarity": float, "punsafe": float, "pwatermark": float}
+
+Table = Iterator[tuple[int, dict[str, Any] | str]]  # line, and the row's values by column or what is wrong
+
+
+def samples(
+    table: Path,
+    root: Path | None = None,
+    *,
+    image_column: str | None = None,
+    caption_columns: Sequence[str] | None = None,
+    keep_columns: Sequence[str] | None = None,
+) -> Counted:
+    """A table of one's own.
+
+    Rows of one picture become one sample with several captions, wherever they stand: written apart, the
+    picture would be its own negative in a contrastive batch. The whole table is held in memory (about 0.8 kB
+    a row) and URLs are fetched by 16 threads; for many millions of URLs use img2dataset, whose shards need no
+    adapter.
+
+    Args:
+        table: `.csv` or `.tsv` (the delimiter is the most frequent of comma, tab, semicolon and bar in the
+            first line), or `.jsonl` with one object a line. UTF-8.
+        root: Where relative picture paths start; the folder of `table` by default.
+        image_column: Paths or http(s) URLs. By default the first of image, image_path, filepath, file_path,
+            file_name, filename, path, url and image_url that there is.
+        caption_columns: One or more. By default the first of caption, captions, title and text that there is.
+            In .jsonl a value may be a list of captions. Numbers (from 1) for image and captions mean a file
+            without a line of column names.
+        keep_columns: Copied into the samples' JSON under their names.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No such column, or a file that is not UTF-8, not CSV or empty.
+    """
+    path = Path(table)
+    if not path.is_file():
+        raise FileNotFoundError(f"no table {path}: expected a .csv, .tsv or .jsonl file")
+    base = Path(root) if root else path.parent
+    given = [column for column in (image_column, *(caption_columns or ())) if column]
+    unnamed = bool(given) and all(column.isdecimal() for column in given)
+    columns, content = read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else read_csv(path, unnamed)
+    image = pick(path, columns, image_column, IMAGE_COLUMNS, "pictures", "--image-column")
+    texts = [
+        pick(path, columns, column, CAPTION_COLUMNS, "captions", "--caption-columns")
+        for column in caption_columns or (None,)
+    ]
+    kept = [pick(path, columns, column, (), "kept values", "--keep-columns") for column in keep_columns or ()]
+
+    captions: dict[str, list[str]] = {}
+    first: dict[str, tuple[str, dict[str, Any]]] = {}
+    faults: list[Skipped] = []
+    for line, row in content:
+        where = f"{path.name}:{line}"
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            name = row.get(image)
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"no picture in the column {image!r}")
+            name = name.strip()
+            found = captions_of(row, texts)
+            meta = {
+                column: number(column, row[column]) for column in kept if row.get(column) not in (None, "")
+            }
+        except ValueError as error:
+            faults.append(Skipped("bad_row", where, str(error)))
+            continue
+        first.setdefault(name, (where, meta))
+        captions[name] = list(dict.fromkeys([*captions.get(name, ()), *found]))
+    rows = [
+        Row(name, source(name, base), where, captions[name], meta, f"{count:09d}")
+        for count, (name, (where, meta)) in enumerate(first.items())
+    ]
+    return read_rows(rows, faults)
+
+
+def source(name: str, base: Path) -> Path | str:
+    """A URL as it is, a path below `base`."""
+    return name if name.lower().startswith(("http://", "https://")) else base / name
+
+
+def captions_of(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """The texts of a row; a list in one column counts as several."""
+    found: list[str] = []
+    for column in columns:
+        value = row.get(column)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(text, str) for text in values):
+            raise ValueError(f"expected text in the column {column!r}, got {value!r}")
+        found += [text.strip() for text in values if text.strip()]
+    return found
+
+
+def number(column: str, value: Any) -> Any:
+    """The value; a number for the columns that readers compare as one."""
+    if column not in NUMBERS:
+        return value
+    try:
+        return NUMBERS[column](value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected a number in the column {column!r}, got {value!r}") from None
+
+
+def pick(
+    path: Path, columns: Sequence[str], given: str | None, usual: Sequence[str], what: str, option: str
+) -> str:
+    """A column by its given name, or by the usual ones.
+
+    Raises:
+        ValueError: There is none; the message lists those that there are.
+    """
+    if given is not None:
+        if given in columns:
+            return given
+        raise ValueError(f"{path}: no column {given!r}: it has {', '.join(columns)}{nearest(given, columns)}")
+    by_lower_case = {column.lower(): column for column in reversed(columns)}
+    for name in usual:
+        if name in by_lower_case:
+            return by_lower_case[name]
+    raise ValueError(
+        f"{path}: which column holds the {what}? It has {', '.join(columns)}; name one with {option}"
+    )
+
+
+def read_csv(path: Path, unnamed: bool) -> tuple[list[str], Table]:
+    """Columns and rows of a delimited file.
+
+    Args:
+        path: The file.
+        unnamed: Its first line is a row already; columns are then called 1, 2, 3, ...
+
+    Raises:
+        ValueError: Not UTF-8 text, or empty.
+    """
+    with path.open("rb") as file:
+        head = next((line for line in file if line.strip()), b"").decode("utf-8", "replace")
+    records = parse_csv(path, max(DELIMITERS, key=head.count))
+    line, first = next(records, (0, None))
+    if first is None:
+        raise ValueError(f"{path} is empty: expected a line of column names and one row per picture")
+    if unnamed:
+        columns = [str(position) for position in range(1, len(first) + 1)]
+        records = chain([(line, first)], records)
+    else:
+        columns = [column.strip() for column in first]
+    return columns, name_values(columns, records)
+
+
+def parse_csv(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        begins = 1  # a quoted value may run over several lines; the row is named by its first
+        try:
+            for values in reader:
+                if values:
+                    yield begins, values
+                begins = reader.line_num + 1
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
+        except csv.Error as error:
+            raise ValueError(
+                f'{path}, row from line {begins} on: {error}. Is a quote (") left open?'
+            ) from error
+
+
+def name_values(columns: Sequence[str], records: Iterator[tuple[int, list[str]]]) -> Table:
+    for line, values in records:
+        if len(values) == len(columns):
+            yield line, dict(zip(columns, values, strict=True))
+        else:
+            yield line, f"expected {len(columns)} values, got {len(values)}"
+
+
+def read_jsonl(path: Path) -> tuple[list[str], Table]:
+    """Columns of the first object, and all rows, of a file with one JSON object a line.
+
+    Raises:
+        ValueError: Not UTF-8 text, or no line is a JSON object.
+    """
+    rows: list[tuple[int, dict[str, Any] | str]] = []
+    for line, text in read_lines(path):
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            row = str(error)
+        rows.append((line, row if isinstance(row, dict) else f"expected a JSON object: {str(row)[:80]}"))
+    columns = next((list(row) for _, row in rows if isinstance(row, dict)), None)
+    if columns is None:
+        raise ValueError(f"{path}: expected one JSON object a line, found none")
+    return columns, iter(rows)
