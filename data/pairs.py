@@ -1,0 +1,70 @@
+"""Pictures with captions: a sample becomes a row, and rows a batch of uint8 images and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.faults import Fault
+from data.samples import RawSample
+from data.transforms import MAX_PIXELS, EvalTransform, TrainTransform, decode_image
+
+CAPTIONS = ("random", "first", "all")
+
+
+@dataclass(frozen=True)
+class PairLoad:
+    """Decode and transform a picture, and choose among its captions.
+
+    Attributes:
+        transform: A picture uint8 (3, H, W) to uint8 (3, h, w).
+        captions: `random` (one, drawn anew each epoch), `first` or `all`.
+        max_pixels: Larger pictures are faults.
+    """
+
+    transform: EvalTransform | TrainTransform
+    captions: str = "random"
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, sample: RawSample, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
+        texts = sample.captions()  # before the picture: a missing caption then costs no decoding
+        if not texts:
+            raise Fault("missing_caption", "no caption in KEY.json and no text in KEY.txt")
+        if self.captions == "random":
+            texts = [texts[rng.integers(len(texts))]]
+        elif self.captions == "first":
+            texts = texts[:1]
+        return self.transform(decode_image(sample.image, max_pixels=self.max_pixels), rng), texts
+
+
+@dataclass(frozen=True)
+class PairCollate:
+    """Stack pictures and tokenise all captions of a batch at once.
+
+    Attributes:
+        tokenize: Texts to int64 (n, context).
+        size: (height, width) of the pictures, for a batch that holds none.
+        captions: As in `PairLoad`.
+    """
+
+    tokenize: Callable[[Sequence[str]], torch.Tensor]
+    size: tuple[int, int]
+    captions: str = "random"
+
+    def __call__(self, rows: list[tuple[torch.Tensor, list[str]]]) -> dict[str, Any]:
+        texts = [text for _, several in rows for text in several]
+        if rows:
+            images = torch.stack([image for image, _ in rows])  # (b, 3, h, w)
+            tokens = self.tokenize(texts)
+        else:
+            images = torch.zeros((0, 3, *self.size), dtype=torch.uint8)
+            tokens = self.tokenize([""])[:0]
+        batch = {"images": images, "tokens": tokens.to(torch.int64), "texts": texts}
+        if self.captions == "all":
+            counts = torch.tensor([len(several) for _, several in rows], dtype=torch.int64)
+            batch["image_of_text"] = torch.repeat_interleave(torch.arange(len(rows)), counts)  # (n_texts,)
+        return batch

@@ -1,0 +1,281 @@
+"""Pictures from bytes to uint8 tensors: decoding, and the crops and resizes of open_clip on integers.
+
+Everything stays uint8 from the file to the device, which is a quarter of the memory traffic of float32; the
+device normalises. Decoding goes through libjpeg-turbo into a tensor where the file is a plain JPEG and
+through Pillow otherwise. On photographs the results differ from open_clip's by less than 0.5 of 255 on
+average.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision  # noqa: F401 - registers torch.ops.image
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from data.faults import Fault
+
+MAX_PIXELS = 50_000_000
+ORIENTATION = 0x0112  # EXIF tag
+RGB = 3  # torchvision.io.ImageReadMode.RGB
+INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """Decode one picture to RGB.
+
+    EXIF orientation is applied (open_clip ignores it). Alpha is dropped as `convert("RGB")` does; 16-bit
+    grey is scaled to 8 bit rather than clipped to white. The size is read from the header before anything is
+    decoded, so that a 30,000 x 30,000 picture costs microseconds.
+
+    Args:
+        data: The encoded file: JPEG, PNG, WebP, or whatever Pillow reads.
+        max_pixels: Largest width * height that is decoded.
+
+    Returns:
+        uint8 (3, H, W).
+
+    Raises:
+        Fault: `too_large_image` or `undecodable_image`.
+
+    Example:
+        >>> decode_image(path.read_bytes()).shape                                 # doctest: +SKIP
+        torch.Size([3, 480, 640])
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's bomb warning (the limit is ours), odd EXIF, odd palettes
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise Fault(
+                        "too_large_image", f"{width} x {height} pixels, more than max_pixels = {max_pixels:,}"
+                    )
+                turned = image.getexif().get(ORIENTATION, 1) != 1 if "exif" in image.info else False
+                if image.format == "JPEG" and image.mode in ("RGB", "L") and not turned:
+                    tensor = _decode_jpeg(data)
+                    if tensor is not None and tensor.shape[1:] == (height, width):
+                        return tensor
+                return _decode_pillow(image)
+        except Fault:
+            raise
+        except Image.DecompressionBombError as error:
+            raise Fault("too_large_image", str(error)) from error
+        except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
+            raise Fault("undecodable_image", f"{len(data)} bytes: {error or type(error).__name__}") from error
+
+
+def _decode_jpeg(data: bytes) -> torch.Tensor | None:
+    # The operator itself: its Python wrapper is deprecated in favour of torchcodec, which has no CPU-only
+    # wheel.
+    if not hasattr(torch.ops.image, "decode_jpeg"):
+        return None
+    try:
+        return torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), RGB, False)
+    except RuntimeError:
+        return None  # Pillow may still manage, and has the better message
+
+
+def _decode_pillow(image: Image.Image) -> torch.Tensor:
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16-bit grey
+        grey = np.asarray(upright)
+        if grey.max(initial=0) > 255:
+            grey = grey // 257
+        upright = Image.fromarray(grey.astype(np.uint8))
+    elif upright.mode == "P":
+        upright = upright.convert("RGBA")  # a palette's own transparency, which "RGB" alone complains about
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+
+
+def _interpolation(name: str) -> InterpolationMode:
+    if name not in INTERPOLATIONS:
+        raise ValueError(f"interpolation {name!r}: expected one of {', '.join(INTERPOLATIONS)}")
+    return INTERPOLATIONS[name]
+
+
+def _size(size: Any) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"image size (height, width) must be positive, got {(height, width)}")
+    return int(height), int(width)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """open_clip's evaluation transform without the normalisation: resize, then a centre crop or padding.
+
+    Attributes:
+        size: (height, width) of the result, or one number for both.
+        interpolation: `bicubic` or `bilinear`, always antialiased.
+        resize_mode: `shortest` fills the frame and crops, `longest` fits into it and pads, `squash` ignores
+            the aspect ratio.
+        fill_color: Grey level of the padding.
+
+    Raises:
+        ValueError: An unknown mode, or a size below 1.
+
+    Reference:
+        open_clip/transform.py, image_transform.
+
+    Example:
+        >>> EvalTransform(64)(torch.zeros(3, 100, 200, dtype=torch.uint8)).shape
+        torch.Size([3, 64, 64])
+    """
+
+    size: tuple[int, int]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _size(self.size))
+        _interpolation(self.interpolation)
+        if self.resize_mode not in ("shortest", "longest", "squash"):
+            raise ValueError(
+                f"resize_mode {self.resize_mode!r}: expected 'shortest', 'longest' or 'squash' (open_clip's names)"
+            )
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
+        """Transform one picture.
+
+        Args:
+            image: uint8 (3, H, W).
+            rng: Not used; the train transform takes one.
+
+        Returns:
+            uint8 (3, height, width).
+        """
+        height, width = image.shape[-2:]
+        target_h, target_w = self.size
+        if self.resize_mode == "squash":
+            return self._resize(image, self.size)
+        if self.resize_mode == "shortest" and target_h == target_w:
+            # As torchvision's Resize(int): the long side is cut off, not rounded.
+            if height <= width:
+                resized = (target_h, int(target_h * width / height))
+            else:
+                resized = (int(target_w * height / width), target_w)
+        else:
+            ratios = (height / target_h, width / target_w)
+            ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
+            resized = (round(height / ratio), round(width / ratio))
+        image = self._resize(image, (max(resized[0], 1), max(resized[1], 1)))
+        pad_h, pad_w = max(target_h - image.shape[-2], 0), max(target_w - image.shape[-1], 0)
+        if pad_h or pad_w:
+            sides = [pad_w // 2, pad_h // 2, (pad_w + 1) // 2, (pad_h + 1) // 2]
+            image = F.pad(image, sides, fill=self.fill_color)
+        top = round((image.shape[-2] - target_h) / 2)
+        left = round((image.shape[-1] - target_w) / 2)
+        return image[:, top : top + target_h, left : left + target_w].contiguous()
+
+    def _resize(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return F.resize(image, list(size), _interpolation(self.interpolation), antialias=True)
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """A random crop resized in one step, then optional flip, colour jitter and grey; all from the given
+    generator.
+
+    The defaults are open_clip's. Flips are off: captions say left and right.
+
+    Attributes:
+        size: (height, width) of the result, or one number for both.
+        scale: Share of the picture's area that the crop covers, drawn uniformly.
+        ratio: Aspect ratio (width / height) of the crop before resizing, drawn log-uniformly.
+        interpolation: `bicubic` or `bilinear`, always antialiased.
+        hflip: Probability of a mirror image.
+        color_jitter: Brightness, contrast and saturation are each scaled by a factor from 1 - j to 1 + j.
+        grayscale: Probability of a grey picture.
+
+    Raises:
+        ValueError: A range or probability that cannot be.
+
+    Reference:
+        torchvision.transforms.RandomResizedCrop (same distribution, other random numbers).
+
+    Example:
+        >>> crop = TrainTransform(64)
+        >>> crop(torch.zeros(3, 100, 200, dtype=torch.uint8), np.random.default_rng(0)).shape
+        torch.Size([3, 64, 64])
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
+    hflip: float = 0.0
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _size(self.size))
+        _interpolation(self.interpolation)
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale is a range of area shares in (0, 1], got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio is a range of positive aspect ratios, got {self.ratio}")
+        for name in ("hflip", "color_jitter", "grayscale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
+        """Transform one picture.
+
+        Args:
+            image: uint8 (3, H, W).
+            rng: The sample's random numbers.
+
+        Returns:
+            uint8 (3, height, width).
+
+        Raises:
+            TypeError: No generator was given.
+        """
+        if rng is None:
+            raise TypeError("TrainTransform needs a numpy Generator: call transform(image, rng)")
+        top, left, height, width = self.crop(image.shape[-2], image.shape[-1], rng)
+        image = F.resized_crop(
+            image,
+            top,
+            left,
+            height,
+            width,
+            list(self.size),
+            _interpolation(self.interpolation),
+            antialias=True,
+        )
+        if self.hflip and rng.random() < self.hflip:
+            image = image.flip(-1)
+        if self.color_jitter:
+            for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
+                image = adjust(image, 1 + self.color_jitter * rng.uniform(-1, 1))
+        if self.grayscale and rng.random() < self.grayscale:
+            image = F.rgb_to_grayscale(image, num_output_channels=3)
+        return image.contiguous()
+
+    def crop(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Draw the crop box: (top, left, height, width) in pixels of the source."""
+        for _ in range(10):
+            area = height * width * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+        # No such box fits: the largest centred one whose aspect ratio is in range.
+        w, h = width, height
+        if width / height < self.ratio[0]:
+            h = round(w / self.ratio[0])
+        elif width / height > self.ratio[1]:
+            w = round(h * self.ratio[1])
+        return (height - h) // 2, (width - w) // 2, h, w
