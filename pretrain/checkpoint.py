@@ -1,0 +1,148 @@
+"""Checkpoints of a run: `checkpoints/step-00001000/model` for everybody, `.../training` for `--resume`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pairstream.atomic import TEMPORARY, aside, new_folder, write_text
+
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of an optimiser step lies."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    step: int,
+    *,
+    write_model: Callable[[Path], None],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write one checkpoint, whole or not at all, and drop the oldest ones past `keep`.
+
+    The model and what resuming needs appear together in one rename, so that they always belong together.
+
+    Args:
+        checkpoints: The run's folder of checkpoints.
+        step: Optimiser steps taken.
+        write_model: Writes the model's files into the folder it is given.
+        optimizer: Its state is written by parameter name (groups carry `names`).
+        state: JSON that resuming needs.
+        keep: Newest checkpoints that stay.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: The disk is full or not writable; earlier checkpoints are untouched.
+    """
+    folder = step_folder(checkpoints, step)
+    with new_folder(folder) as temporary:
+        (temporary / "model").mkdir()
+        write_model(temporary / "model")
+        (temporary / "training").mkdir()
+        save_tensors(optimizer_state(optimizer), temporary / "training" / OPTIMIZER)
+        write_text(temporary / "training" / STATE, json.dumps({"step": step, **state}, indent=2) + "\n")
+    for old in complete_checkpoints(checkpoints)[keep:]:
+        gone = aside(old)
+        old.replace(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    return folder
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """`safetensors.torch.save_file` whose failures to write are OSErrors.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise as_os_error(error, path) from error
+
+
+def as_os_error(error: Exception, path: Path) -> OSError:
+    """The OSError behind safetensors' own exception, so that a full disk is known as one."""
+    text = str(error)
+    number = int(text.split("os error ")[1].split(")")[0]) if "os error " in text else 0
+    return OSError(number, text, str(path))
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Checkpoints that are whole, newest first; half-written ones never have this name."""
+    found = [path for path in checkpoints.glob("step-*") if (path / "training" / STATE).is_file()]
+    return sorted(found, reverse=True)
+
+
+def clear_leftovers(checkpoints: Path) -> None:
+    """Remove what a killed run had not finished writing."""
+    for path in checkpoints.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What `--resume` needs of a checkpoint.
+
+    Returns:
+        The JSON state, and the optimiser's tensors by `NAME|KEY`.
+
+    Raises:
+        ValueError: A file is missing or cut short.
+    """
+    try:
+        state = json.loads((folder / "training" / STATE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / "training" / OPTIMIZER)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder}: the training state is damaged ({error}). Remove this folder to resume from the one before."
+        ) from error
+    return state, tensors
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimiser's state as tensors by `NAME|KEY`; its groups carry the names of their parameters."""
+    tensors = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}|{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> int:
+    """Give parameters the state that was saved under their names; others start afresh.
+
+    Returns:
+        How many parameters found theirs.
+    """
+    found = 0
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            own = {
+                key.removeprefix(f"{name}|"): value
+                for key, value in tensors.items()
+                if key.startswith(f"{name}|")
+            }
+            if own:
+                found += 1
+                optimizer.state[parameter] = {
+                    # The step counter stays where the fused kernel wants it, beside the parameter.
+                    key: value.clone().to(parameter.device)
+                    for key, value in own.items()
+                }
+    return found

@@ -1,0 +1,125 @@
+"""Which parts of the towers train: projections, the last layer groups, or everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from open_clip.hf_model import HFTextEncoder
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import nn
+
+from pretrain.recipe import Lock
+
+Part = nn.Module | nn.Parameter
+Groups = Sequence[Sequence[Part]]
+
+
+def image_groups(model: Any) -> tuple[Groups, Sequence[Part]]:
+    """The image tower's layer groups from input to output, and its projection.
+
+    Raises:
+        ValueError: An image tower whose layers are not known.
+    """
+    visual = model.visual
+    if isinstance(visual, VisionTransformer):
+        stem: list[Part] = [visual.conv1, visual.class_embedding, visual.ln_pre]
+        if isinstance(visual.positional_embedding, nn.Parameter):
+            stem.append(visual.positional_embedding)
+        blocks = [[block] for block in visual.transformer.resblocks]
+        return [stem, *blocks[:-1], [*blocks[-1], visual.ln_post]], present([visual.proj])
+    if isinstance(visual, ModifiedResNet):
+        stem = [visual.conv1, visual.bn1, visual.conv2, visual.bn2, visual.conv3, visual.bn3]
+        return [stem, [visual.layer1], [visual.layer2], [visual.layer3], [visual.layer4]], [visual.attnpool]
+    if isinstance(visual, TimmModel):
+        return timm_groups(visual.trunk), [visual.head]
+    raise ValueError(f"cannot lock parts of an image tower {type(visual).__name__}; use image_groups: all")
+
+
+def timm_groups(trunk: Any) -> Groups:
+    """A timm trunk's layer groups, as its own group matcher has them."""
+    from timm.models import group_parameters
+
+    parameters = dict(trunk.named_parameters())
+    groups = group_parameters(trunk, trunk.group_matcher(coarse=False))
+    return [[parameters[name] for name in groups[key]] for key in sorted(groups)]
+
+
+def text_groups(model: Any) -> tuple[Groups, Sequence[Part]]:
+    """The text tower's layer groups from input to output, and its projection."""
+    text = getattr(model, "text", model)
+    if isinstance(text, HFTextEncoder):
+        backbone: Any = text.transformer
+        layers = [[layer] for layer in backbone.encoder.layer]
+        return [[backbone.embeddings], *layers], [text.proj]
+    blocks: list[list[Part]] = [[block] for block in text.transformer.resblocks]
+    embedding: list[Part] = [text.token_embedding, text.positional_embedding]
+    return [embedding, *blocks[:-1], [*blocks[-1], text.ln_final]], present([text.text_projection])
+
+
+def present(parts: Sequence[Part | None]) -> list[Part]:
+    return [part for part in parts if part is not None]
+
+
+def apply_lock(model: Any, lock: Lock) -> None:
+    """Set `requires_grad` throughout a dual encoder.
+
+    logit_scale and the projections always train.
+
+    Args:
+        model: open_clip's module.
+        lock: How many of each tower's last groups train.
+
+    Raises:
+        ValueError: A tower has fewer groups than are to train.
+    """
+    for groups, wanted, tower in (
+        (image_groups, lock.image_groups, "image_groups"),
+        (text_groups, lock.text_groups, "text_groups"),
+    ):
+        if isinstance(wanted, str):  # all of the tower
+            for part in tower_parts(model, tower):
+                require_grad(part, True)
+            continue
+        layers, projection = groups(model)
+        if not 0 <= wanted <= len(layers):
+            raise ValueError(f"locks: {tower} {wanted}: expected 0 to {len(layers)} or 'all'")
+        for number, group in enumerate(layers):
+            for part in group:
+                require_grad(part, number >= len(layers) - wanted)
+        for part in projection:
+            require_grad(part, True)
+
+
+def tower_parts(model: Any, tower: Literal["image_groups", "text_groups"] | str) -> list[Part]:
+    """Everything of one tower."""
+    if tower == "image_groups":
+        return [model.visual]
+    if hasattr(model, "text"):
+        return [model.text]
+    return present(
+        [
+            model.token_embedding,
+            model.positional_embedding,
+            model.transformer,
+            model.ln_final,
+            model.text_projection,
+        ]
+    )
+
+
+def require_grad(part: Part, train: bool) -> None:
+    for parameter in [part] if isinstance(part, nn.Parameter) else part.parameters():
+        parameter.requires_grad = train
+
+
+def set_training_mode(model: nn.Module) -> None:
+    """Training mode, except for batch norms of locked parts, whose statistics must stay."""
+    model.train()
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            own = list(layer.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                layer.eval()

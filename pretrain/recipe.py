@@ -1,0 +1,297 @@
+"""What a pretraining recipe says; no torch here, so that `--help` and the checks are quick."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pairstream.recipe import Config
+
+
+class ViT(Config):
+    """A vision transformer of open_clip's, by its sizes."""
+
+    kind: Literal["vit"] = "vit"
+    image_size: int = Field(default=64, ge=8)
+    """Side of the square input, pixels."""
+    patch_size: int = Field(default=8, ge=1)
+    """Side of a patch, pixels."""
+    width: int = Field(default=192, ge=8)
+    layers: int = Field(default=6, ge=1)
+    head_width: int = Field(default=64, ge=1)
+    mlp_ratio: float = 4.0
+    pool: Literal["tok", "avg"] = "tok"
+
+    @model_validator(mode="after")
+    def fits(self) -> ViT:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.width % self.head_width:
+            raise ValueError(f"width {self.width} is not a multiple of head_width {self.head_width}")
+        return self
+
+    def vision_cfg(self) -> dict[str, Any]:
+        """The tower in open_clip's words."""
+        return {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "width": self.width,
+            "layers": self.layers,
+            "head_width": self.head_width,
+            "mlp_ratio": self.mlp_ratio,
+            "pool_type": self.pool,
+        }
+
+
+class ResNet(Config):
+    """CLIP's modified ResNet (three-convolution stem, anti-aliased strides, attention pooling)."""
+
+    kind: Literal["resnet"] = "resnet"
+    image_size: int = Field(default=64, ge=32)
+    """Side of the square input, pixels; a multiple of 32."""
+    width: int = Field(default=32, ge=8)
+    """Channels of the stem; the last stage has 32 times as many."""
+    layers: tuple[int, int, int, int] = (1, 1, 1, 1)
+    """Bottleneck blocks in each stage; ResNet-50 has (3, 4, 6, 3)."""
+
+    @model_validator(mode="after")
+    def fits(self) -> ResNet:
+        if self.image_size % 32:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of 32")
+        return self
+
+    def vision_cfg(self) -> dict[str, Any]:
+        """The tower in open_clip's words."""
+        return {"image_size": self.image_size, "width": self.width, "layers": list(self.layers)}
+
+
+class TimmTower(Config):
+    """Any image model of timm's, with a projection on its pooled features."""
+
+    kind: Literal["timm"] = "timm"
+    name: str
+    """The name timm knows, such as `tf_efficientnet_lite0`."""
+    image_size: int = Field(default=224, ge=8)
+    projection: Literal["linear", "mlp"] = "linear"
+    weights: str | None = None
+    """Start from this state dict: a .safetensors or .pth file, or `package:NAME/path/in/it`."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def vision_cfg(self) -> dict[str, Any]:
+        """The tower in open_clip's words."""
+        return {
+            "timm_model_name": self.name,
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": self.projection,
+            "image_size": self.image_size,
+        }
+
+
+class TextTransformer(Config):
+    """CLIP's causal text transformer over its byte-pair vocabulary."""
+
+    kind: Literal["transformer"] = "transformer"
+    context_length: int = Field(default=77, ge=4)
+    """Tokens, start and end included."""
+    width: int = Field(default=256, ge=8)
+    heads: int = Field(default=4, ge=1)
+    layers: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def fits(self) -> TextTransformer:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+    def text_cfg(self) -> dict[str, Any]:
+        """The tower in open_clip's words."""
+        return {
+            "context_length": self.context_length,
+            "vocab_size": 49408,
+            "width": self.width,
+            "heads": self.heads,
+            "layers": self.layers,
+        }
+
+
+class TransformersText(Config):
+    """A text encoder of transformers' (BERT, RoBERTa, ...) with its own tokenizer and weights."""
+
+    kind: Literal["transformers"] = "transformers"
+    name: str
+    """A hub name, a folder, or `package:NAME/path/in/it`."""
+    context_length: int = Field(default=77, ge=4)
+    projection: Literal["linear", "mlp"] = "linear"
+    pooler: Literal["mean_pooler", "cls_pooler", "max_pooler"] = "mean_pooler"
+
+    def text_cfg(self) -> dict[str, Any]:
+        """The tower in open_clip's words."""
+        return {
+            "hf_model_name": self.name,
+            "hf_tokenizer_name": self.name,
+            "hf_proj_type": self.projection,
+            "hf_pooler_type": self.pooler,
+            "context_length": self.context_length,
+        }
+
+
+ImageTower = Annotated[ViT | ResNet | TimmTower, Field(discriminator="kind")]
+TextTower = Annotated[TextTransformer | TransformersText, Field(discriminator="kind")]
+
+
+class TowersModel(Config):
+    """A dual encoder from two towers given by their sizes."""
+
+    kind: Literal["towers"] = "towers"
+    embed_dim: int = Field(default=256, ge=2)
+    image_tower: ImageTower = ViT()
+    text_tower: TextTower = TextTransformer()
+
+
+class OpenClipModel(Config):
+    """A dual encoder by the name open_clip knows, or one of our checkpoints."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    name: str
+    """`ViT-B-32`, `hf-hub:ORG/REPO`, `local-dir:PATH`, or the path of a checkpoint or run folder."""
+    pretrained: str | None = None
+    """A tag of open_clip's, such as `laion2b_s34b_b79k`; None starts from random weights."""
+
+
+Model = Annotated[TowersModel | OpenClipModel, Field(discriminator="kind")]
+
+
+class Data(Config):
+    """The training pairs and how they are read."""
+
+    train: str | tuple[str, ...]
+    """Shards: a folder, glob, braces or URL; or several."""
+    workers: int = Field(default=2, ge=0)
+    """Loader processes of each rank; 0 loads in the training process."""
+    shuffle: int = Field(default=10000, ge=0)
+    """References in the shuffle buffer, samples; 0 keeps the order of the shards."""
+    captions: Literal["random", "first"] = "random"
+    """Which caption of an image with several a step takes."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Share of the area that the random crop keeps, least and most."""
+    hflip: float = Field(default=0.0, ge=0, le=1)
+    """Probability of mirroring; captions that say left or right forbid it."""
+    color_jitter: float = Field(default=0.0, ge=0, le=1)
+    """Strength of random brightness, contrast and saturation."""
+    max_faults: float = Field(default=0.01, ge=0, le=1)
+    """Share of bad samples past which the run stops."""
+
+    @field_validator("train")
+    @classmethod
+    def not_empty(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("the shard list is empty: give a folder, glob or URL of .tar shards")
+        return value
+
+
+class Lock(Config):
+    """Which parts train, from a step on. Batch statistics of a locked part stay as they are."""
+
+    step: int = Field(default=0, ge=0)
+    """Optimiser step at which this begins."""
+    image_groups: int | Literal["all"] = "all"
+    """How many of the image tower's last layer groups train; 0 leaves only its projection."""
+    text_groups: int | Literal["all"] = "all"
+    """The same for the text tower."""
+    tower_lr: float = Field(default=1.0, gt=0)
+    """Learning rate of the towers as a multiple of that of the projections and logit_scale."""
+
+
+class AdamW(Config):
+    """AdamW without decay on gains, biases and logit_scale."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(default=5e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.2, ge=0)
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; None leaves gradients as they are."""
+
+
+class Cosine(Config):
+    """Linear warm-up, then a cosine down to `final` times the peak."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: int = Field(default=500, ge=0)
+    """Optimiser steps."""
+    final: float = Field(default=0.0, ge=0, le=1)
+
+
+class Checkpoints(Config):
+    """When checkpoints are written and how many stay."""
+
+    every: int = Field(default=1000, ge=1)
+    """Optimiser steps between two; the last step always writes one."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest stay."""
+
+
+class Evaluation(Config):
+    """An evaluator that runs every so many steps, named by its import string."""
+
+    use: str
+    """`module:Class`; the class has `run(encoder) -> dict[str, float]`."""
+    every: int = Field(default=500, ge=1)
+    """Optimiser steps; the last step always evaluates."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class."""
+
+    @field_validator("use")
+    @classmethod
+    def is_import_string(cls, value: str) -> str:
+        if value.count(":") != 1:
+            raise ValueError("expected an import string such as 'retrieval.evaluator:RetrievalEvaluator'")
+        return value
+
+
+class PretrainRecipe(Config):
+    """All of a pretraining run."""
+
+    run: str
+    """The run folder, such as `runs/scenes_cpu`."""
+    model: Model = TowersModel()
+    data: Data
+    batch_size: int = Field(default=256, ge=2)
+    """Pairs in a step, over all ranks together; each is contrasted with all others."""
+    steps: int = Field(ge=1)
+    """Optimiser steps."""
+    optim: AdamW = AdamW()
+    schedule: Cosine = Cosine()
+    locks: tuple[Lock, ...] = ()
+    """Phases of locked towers in the order of their steps; none trains everything throughout."""
+    max_logit_scale: float = Field(default=100.0, gt=0)
+    """logit_scale (exponentiated) is clamped to at most this after each step."""
+    processes: int | None = Field(default=None, ge=1)
+    """Refuse to train on another number of processes; launchers may start fewer than asked for."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` takes bf16 on a GPU that has it and fp32 elsewhere."""
+    seed: int = 0
+    log_every: int = Field(default=20, ge=1)
+    """Optimiser steps between lines of log.jsonl."""
+    checkpoint: Checkpoints = Checkpoints()
+    evaluate: tuple[Evaluation, ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Accelerate's trackers that get the log as well."""
+
+    @model_validator(mode="after")
+    def possible(self) -> PretrainRecipe:
+        if self.schedule.warmup >= self.steps:
+            raise ValueError(
+                f"schedule.warmup ({self.schedule.warmup}) must be below steps ({self.steps}): "
+                "the learning rate would never reach its peak"
+            )
+        starts = [lock.step for lock in self.locks]
+        if starts and (starts[0] != 0 or starts != sorted(set(starts))):
+            raise ValueError(f"locks must begin at step 0 and go upwards, got steps {starts}")
+        return self

@@ -1,0 +1,422 @@
+"""The pretraining loop: one stream, one loss, one optimiser, on one process or many."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from data.stream import Batch, PairStream, pair_stream
+from data.transforms import TrainTransform
+from pairstream.progress import ProgressBar
+from pairstream.run import RunFolder
+from pretrain.checkpoint import (
+    clear_leftovers,
+    complete_checkpoints,
+    load_optimizer_state,
+    optimizer_state,
+    read_training_state,
+    save_checkpoint,
+    step_folder,
+)
+from pretrain.encoder import Encoder, build_encoder
+from pretrain.evaluator import Evaluator, load_evaluator
+from pretrain.locks import apply_lock, set_training_mode
+from pretrain.losses import distributed_info_nce, gather_counts
+from pretrain.norm import use_global_batch_norm
+from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from pretrain.recipe import Lock, PretrainRecipe
+from pretrain.report import model_card, write_report
+from pretrain.towers import read_checkpoint
+
+
+class DualEncoder(nn.Module):
+    """What is wrapped for several processes: pixels and tokens in, unit-norm features and logit_scale out."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.model = encoder.model
+        self.normalize = encoder.normalize
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 `(b, 3, h, w)` and int64 `(b, context)` to two `(b, d)` and the exponentiated scale."""
+        image_features = self.model.encode_image(self.normalize(images), normalize=True)  # (b, d)
+        text_features = self.model.encode_text(tokens, normalize=True)  # (b, d)
+        return image_features, text_features, self.model.logit_scale.exp()
+
+
+class Trainer:
+    """Trains the dual encoder of a recipe.
+
+    The state of a run is its step: the batches, the augmentation and the dropout of a step are functions of
+    (seed, step), so a resumed run goes on bit for bit where the checkpoint was made (on CPU; GPU kernels
+    may add in another order). The same holds for another number of processes up to rounding.
+
+    Args:
+        recipe: All of the run.
+        resume: Continue from the run folder's newest checkpoint, or start if it has none.
+        overwrite: Replace an earlier run of that folder.
+
+    Raises:
+        ValueError: The recipe does not fit the data, the number of processes, or the checkpoint.
+        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was given.
+    """
+
+    def __init__(self, recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = False):
+        self.recipe = recipe
+        self.accelerator = make_accelerator(recipe)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        self.folder = RunFolder(recipe.run, resume=resume, overwrite=overwrite, writes=self.main)
+        if self.main:
+            clear_leftovers(self.folder.checkpoints)
+        torch.manual_seed(recipe.seed)
+        self.encoder = build_encoder(recipe.model, device=self.accelerator.device)
+        self.model: Any = self.encoder.model
+        use_global_batch_norm(self.model)
+        self.evaluators: list[tuple[int, Evaluator]] = [
+            (config.every, load_evaluator(config)) for config in recipe.evaluate
+        ]
+        self.stream = self.open_stream()
+        self.step, self.samples_seen, self.history = 0, 0, {}
+        self.saved: dict[str, Tensor] = {}
+        if resume:
+            self.restore()
+        if self.main and self.step == 0:
+            self.folder.write_recipe(recipe)
+
+    def open_stream(self) -> PairStream:
+        """The training pairs of this rank."""
+        recipe = self.recipe
+        if recipe.batch_size % self.world:
+            raise ValueError(
+                f"batch_size {recipe.batch_size} (over all ranks) cannot be split over {self.world} processes: "
+                f"take a multiple of {self.world}"
+            )
+        stream = pair_stream(
+            recipe.data.train,
+            transform=TrainTransform(
+                self.encoder.image_size,
+                scale=recipe.data.crop_scale,
+                hflip=recipe.data.hflip,
+                color_jitter=recipe.data.color_jitter,
+            ),
+            tokenize=self.encoder.tokenize,
+            captions=recipe.data.captions,
+            batch_size=recipe.batch_size // self.world,
+            seed=recipe.seed,
+            shuffle=recipe.data.shuffle,
+            rank=self.rank,
+            world_size=self.world,
+            workers=recipe.data.workers,
+            max_faults=recipe.data.max_faults,
+        )
+        if stream.samples < recipe.batch_size:
+            raise ValueError(
+                f"batch_size {recipe.batch_size} is larger than the whole set ({stream.samples} samples in "
+                f"{recipe.data.train}): the pairs of a batch must differ. Take a smaller batch or more data."
+            )
+        return stream
+
+    def restore(self) -> None:
+        """Continue from the newest whole checkpoint, if there is one."""
+        found = complete_checkpoints(self.folder.checkpoints)
+        if not found:
+            self.say(f"nothing to resume in {self.folder.path}: starting at step 0")
+            return
+        state, self.saved = read_training_state(found[0])
+        changed = [key for key, value in self.identity().items() if state["identity"].get(key) != value]
+        if changed:
+            raise ValueError(
+                f"{found[0]}: cannot resume with another {', '.join(changed)}: the run would not be the one that "
+                "was begun. Change it back, or start a new run with --run NAME."
+            )
+        weights = read_checkpoint(found[0] / "model").model.state_dict()
+        self.model.load_state_dict(weights)
+        self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
+        self.stream.faults.update(state["faults"])
+        self.folder.rewind_log(self.step)
+        if state["world_size"] != self.world:
+            self.say(
+                f"resuming a run of {state['world_size']} processes on {self.world}: the global batches are the "
+                "same, sums over ranks differ by rounding"
+            )
+        self.say(f"resuming at step {self.step} from {found[0]}")
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a run is resumed."""
+        recipe = self.recipe.model_dump(mode="json")
+        same = {
+            key: recipe[key] for key in ("model", "batch_size", "seed", "steps", "optim", "schedule", "locks")
+        }
+        return {**same, "samples": self.stream.samples}
+
+    def train(self) -> dict[str, Any]:
+        """Run to the last step.
+
+        Returns:
+            The run's metrics, as written to `metrics.json`.
+
+        Raises:
+            ValueError: The loss is not finite, or too many samples are bad; checkpoint and log stay.
+        """
+        began, recipe = time.monotonic(), self.recipe
+        if self.accelerator.trackers:
+            self.accelerator.init_trackers(Path(recipe.run).name, config=recipe.model_dump(mode="json"))
+        trainable = sum(parameter.numel() for parameter in self.model.parameters())
+        self.say(
+            f"{trainable / 1e6:.1f} M parameters, {self.stream.samples} pairs, {recipe.steps} steps of "
+            f"{recipe.batch_size} on {self.world} process{'es' if self.world > 1 else ''} "
+            f"({self.accelerator.device.type}, {self.accelerator.mixed_precision})"
+        )
+        if self.step == 0:
+            self.evaluate(every=False)
+        with ProgressBar("pretrain", recipe.steps, start=self.step, show=self.main) as bar:
+            bounds = sorted({lock.step for lock in recipe.locks if lock.step > self.step} | {recipe.steps})
+            for bound in bounds:
+                if self.step < bound:
+                    self.train_phase(min(bound, recipe.steps), bar)
+        return self.finish(time.monotonic() - began)
+
+    def train_phase(self, stop: int, bar: ProgressBar) -> None:
+        """Train up to a step, during which the same parameters train."""
+        recipe = self.recipe
+        lock = next((lock for lock in reversed(recipe.locks) if lock.step <= self.step), Lock())
+        apply_lock(self.model, lock)
+        network = DualEncoder(self.encoder)
+        tower_scale = dict.fromkeys(("model.visual.", "model.text", "model.transformer"), lock.tower_lr)
+        heads = ("model.visual.head", "model.visual.proj", "model.visual.attnpool", "model.text.proj")
+        self.optimizer = build_optimizer(
+            network.named_parameters(),
+            recipe.optim,
+            lr_scale={**tower_scale, **dict.fromkeys((*heads, "model.text_projection"), 1.0)},
+        )
+        load_optimizer_state(self.optimizer, self.saved)
+        wrapped, optimizer = self.accelerator.prepare(network, self.optimizer)
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        window = Window(self.accelerator.device)
+        waited = time.monotonic()
+        for batch in self.stream.iterate(self.step, stop):
+            window.waiting += time.monotonic() - waited
+            torch.manual_seed(mix(recipe.seed, self.step, self.rank))
+            lr = recipe.optim.lr * learning_rate_factor(self.step, recipe.steps, recipe.schedule)
+            set_learning_rate(self.optimizer, lr)
+            seen = self.train_step(batch, wrapped, optimizer, parameters, window)
+            self.step += 1
+            self.samples_seen += seen
+            if self.step % recipe.log_every == 0 or self.step == recipe.steps:
+                record = self.log_window(window, batch, lr)
+                window = Window(self.accelerator.device)
+                bar.advance(0, note=f"loss {record['loss']:.3f}, {record['samples_per_s']:.0f} samples/s")
+            bar.advance()
+            self.evaluate()
+            if self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps:
+                self.save()
+            waited = time.monotonic()
+        self.saved = optimizer_state(self.optimizer)
+        self.accelerator.free_memory()
+
+    def train_step(
+        self,
+        batch: Batch,
+        wrapped: nn.Module,
+        optimizer: Any,
+        parameters: list[nn.Parameter],
+        window: Window,
+    ) -> int:
+        """One optimiser step; returns how many pairs all ranks saw."""
+        device = self.accelerator.device
+        images, tokens = batch["images"], batch["tokens"]
+        counts = [len(images)] if self.world == 1 else gather_counts(len(images), device)
+        if (
+            min(counts) == 0
+        ):  # a rank whose samples were all bad has nothing to forward: all leave the batch out
+            return 0
+        set_training_mode(self.model)
+        with self.accelerator.autocast():
+            image_features, text_features, logit_scale = wrapped(
+                images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+            )
+        loss = distributed_info_nce(image_features.float(), text_features.float(), logit_scale.float())
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, math.log(self.recipe.max_logit_scale))
+        window.add(loss.detach(), torch.as_tensor(norm), sum(counts))
+        return sum(counts)
+
+    def log_window(self, window: Window, batch: Batch, lr: float) -> dict[str, Any]:
+        """Write one line of the log about the steps since the last one."""
+        loss = self.accelerator.reduce(window.loss / max(window.steps, 1), reduction="mean")
+        elapsed = time.monotonic() - window.began
+        record = {
+            "step": self.step,
+            "epoch": batch.epoch,
+            "samples_seen": self.samples_seen,
+            "loss": float(loss),  # pyright: ignore[reportArgumentType]
+            "lr": lr,
+            "samples_per_s": window.samples / elapsed,
+            "data_wait_s": window.waiting / max(window.steps, 1),
+            "grad_norm": float(window.norm),
+            "logit_scale": float(self.model.logit_scale.detach().exp()),
+            "memory_mb": peak_memory_mb(self.accelerator.device),
+            "faults": dict(self.stream.faults),
+        }
+        if window.steps and not math.isfinite(record["loss"]):
+            raise ValueError(
+                f"the loss is {record['loss']} at step {self.step}. The last checkpoint in {self.folder.checkpoints} "
+                "is intact; resume from it with a lower --optim.lr or a longer --schedule.warmup in a new run."
+            )
+        self.folder.log(record)
+        if self.accelerator.trackers:
+            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            self.accelerator.log(numbers, step=self.step)
+        return record
+
+    def evaluate(self, *, every: bool = True) -> None:
+        """Run the evaluators that are due; on rank 0, while the others wait."""
+        due = [
+            evaluator
+            for interval, evaluator in self.evaluators
+            if not every or self.step % interval == 0 or self.step == self.recipe.steps
+        ]
+        if not due:
+            return
+        if self.main:
+            numbers = {
+                name: value for evaluator in due for name, value in evaluator.run(self.encoder).items()
+            }
+            self.history[str(self.step)] = numbers
+            self.folder.log({"step": self.step, "samples_seen": self.samples_seen, "evaluation": numbers})
+            if self.accelerator.trackers:
+                self.accelerator.log(
+                    {f"eval/{name}": value for name, value in numbers.items()}, step=self.step
+                )
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """Write a checkpoint (rank 0)."""
+        if self.main:
+            card = model_card(self.recipe, self.step, self.samples_seen, self.history)
+            save_checkpoint(
+                self.folder.checkpoints,
+                self.step,
+                write_model=lambda folder: self.encoder.write_into(
+                    folder, final=self.model_folder, card=card
+                ),
+                optimizer=self.optimizer,
+                state={
+                    "samples_seen": self.samples_seen,
+                    "world_size": self.world,
+                    "identity": self.identity(),
+                    "history": self.history,
+                    "faults": dict(self.stream.faults),
+                },
+                keep=self.recipe.checkpoint.keep,
+            )
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the checkpoint of the current step has, or will have, its model."""
+        return step_folder(self.folder.checkpoints, self.step) / "model"
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Write metrics.json and the report, and say where the model is."""
+        metrics = {
+            "steps": self.step,
+            "samples_seen": self.samples_seen,
+            "seconds": seconds,
+            "evaluation": self.history.get(str(self.step), {}),
+            "faults": dict(self.stream.faults),
+            "checkpoint": str(self.model_folder),
+        }
+        self.folder.write_metrics(metrics)
+        if self.main:
+            write_report(self.folder, self.recipe, metrics)
+        if self.accelerator.trackers:
+            self.accelerator.end_training()
+        self.say(f"the model: {self.model_folder}; the report: {self.folder.path / 'report.html'}")
+        return metrics
+
+    def say(self, text: str) -> None:
+        """Tell the user, once."""
+        if self.main:
+            print(text, file=sys.stderr, flush=True)
+
+
+class Window:
+    """Sums over the steps between two lines of the log; tensors, so that no step waits for the device."""
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self.norm = torch.zeros((), device=device)
+        self.steps = self.samples = 0
+        self.waiting = 0.0
+        self.began = time.monotonic()
+
+    def add(self, loss: Tensor, norm: Tensor, samples: int) -> None:
+        self.loss += loss
+        self.norm = norm
+        self.steps += 1
+        self.samples += samples
+
+
+def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
+    """Accelerate's view of the machine, with the number of processes checked.
+
+    Raises:
+        ValueError: The launcher's world size is not what Accelerate or the recipe has, or the set-up shards
+            the model, which this trainer does not do.
+    """
+    gpu = torch.cuda.is_available()
+    precision = recipe.precision
+    if precision == "auto":
+        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+    accelerator = Accelerator(
+        cpu=not gpu,
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=list(recipe.trackers) or None,
+        project_dir=recipe.run,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}: "
+            "each would train alone on all of the data. Start with `torchrun --nproc-per-node N -m pretrain ...`."
+        )
+    if recipe.processes and recipe.processes != launched:
+        raise ValueError(
+            f"the recipe asks for {recipe.processes} processes, {launched} started. "
+            f"Start with `torchrun --nproc-per-node {recipe.processes} -m pretrain ...`"
+        )
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ValueError(
+            f"Accelerate is set up for {kind}; this trainer takes one process or plain data parallel"
+        )
+    return accelerator
+
+
+def mix(seed: int, step: int, rank: int) -> int:
+    """A seed for one step of one rank, unrelated to its neighbours'."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process so far, in MB: of the GPU on a GPU, resident otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
