@@ -128,7 +128,7 @@ def prepare(
         keep_columns: csv: columns to copy into the samples' JSON, such as label or similarity.
         seed: scenes: the seed of the drawing.
         count: scenes: how many pictures.
-        size: scenes: side of the pictures, pixels.
+        size: scenes: side of the pictures, pixels (`image_size` would leave its boxes and masks behind).
 
     Returns:
         What was written and what was left out.
@@ -162,15 +162,15 @@ def prepare(
         "count": count,
         "size": size,
     }
+    if image_size is not None and name == "scenes":
+        raise ValueError("scenes draws at any --size; --image-size would leave its boxes and masks behind")
     items = open_set(name, {key: value for key, value in options.items() if value is not None})
     total = operator.length_hint(items, count or limit or 0)
     summary = Summary()
     with new_folder(out) as folder:
         with ShardWriter(folder, samples_per_shard=samples_per_shard) as writer:
             write_samples(name, items, writer, summary, total, limit, image_size, max_faults, quiet)
-        if not summary.samples:
-            faults = "\n".join(["; rows skipped:", *summary.lines_of_faults()]) if summary.faults else ""
-            raise ValueError(f"{name} gave no sample, so nothing was written to {out}{faults}")
+        judge(name, summary, max_faults)
         summary.shards = len(writer.shards)
     if not quiet:
         print(f"{name} -> {out}: {summary}", file=sys.stderr)
@@ -188,7 +188,7 @@ def write_samples(
     max_faults: float,
     quiet: bool,
 ) -> None:
-    """Write what can be written, count the rest, and stop when too much is bad."""
+    """Write what can be written and count the rest; stop early when too much of it is bad."""
     with ProgressBar(f"prepare {name}", min(total, limit or total), show=not quiet and total > 0) as bar:
         for item in items:
             if isinstance(item, Sample):
@@ -202,22 +202,27 @@ def write_samples(
                 summary.questions += len(item.meta.get("questions", ()))
             else:
                 summary.skip(item)
-                if summary.faults > max_faults * max(total, 1) and total:
-                    raise_faults(name, summary, total, max_faults)
             bar.advance(note=f"skipped {summary.faults}" if summary.faults else "")
-            if summary.samples == limit:
+            hopeless = total and summary.faults > max_faults * total
+            if summary.samples == limit or hopeless:
                 break
-    seen = summary.samples + summary.faults
-    if summary.faults > max_faults * seen:
-        raise_faults(name, summary, seen, max_faults)
 
 
-def raise_faults(name: str, summary: Summary, rows: int, max_faults: float) -> None:
-    lines = "\n".join(summary.lines_of_faults())
-    raise ValueError(
-        f"{name}: {summary.faults:,} of {rows:,} rows are bad, more than --max-faults {max_faults:g} allows; "
-        f"nothing was written. Mend them, or allow a larger share:\n{lines}"
-    )
+def judge(name: str, summary: Summary, max_faults: float) -> None:
+    """Refuse a result with too many bad rows, or with no sample.
+
+    Raises:
+        ValueError: With the counts and the first examples.
+    """
+    rows = summary.samples + summary.faults
+    lines = "\n".join(["", *summary.lines_of_faults()])
+    if summary.faults > max_faults * rows:
+        raise ValueError(
+            f"{name}: {summary.faults:,} of {rows:,} rows are bad, more than --max-faults {max_faults:g} "
+            f"allows; nothing was written. Mend them, or allow a larger share:{lines}"
+        )
+    if not summary.samples:
+        raise ValueError(f"{name} gave no sample, so nothing was written{lines}")
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -287,14 +292,14 @@ def fit(sample: Sample, image_size: int | None) -> Sample | Skipped:
             image = Image.open(io.BytesIO(sample.image))
         pixels = image.width * image.height
         if pixels > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            raise Image.DecompressionBombError
         target = image_size if image_size and min(image.size) > image_size else None
         # libjpeg decodes to 1/2, 1/4 or 1/8 of the size for less, and still walks through every byte.
         side = 2 * target if target else 1
         image.draft("RGB", (side, side))
         image.load()
-    except Image.DecompressionBombError as error:
-        return Skipped("too_large_image", named(sample), f"{error}, more than {MAX_PIXELS:,} pixels")
+    except Image.DecompressionBombError:
+        return Skipped("too_large_image", named(sample), f"more than {MAX_PIXELS:,} pixels")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
         return Skipped("undecodable_image", named(sample), f"{reason} ({len(sample.image):,} bytes)")
@@ -307,6 +312,9 @@ def fit(sample: Sample, image_size: int | None) -> Sample | Skipped:
         ratio = target / min(image.size)
         shape = (round(image.width * ratio), round(image.height * ratio))
         image = image.resize(shape, Image.Resampling.BICUBIC)
+    meta = sample.meta
+    if "width" in meta or "height" in meta:
+        meta = {**meta, "width": image.width, "height": image.height}
     file = io.BytesIO()
     image.save(file, "PNG") if lossless else image.save(file, "JPEG", quality=95)
-    return replace(sample, image=file.getvalue(), extension="png" if lossless else "jpg")
+    return replace(sample, image=file.getvalue(), extension="png" if lossless else "jpg", meta=meta)
