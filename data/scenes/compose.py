@@ -143,22 +143,84 @@ def choose_kinds(split: str, seed: int, index: int, rng: random.Random) -> list[
     return chosen
 
 
-# regions (left, top, right, bottom) for one, two and three groups
-REGIONS = {
-    1: [[(0, 0, 1, 1)]],
-    2: [
-        [(0, 0, 0.5, 1), (0.5, 0, 1, 1)],
-        [(0, 0, 1, 0.5), (0, 0.5, 1, 1)],
-        [(0, 0, 1, 1), (0, 0, 1, 1)],
-    ],
-    3: [
-        [(0, 0, 0.5, 1), (0.5, 0, 1, 0.5), (0.5, 0.5, 1, 1)],
-        [(0, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1)],
-        [(0, 0.1, 0.34, 0.9), (0.33, 0.1, 0.67, 0.9), (0.66, 0.1, 1, 0.9)],
-        [(0.1, 0, 0.9, 0.34), (0.1, 0.33, 0.9, 0.67), (0.1, 0.66, 0.9, 1)],
-    ],
-}
-MARGIN = 0.02  # of the picture's side, around each drawing
+# of the objects of two kinds; one of each is the most common
+COUNTS = ((1, 1), (1, 1), (1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (4, 1), (2, 2), (2, 3), (3, 2))
+Region = tuple[float, float, float, float]  # left, top, right, bottom as shares of the side
+MARGIN = 0.022  # of the picture's side, around each drawing
+SIZES = {"big": (0.44, 0.52), "small": (0.23, 0.27), "": (0.28, 0.44)}
+
+
+def regions(counts: list[int], sizes: list[str], rng: random.Random) -> list[Region]:
+    """A part of the picture for each group; a group of many or of big objects gets more of it."""
+    if len(counts) == 1:
+        return [(0, 0, 1, 1)]
+    if len(counts) == 2:
+        weigh = [
+            count + {"big": 2, "small": 0}.get(size, 1) for count, size in zip(counts, sizes, strict=True)
+        ]
+        cut = 0.5 + max(-0.1, min(0.1, 0.04 * (weigh[0] - weigh[1])))
+        if rng.random() < 0.55:
+            parts = [(0, 0, cut, 1), (cut, 0, 1, 1)]
+        else:
+            parts = [(0, 0, 1, cut), (0, cut, 1, 1)]
+    else:
+        parts = rng.choice(
+            [
+                [(0, 0, 0.5, 1), (0.5, 0, 1, 0.5), (0.5, 0.5, 1, 1)],
+                [(0, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1)],
+                [(0.5, 0, 1, 1), (0, 0, 0.5, 0.5), (0, 0.5, 0.5, 1)],
+                [(0, 0.5, 1, 1), (0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5)],
+            ]
+            if max(counts) > 1
+            else [
+                [(0, 0, 0.5, 1), (0.5, 0, 1, 0.5), (0.5, 0.5, 1, 1)],
+                [(0, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1)],
+                [(0, 0.1, 0.34, 0.9), (0.33, 0.1, 0.67, 0.9), (0.66, 0.1, 1, 0.9)],
+                [(0.1, 0, 0.9, 0.34), (0.1, 0.33, 0.9, 0.67), (0.1, 0.66, 0.9, 1)],
+            ]
+        )
+    if rng.random() < 0.5 and len(counts) == 2:  # turned by half: the first group right or below
+        parts = [(1 - right, 1 - bottom, 1 - left, 1 - top) for left, top, right, bottom in parts]
+    return parts
+
+
+def scatter(region: Region, count: int, size: str, may_mirror: bool, rng: random.Random) -> list[Placement]:
+    """Objects of one kind anywhere in a region, none over another.
+
+    Thrown like darts, which looks natural; where they do not fit that way, on a jittered grid, which always does.
+    """
+    left, top, right, bottom = region
+    across, down = right - left, bottom - top
+    rows, columns = max(
+        ((rows, -(-count // rows)) for rows in range(1, count + 1)),
+        key=lambda grid: min(down / grid[0], across / grid[1]),
+    )
+    cell = min(down / rows, across / columns) - 2 * MARGIN
+    low, high = SIZES[size] if count > 1 or across * down < 1 else (0.3, 0.62)
+    side = min(rng.uniform(low, high), cell)
+
+    def spot(x: float, y: float, side: float) -> Placement:
+        return Placement(x, y, side, rng.uniform(-12, 12), may_mirror and rng.random() < 0.5)
+
+    placed: list[Placement] = []
+    for _ in range(25 * count):
+        half = side * rng.uniform(0.45, 0.5)
+        x = rng.uniform(left + half + MARGIN, right - half - MARGIN)
+        y = rng.uniform(top + half + MARGIN, bottom - half - MARGIN)
+        if all(max(abs(x - p.x), abs(y - p.y)) > half + p.size / 2 + 2 * MARGIN for p in placed):
+            placed.append(spot(x, y, 2 * half))
+            if len(placed) == count:
+                return placed
+    cells = rng.sample([(row, column) for row in range(rows) for column in range(columns)], count)
+    free_x, free_y = across / columns - side - 2 * MARGIN, down / rows - side - 2 * MARGIN
+    return [
+        spot(
+            left + across * (column + 0.5) / columns + free_x * rng.uniform(-0.5, 0.5),
+            top + down * (row + 0.5) / rows + free_y * rng.uniform(-0.5, 0.5),
+            side * rng.uniform(0.92, 1),
+        )
+        for row, column in cells
+    ]
 
 
 def compose(split: str, seed: int, index: int) -> Scene:
@@ -174,66 +236,19 @@ def compose(split: str, seed: int, index: int) -> Scene:
     """
     rng = random.Random(f"scenes/{seed}/{split}/{index}")
     chosen = [kinds()[name] for name in choose_kinds(split, seed, index, rng)]
-    counts = [1] * len(chosen)
+    counts, sizes = [1] * len(chosen), [""] * len(chosen)
     if len(chosen) == 1:
-        counts = rng.choices((1, 2, 3, 4), (3, 3, 3, 3))
+        counts = [rng.randint(1, 4)]
     elif len(chosen) == 2:
-        counts = list(rng.choice([(1, 1), (1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1), (2, 2), (2, 3), (3, 2)]))
+        counts = list(rng.choice(COUNTS))
+        if counts == [1, 1] and rng.random() < 0.6:
+            sizes = rng.choice([["big", "small"], ["small", "big"]])
     elif rng.random() < 0.4:
         counts[0] = rng.choice((2, 3))
-    sizes = [""] * len(chosen)
-    if counts == [1, 1] and rng.random() < 0.6:
-        sizes = rng.choice([["big", "small"], ["small", "big"]])
-    regions = list(rng.choices(REGIONS[len(chosen)], (5, 4, 2) if len(chosen) == 2 else None)[0])
-    if counts == [1] * len(chosen):
-        rng.shuffle(regions)
-    placed = place(regions, counts, sizes, [kind.mirror for kind in chosen], rng)
     groups = tuple(
-        Group(kind, rng.choice(list(kind.looks)), size, tuple(places))
-        for kind, size, places in zip(chosen, sizes, placed, strict=True)
+        Group(kind, rng.choice(list(kind.looks)), size, tuple(scatter(region, count, size, kind.mirror, rng)))
+        for kind, count, size, region in zip(chosen, counts, sizes, regions(counts, sizes, rng), strict=True)
     )
     background = rng.choice(BACKGROUNDS)
     colour = "" if background.place else rng.choice(list(BACKGROUND_COLOURS))
     return Scene(groups, background, colour, rng.getrandbits(32))
-
-
-def place(regions, counts, sizes, mirror, rng: random.Random) -> list[list[Placement]]:
-    """Throw drawings into their regions like darts; where they do not fit, make all a little smaller."""
-    scale = 1.0
-    while True:
-        found: list[list[Placement]] = []
-        everything: list[Placement] = []
-        for (left, top, right, bottom), count, size, may_mirror in zip(
-            regions, counts, sizes, mirror, strict=True
-        ):
-            room = min(right - left, bottom - top) - 2 * MARGIN
-            low, high = {"big": (0.46, 0.54), "small": (0.23, 0.27), "": (0.30, 0.44)}[size]
-            if len(regions) == 1 and count == 1:
-                high = 0.62
-            most = max(0.24, scale * min(rng.uniform(low, high), max(room, 0.46 if size == "big" else 0)))
-            group: list[Placement] = []
-            for _ in range(count):
-                for _ in range(30):
-                    side = most * rng.uniform(0.9, 1.0)
-                    half = side / 2 + MARGIN
-                    x0, x1 = max(left, 0) + half, min(right, 1) - half
-                    y0, y1 = max(top, 0) + half, min(bottom, 1) - half
-                    x = rng.uniform(x0, x1) if x0 < x1 else min(max((x0 + x1) / 2, half), 1 - half)
-                    y = rng.uniform(y0, y1) if y0 < y1 else min(max((y0 + y1) / 2, half), 1 - half)
-                    if all(
-                        max(abs(x - p.x), abs(y - p.y)) > (side + p.size) / 2 + MARGIN for p in everything
-                    ):
-                        spot = Placement(
-                            x, y, side, rng.uniform(-14, 14), may_mirror and rng.random() < 0.5
-                        )
-                        group.append(spot)
-                        everything.append(spot)
-                        break
-                else:
-                    break
-            if len(group) < count:
-                break
-            found.append(group)
-        if len(found) == len(regions):
-            return found
-        scale *= 0.93

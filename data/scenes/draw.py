@@ -17,6 +17,7 @@ from pairstream.errors import require
 
 PURPOSE = "the embedded data set `scenes`"
 OVERSAMPLE = 2  # sprites are turned at twice their size and then reduced: smooth edges for little time
+STEP = 2  # pixels between the sizes of a sprite: each is rasterised once and kept
 
 
 @functools.cache
@@ -53,19 +54,23 @@ def rasterise(source: str, width: int) -> Image.Image:
 
 
 @functools.cache
+def extent(code: str, drawn: str | None, colour: str) -> float:
+    """The longer side of what is visible, as a share of the drawing's 72 units."""
+    box = rasterise(svg(code, drawn, colour), 72).getbbox()
+    assert box is not None
+    return max(box[2] - box[0], box[3] - box[1]) / 72
+
+
+@functools.cache
 def sprite(code: str, drawn: str | None, colour: str, side: int) -> Image.Image:
     """A drawing cropped to what is visible, its longer side about `side` pixels."""
-    source = svg(code, drawn, colour)
-    box = rasterise(source, 72).getbbox()
-    assert box is not None
-    image = rasterise(source, max(1, round(side * 72 / max(box[2] - box[0], box[3] - box[1]))))
+    image = rasterise(svg(code, drawn, colour), round(side / extent(code, drawn, colour)))
     return image.crop(image.getbbox())
 
 
 def stamp(group: Group, place: Placement, size: int) -> tuple[Image.Image, int, int]:
     """One object as it goes into the picture: pixels with alpha, and its left and top pixel."""
-    # whole steps of two pixels keep the number of sprites in memory small
-    side = 2 * max(1, round(place.size * size * OVERSAMPLE / 2))
+    side = OVERSAMPLE * STEP * max(1, round(place.size * size / STEP))
     image = sprite(group.code, group.kind.looks[group.colour][1], group.colour, side)
     if place.mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -118,7 +123,9 @@ def draw_background(scene: Scene, size: int) -> np.ndarray:
     return np.clip(image, 0, 255)
 
 
-def horizon(down: np.ndarray, across: np.ndarray, rng: np.random.Generator, low: float, high: float, waves: float):
+def horizon(
+    down: np.ndarray, across: np.ndarray, rng: np.random.Generator, low: float, high: float, waves: float
+):
     """How far below a gently waved horizon each pixel lies, in shares of the side."""
     line = rng.uniform(low, high)
     return down - line - waves * np.sin(2 * np.pi * (across * rng.uniform(0.6, 1.4) + rng.random()))
@@ -138,7 +145,9 @@ def meadow(down, across, rng):
 def beach(down, across, rng):
     below = horizon(down, across, rng, 0.52, 0.68, 0.025)
     water = horizon(down, across, rng, 0.28, 0.40, 0.0)
-    sand = blend((246, 224, 166), (232, 200, 134), np.clip(below * 2, 0, 1)) + rng.normal(0, 5, (*down.shape, 1))
+    sand = blend((246, 224, 166), (232, 200, 134), np.clip(below * 2, 0, 1)) + rng.normal(
+        0, 5, (*down.shape, 1)
+    )
     sea = blend((70, 160, 205), (120, 205, 220), np.clip(water * 3, 0, 1))
     return np.where(below[..., None] > 0, sand, np.where(water[..., None] > 0, sea, sky(down, rng)))
 
@@ -172,7 +181,10 @@ def desert(down, across, rng):
 
 def sea(down, across, rng):
     image = blend((80, 180, 215), (22, 92, 158), down)
-    image = image + 7 * np.sin(2 * np.pi * (5 * down + 0.5 * np.sin(2 * np.pi * (across + rng.random()))))[..., None]
+    image = (
+        image
+        + 7 * np.sin(2 * np.pi * (5 * down + 0.5 * np.sin(2 * np.pi * (across + rng.random()))))[..., None]
+    )
     for x, y, radius in rng.uniform((0, 0, 0.010), (1, 1, 0.022), (12, 3)):
         image[(across - x) ** 2 + (down - y) ** 2 < radius**2] += 45
     return image
@@ -181,9 +193,15 @@ def sea(down, across, rng):
 def room(down, across, rng):
     wall = np.asarray(((240, 226, 200), (226, 214, 232), (214, 230, 222))[rng.integers(3)], np.float32)
     floor = rng.uniform(0.66, 0.76)
-    planks = blend((196, 146, 98), (176, 126, 82), ((across * 4 + np.floor(down * 12) * 0.5) % 1 < 0.5).astype(np.float32))
+    planks = blend(
+        (196, 146, 98),
+        (176, 126, 82),
+        ((across * 4 + np.floor(down * 12) * 0.5) % 1 < 0.5).astype(np.float32),
+    )
     image = np.where(down[..., None] > floor, planks, np.broadcast_to(wall, (*down.shape, 3)))
-    image = np.where(((down > floor - 0.035) & (down <= floor))[..., None], np.float32((250, 250, 248)), image)
+    image = np.where(
+        ((down > floor - 0.035) & (down <= floor))[..., None], np.float32((250, 250, 248)), image
+    )
     left, top = rng.uniform(0.08, 0.6), rng.uniform(0.08, 0.16)
     window = (across > left) & (across < left + 0.3) & (down > top) & (down < top + 0.34)
     pane = window & (np.abs(across - left - 0.15) < 0.13) & (np.abs(down - top - 0.17) < 0.15)
@@ -229,7 +247,7 @@ def draw(scene: Scene, size: int) -> tuple[Image.Image, list[dict[str, Any]]]:
         run lengths: `counts` down the columns beginning with zeros, `size` [height, width]).
     """
     picture = Image.fromarray(draw_background(scene, size).astype(np.uint8))
-    objects = []
+    drawn: list[tuple[Group, np.ndarray]] = []
     for group in scene.groups:
         for place in group.places:
             image, left, top = stamp(group, place, size)
@@ -237,18 +255,23 @@ def draw(scene: Scene, size: int) -> tuple[Image.Image, list[dict[str, Any]]]:
             mask = np.zeros((size, size), bool)
             alpha = np.asarray(image.getchannel("A"))[: size - top, : size - left]
             mask[top : top + alpha.shape[0], left : left + alpha.shape[1]] = alpha >= 128
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            objects.append(
-                {
-                    "name": group.kind.name,
-                    "hex": group.code,
-                    "colour": group.colour or None,
-                    "category": group.kind.category,
-                    "box": [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1],
-                    "mask": encode_mask(mask),
-                }
-            )
-    return picture, objects
+            for _, earlier in drawn:  # corners of turned drawings may touch; a mask has what stays visible
+                earlier &= ~mask
+            drawn.append((group, mask))
+    return picture, [record(group, mask) for group, mask in drawn]
+
+
+def record(group: Group, mask: np.ndarray) -> dict[str, Any]:
+    """One object as it stands in the sample's JSON."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return {
+        "name": group.kind.name,
+        "hex": group.code,
+        "colour": group.colour or None,
+        "category": group.kind.category,
+        "box": [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1],
+        "mask": encode_mask(mask),
+    }
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, list[int]]:

@@ -234,6 +234,10 @@ def post(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     else:
         forms = OPEN if rng.random() < 0.5 else CLEAR[label]
     others = [group for group in scene.groups if not group.kind.sentiment]
-    about = phrase(rng.choice(others), rng) if others else rng.choice(("a lot of rain", "a new week", "a long queue"))
+    about = (
+        phrase(rng.choice(others), rng)
+        if others
+        else rng.choice(("a lot of rain", "a new week", "a long queue"))
+    )
     text = rng.choice(forms).format(a=about)
     return text[0].upper() + text[1:], label

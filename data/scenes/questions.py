@@ -17,7 +17,11 @@ CATEGORY_QUESTIONS = {
     "animal": ("what animal is in the picture", "which animal is this", "what kind of animal can you see"),
     "fruit": ("what fruit is in the picture", "which fruit is this", "what kind of fruit is shown"),
     "food": ("what food is in the picture", "what can you eat here", "what kind of food is shown"),
-    "vehicle": ("what vehicle is in the picture", "what kind of vehicle is this", "which vehicle can you see"),
+    "vehicle": (
+        "what vehicle is in the picture",
+        "what kind of vehicle is this",
+        "which vehicle can you see",
+    ),
     "plant": ("what plant is in the picture", "what kind of plant is this"),
     "clothing": ("what can you wear here", "what piece of clothing is in the picture"),
     "shape": ("what shape is in the picture", "which shape can you see"),
@@ -51,7 +55,9 @@ def ten(answer: str, others: tuple[str, ...], rng: random.Random) -> list[str]:
     return answers
 
 
-Asked = tuple[str, str, tuple[str, ...], str, str]  # question, answer, what others say, answer type, question type
+Asked = tuple[
+    str, str, tuple[str, ...], str, str
+]  # question, answer, what others say, answer type, question type
 
 
 def open_questions(scene: Scene, rng: random.Random) -> list[Asked]:
@@ -85,7 +91,9 @@ def open_questions(scene: Scene, rng: random.Random) -> list[Asked]:
                 scene.relation(third, other) != relation for third in groups if third is not one
             ):
                 name, others = answer_name(one)
-                asked.append((f"what is {SAID[relation]} {the(other)}", name, others, "other", "what is where"))
+                asked.append(
+                    (f"what is {SAID[relation]} {the(other)}", name, others, "other", "what is where")
+                )
     sizes = {group.size: group for group in groups}
     if {"big", "small"} <= set(sizes):
         word = rng.choice(("big", "small"))
@@ -95,11 +103,19 @@ def open_questions(scene: Scene, rng: random.Random) -> list[Asked]:
         text = f"what is {rng.choice(comparative)}, {the(first)} or {the(second)}"
         asked.append((text, name, others, "other", "what is bigger"))
     if scene.background.place:
-        text = rng.choice((f"where {be(groups[0])} {the(groups[0])}", "what is in the background", "where is this"))
+        text = rng.choice(
+            (f"where {be(groups[0])} {the(groups[0])}", "what is in the background", "where is this")
+        )
         asked.append((text, scene.background.place, scene.background.synonyms, "other", "where"))
     else:
         asked.append(
-            ("what color is the background", scene.colour, COLOUR_SYNONYMS[scene.colour], "other", "what color")
+            (
+                "what color is the background",
+                scene.colour,
+                COLOUR_SYNONYMS[scene.colour],
+                "other",
+                "what color",
+            )
         )
     return asked
 

@@ -246,9 +246,7 @@ def kinds() -> dict[str, Kind]:
         code, sentiment, rest = line.split(maxsplit=2)
         mood, words = rest[1:].split('" ', 1) if rest[0] == '"' else rest.split(maxsplit=1)
         name, *synonyms = words.strip().split(", ")
-        found.append(
-            Kind(name, "face", {"": (code, None)}, tuple(synonyms), sentiment=sentiment, mood=mood)
-        )
+        found.append(Kind(name, "face", {"": (code, None)}, tuple(synonyms), sentiment=sentiment, mood=mood))
     return {kind.name: kind for kind in found}
 
 
