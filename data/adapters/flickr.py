@@ -70,7 +70,8 @@ def flickr30k(root: Path, split: str = "train") -> Counted:
         return karpathy_samples(tokens, "train+val+test", lambda _: pictures)
     if split == "all":
         return from_token_file(tokens, pictures, None)
-    names = find_file(root, f"{'val' if split == 'dev' else split}.txt")
+    split = "val" if split == "dev" else split
+    names = find_file(root, f"{split}.txt")
     if names is None:
         raise FileNotFoundError(
             f"{tokens} knows no splits: for the split {split!r} put dataset_flickr30k.json or {split}.txt "

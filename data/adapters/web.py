@@ -38,11 +38,10 @@ def fetch(url: str, *, timeout: float = TIMEOUT, max_bytes: int = MAX_BYTES) -> 
             dead links often answer with a web page), `too_large_file`.
     """
     end = time.monotonic() + timeout
-    request = Request(
-        quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "pairstream", "Accept": "image/*"}
-    )
     content = bytearray()
     try:
+        quoted = quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+        request = Request(quoted, headers={"User-Agent": "pairstream", "Accept": "image/*"})
         with urlopen(request, timeout=timeout) as response:
             kind = response.headers.get_content_type() if "Content-Type" in response.headers else OPAQUE[0]
             if not kind.startswith("image/") and kind not in OPAQUE:
