@@ -140,9 +140,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, to
             }
             if own:
                 found += 1
+                # The fused kernel walks memory, so a moment must lie as its parameter does.
                 optimizer.state[parameter] = {
-                    # The step counter stays where the fused kernel wants it, beside the parameter.
-                    key: value.clone().to(parameter.device)
+                    key: torch.empty_like(parameter).copy_(value)
+                    if value.ndim
+                    else value.to(parameter.device)
                     for key, value in own.items()
                 }
     return found

@@ -49,6 +49,11 @@ class Encoder:
         self.name = name
         self.device = pick_device(device)
         self.model: Any = built.model.to(self.device).eval()
+        self.layout = torch.contiguous_format
+        if not isinstance(self.model.visual, VisionTransformer):
+            # Convolutions are 10 to 25 % faster on channels-last pixels, on CPU as on GPU.
+            self.layout = torch.channels_last
+            self.model.visual.to(memory_format=self.layout)
         self.tokenizer = built.tokenizer
         self.model_cfg, self.preprocess_cfg = built.model_cfg, built.preprocess_cfg
         size = built.preprocess_cfg["size"]
@@ -62,7 +67,8 @@ class Encoder:
             resize_mode=built.preprocess_cfg["resize_mode"],
             fill_color=built.preprocess_cfg["fill_color"],
         )
-        self.normalize = Normalize(built.preprocess_cfg["mean"], built.preprocess_cfg["std"]).to(self.device)
+        self.normalize = Normalize(built.preprocess_cfg["mean"], built.preprocess_cfg["std"], self.layout)
+        self.normalize.to(self.device)
 
     def preprocess(self, image: Image.Image | bytes | Tensor) -> Tensor:
         """One picture, encoded, opened or decoded, to the model's input.
@@ -199,8 +205,14 @@ class Encoder:
 class Normalize(nn.Module):
     """uint8 pixels to the floats an image tower expects: `(x / 255 - mean) / std` in one multiply-add."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        layout: torch.memory_format = torch.contiguous_format,
+    ):
         super().__init__()
+        self.layout = layout
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
         shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
         self.register_buffer("scale", scale.float().view(1, 3, 1, 1), persistent=False)
@@ -208,7 +220,8 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 `(b, 3, h, w)` to float `(b, 3, h, w)`."""
-        return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)  # pyright: ignore
+        pixels = images.to(self.scale.dtype, memory_format=self.layout)  # pyright: ignore
+        return torch.addcmul(self.shift, pixels, self.scale)  # pyright: ignore
 
 
 def load_encoder(model: str | Path, *, pretrained: str | None = None, device: str = "auto") -> Encoder:
