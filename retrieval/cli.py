@@ -1,0 +1,210 @@
+"""`pairstream retrieval eval | embed | index | search`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from pairstream.atomic import write_text
+from pairstream.run import finite
+
+
+def eval_(
+    *,
+    model: str,
+    data: tuple[str, ...],
+    pretrained: str | None = None,
+    json: Path | None = None,
+    out: Path | None = None,
+    run: Path | None = None,
+    batch_size: int = 64,
+    limit: int | None = None,
+    workers: int = 0,
+    max_faults: float = 0.01,
+    device: str = "auto",
+) -> None:
+    """Measure zero-shot retrieval in both directions, beside chance.
+
+    Args:
+        model: A checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO.
+        data: Shards: folders, files, globs, braces or URLs.
+        pretrained: open_clip's tag of weights, for a name.
+        json: Also write the numbers to this file.
+        out: Also write metrics.json, report.json and report.html into this folder.
+        run: A pretraining run folder whose curves the report shows.
+        batch_size: Pictures at a time.
+        limit: Only the first so many samples; recall over fewer is higher.
+        workers: Loader processes; 0 decodes in this one.
+        max_faults: Share of bad samples past which the work stops.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    if out is not None and (out / "log.jsonl").exists():
+        raise FileExistsError(
+            f"{out} holds a training run, whose report would be lost: give --out another folder, such as "
+            f"{out / 'retrieval'}, and --run {out} to show its curves"
+        )
+    if run is not None and out is None:
+        raise ValueError("--run adds a training run's curves to the report: give --out for the report, too")
+    from pretrain.encoder import load_encoder
+    from retrieval.evaluate import evaluate, result_rows
+
+    encoder = load_encoder(model, pretrained=pretrained, device=device)
+    result = evaluate(
+        encoder,
+        data,
+        batch_size=batch_size,
+        limit=limit,
+        workers=workers,
+        max_faults=max_faults,
+        show=True,
+    )
+    metrics = result.metrics
+    header, rows = result_rows(metrics)
+    table = Table(
+        title=f"{metrics['model']}: {metrics['images']:,} pictures, {metrics['texts']:,} texts",
+        title_justify="left",
+    )
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row, style="dim" if row[0].startswith(" ") else "")
+    Console().print(table)
+    if metrics["faults"]:
+        print("left out: " + ", ".join(f"{count} {cause}" for cause, count in metrics["faults"].items()))
+    if json is not None:
+        write_json(json, metrics)
+    if out is not None:
+        from retrieval.page import evaluation_report
+
+        report = evaluation_report(result, run=run)
+        write_json(out / "metrics.json", metrics)
+        print(f"report: {report.write(out)}")
+
+
+def embed(
+    *,
+    model: str,
+    data: tuple[str, ...],
+    out: Path,
+    pretrained: str | None = None,
+    batch_size: int = 64,
+    limit: int | None = None,
+    workers: int = 0,
+    max_faults: float = 0.01,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> None:
+    """Embed shards: unit rows of all pictures and captions, with their keys and texts.
+
+    Args:
+        model: A checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO.
+        data: Shards: folders, files, globs, braces or URLs.
+        out: The folder to write.
+        pretrained: open_clip's tag of weights, for a name.
+        batch_size: Pictures at a time.
+        limit: Only the first so many samples.
+        workers: Loader processes; 0 decodes in this one.
+        max_faults: Share of bad samples past which the work stops.
+        overwrite: Replace embeddings that lie in --out.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    from pretrain.encoder import load_encoder
+    from retrieval.artifact import refuse_to_replace
+    from retrieval.embed import KIND, embed_shards
+
+    refuse_to_replace(out, KIND, overwrite=overwrite)
+    found = embed_shards(
+        load_encoder(model, pretrained=pretrained, device=device),
+        data,
+        batch_size=batch_size,
+        limit=limit,
+        workers=workers,
+        max_faults=max_faults,
+        show=True,
+    )
+    found.save(out)
+    print(
+        f"{len(found.images):,} pictures and {len(found.texts):,} texts, {found.images.shape[1]} wide: {out}"
+    )
+
+
+def index(*, embeddings: Path, out: Path, overwrite: bool = False) -> None:
+    """Build the FAISS index (exact inner product) of both sides of some embeddings.
+
+    Args:
+        embeddings: A folder that `retrieval embed` wrote.
+        out: The folder to write.
+        overwrite: Replace an index that lies in --out.
+    """
+    from retrieval.artifact import refuse_to_replace
+    from retrieval.embed import Embeddings
+    from retrieval.index import KIND, Index
+
+    refuse_to_replace(out, KIND, overwrite=overwrite)
+    built = Index.build(Embeddings.load(embeddings))
+    built.save(out)
+    print(f"{built.images.ntotal:,} pictures and {built.texts.ntotal:,} texts indexed: {out}")
+
+
+def search(
+    *,
+    index: Path,
+    model: str,
+    text: str | None = None,
+    image: Path | None = None,
+    among: Literal["images", "texts"] | None = None,
+    k: int = 10,
+    pretrained: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Search an index by words (finds pictures) or by a picture (finds captions).
+
+    Args:
+        index: A folder that `retrieval index` wrote.
+        model: The model that made its embeddings.
+        text: The query in words.
+        image: A picture file as the query.
+        among: Search the pictures or the texts, whatever the query is.
+        k: Results.
+        pretrained: open_clip's tag of weights, for a name.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    if (text is None) == (image is None):
+        raise ValueError("give either --text or --image as the query")
+    from pretrain.encoder import load_encoder
+    from retrieval.index import Index
+    from retrieval.search import search as find
+
+    loaded = Index.load(index)
+    hits = find(
+        loaded,
+        load_encoder(model, pretrained=pretrained, device=device),
+        texts=[] if text is None else [text],
+        images=[] if image is None else [image],
+        among=among,
+        k=k,
+    )[0]
+    for hit in hits:
+        print(f"{hit.rank:>4}  {hit.score:.4f}  {hit.key}" + (f"  {hit.text}" if hit.text else ""))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
+
+
+COMMANDS: dict[str, Any] = {"eval": eval_, "embed": embed, "index": index, "search": search}
+
+
+def main(argv: list[str]) -> int | None:
+    """Entry point of `pairstream retrieval`."""
+    tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        args=argv,
+        prog="pairstream retrieval",
+        description="Embed, index and search pictures and texts, and measure their alignment.",
+    )
