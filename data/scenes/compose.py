@@ -8,7 +8,7 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from data.scenes.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, Background, Kind, kinds
+from data.scenes.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, Background, Kind, alike, kinds
 
 SPLITS = {"train": 6000, "val": 500, "test": 600}  # and how many pictures each has by default
 HELD_OUT = 5  # one pair of kinds in five occurs in the test split alone
@@ -98,6 +98,7 @@ class Scene:
         return ""
 
 
+@functools.cache
 def held_out(one: str, other: str) -> bool:
     """Whether training must not show these two kinds together.
 
@@ -108,8 +109,15 @@ def held_out(one: str, other: str) -> bool:
 
 
 @functools.cache
+def together(one: str, other: str) -> bool:
+    """Whether two kinds may share a picture: no two words for one thing, and no faces of two minds."""
+    faces = {kinds()[one].sentiment, kinds()[other].sentiment} - {""}
+    return one != other and len(faces) < 2 and not alike(one, other)
+
+
+@functools.cache
 def held_out_pairs() -> tuple[tuple[str, str], ...]:
-    return tuple(pair for pair in itertools.combinations(kinds(), 2) if held_out(*pair))
+    return tuple(pair for pair in itertools.combinations(kinds(), 2) if held_out(*pair) and together(*pair))
 
 
 @functools.cache
@@ -132,13 +140,12 @@ def choose_kinds(split: str, seed: int, index: int, rng: random.Random) -> list[
         chosen = list(order[index % len(order)])
     else:
         chosen = [rng.choice(names)]
-    for name in rng.sample(names, len(names)):
+    for _ in range(1000):  # each name fits with most others; the bound is for a triple that may not exist
         if len(chosen) == wanted:
             break
-        if name not in chosen and all(held_out(name, other) == (split == "test") for other in chosen):
-            faces = {kinds()[n].sentiment for n in (*chosen, name)} - {""}
-            if len(faces) < 2:  # faces in one picture agree, so that its label is clear
-                chosen.append(name)
+        name = rng.choice(names)
+        if all(together(name, other) and held_out(name, other) == (split == "test") for other in chosen):
+            chosen.append(name)
     rng.shuffle(chosen)
     return chosen
 
@@ -249,6 +256,7 @@ def compose(split: str, seed: int, index: int) -> Scene:
         Group(kind, rng.choice(list(kind.looks)), size, tuple(scatter(region, count, size, kind.mirror, rng)))
         for kind, count, size, region in zip(chosen, counts, sizes, regions(counts, sizes, rng), strict=True)
     )
-    background = rng.choice(BACKGROUNDS)
+    names = {kind.name for kind in chosen}
+    background = rng.choice([background for background in BACKGROUNDS if not names & set(background.shows)])
     colour = "" if background.place else rng.choice(list(BACKGROUND_COLOURS))
     return Scene(groups, background, colour, rng.getrandbits(32))

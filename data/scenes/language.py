@@ -193,20 +193,22 @@ def captions(scene: Scene, rng: random.Random, count: int = 5) -> list[str]:
 CLEAR = {
     "positive": (
         "What a wonderful day, I even got {a}!", "So happy about {a}!", "Best weekend ever, {a} and good company.",
-        "I love {a}, this made my day.", "Finally {a}! I could not be happier.", "Thank you all, {a} was a lovely surprise.",
+        "I love {a}, this made my day.", "Finally {a}! I could not be happier.",
+        "Thank you all for {a}, what a lovely surprise.",
     ),
     "neutral": (
         "Took a picture of {a} this morning.", "This is {a}, as seen from my window.", "Here is {a}, for the record.",
         "Met {a} on the way to work.", "{a}, posted without comment.", "The shop at the corner now has {a}.",
     ),
     "negative": (
-        "I am so sick of {a}.", "Worst day ever, and then {a} on top.", "Sadly {a} is all that is left.",
-        "Everything went wrong because of {a}.", "I hate this, never again {a}.", "Lost my keys, and {a} ruined the rest.",
+        "I am so sick of {a}.", "Worst day ever, and then {a} on top.", "Sadly all that is left is {a}.",
+        "Everything went wrong because of {a}.", "I hate this, never again {a}.",
+        "Lost my keys, and {a} ruined the rest.",
     ),
 }  # fmt: skip
 OPEN = (
     "So this is my Monday: {a}.", "Well, {a} again.", "You will not believe it: {a}.", "Look at {a}.",
-    "And then there was {a}.", "My face when I see {a}.", "Guess who brought {a}.", "That was my day with {a}.",
+    "And then came {a}.", "My face when I see {a}.", "Guess who brought {a}.", "That was my day with {a}.",
 )  # fmt: skip
 
 
@@ -229,7 +231,7 @@ def post(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
         return None
     label = faces[0]
     if label == "neutral":
-        label = rng.choice(("positive", "neutral", "negative"))
+        label = rng.choices(("positive", "neutral", "negative"), (1, 3, 1))[0]
         forms = CLEAR[label] if label != "neutral" else (*CLEAR["neutral"], *OPEN)
     else:
         forms = OPEN if rng.random() < 0.5 else CLEAR[label]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 from data.scenes.compose import SPLITS, Group, Scene
-from data.scenes.language import article, plural
-from data.scenes.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOUR_SYNONYMS, kinds
+from data.scenes.language import NUMBERS, article, plural, spot
+from data.scenes.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOUR_SYNONYMS, alike, kinds
 
 PER_PICTURE = 7
-NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 # how readily a count is asked for: single objects are far more common than four of a kind
 ASK_COUNT = {1: 0.22, 2: 0.8, 3: 0.85, 4: 1.0}
 CATEGORY_QUESTIONS = {
@@ -42,9 +42,8 @@ def be(group: Group) -> str:
 
 def answer_name(group: Group) -> tuple[str, tuple[str, ...]]:
     """How people name a group in an answer, and what some of them say instead."""
-    if group.count == 1:
-        return group.kind.name, group.kind.synonyms
-    return plural(group.kind.name), tuple(plural(synonym) for synonym in group.kind.synonyms)
+    several = (plural(group.kind.name),) if group.count > 1 else ()
+    return group.kind.name, (*several, *group.kind.synonyms)
 
 
 def ten(answer: str, others: tuple[str, ...], rng: random.Random) -> list[str]:
@@ -66,7 +65,8 @@ def open_questions(scene: Scene, rng: random.Random) -> list[Asked]:
     asked: list[Asked] = []
     for category, forms in CATEGORY_QUESTIONS.items():
         found = [group for group in groups if group.kind.category == category]
-        if len(found) == 1:
+        rival = category == "food" and any(group.kind.category == "fruit" for group in groups)
+        if len(found) == 1 and not rival:  # fruit is food, too
             group = found[0]
             name, others = (group.kind.mood, ()) if category == "face" else answer_name(group)
             text = rng.choice(forms)
@@ -75,9 +75,7 @@ def open_questions(scene: Scene, rng: random.Random) -> list[Asked]:
             asked.append((text, name, others, "other", f"what {category}"))
     for group in groups:
         if rng.random() < ASK_COUNT[group.count]:
-            near = tuple(NUMBER_WORDS[n] for n in {group.count})
-            if group.count > 2:
-                near += (str(group.count - 1),)
+            near = (NUMBERS[group.count], *([str(group.count - 1)] if group.count > 2 else []))
             many = plural(group.kind.name)
             text = rng.choice((f"how many {many} are there", f"how many {many} can you see"))
             asked.append((text, str(group.count), near, "number", "how many"))
@@ -102,6 +100,9 @@ def open_questions(scene: Scene, rng: random.Random) -> list[Asked]:
         name, others = answer_name(sizes[word])
         text = f"what is {rng.choice(comparative)}, {the(first)} or {the(second)}"
         asked.append((text, name, others, "other", "what is bigger"))
+    if len(groups) == 1 and groups[0].count == 1:
+        text = f"where in the picture is {the(groups[0])}"
+        asked.append((text, re.sub("^(in|on|at) the ", "", spot(groups[0])), (), "other", "which part"))
     if scene.background.place:
         text = rng.choice(
             (f"where {be(groups[0])} {the(groups[0])}", "what is in the background", "where is this")
@@ -130,10 +131,17 @@ def closed_questions(scene: Scene, rng: random.Random) -> list[Asked]:
         asked.append((form.format(right if truth else wrong), "yes" if truth else "no", (), "yes/no", kind))
 
     present = {group.kind.name for group in groups}
-    absent = rng.choice([name for name in kinds() if name not in present])
+    seen = present | set(scene.background.shows)
+    absent = rng.sample([name for name in kinds() if not any(alike(name, other) for other in seen)], 2)
     form = rng.choice(("is there {} in the picture", "can you see {}"))
-    toss(form, "is there", article(rng.choice(sorted(present))), article(absent))
+    toss(form, "is there", article(rng.choice(sorted(present))), article(absent[0]))
+    if len(groups) == 1:
+        toss("is this {}", "is there", article(groups[0].kind.name), article(absent[1]))
     one = rng.choice(groups)
+    if one.count > 1:
+        wrong = rng.choice([number for number in (2, 3, 4) if number != one.count])
+        form = f"are there {{}} {plural(one.kind.name)}"
+        toss(form, "are there so many", NUMBERS[one.count], NUMBERS[wrong])
     if one.kind.colourful:
         wrong = rng.choice([colour for colour in one.kind.looks if colour != one.colour])
         toss(f"{be(one)} {the(one)} {{}}", "is it this color", one.colour, wrong)
@@ -153,7 +161,7 @@ def closed_questions(scene: Scene, rng: random.Random) -> list[Asked]:
 
 
 def questions(scene: Scene, split: str, index: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Six to eight questions of a picture, as VQA annotations have them.
+    """The questions of a picture, seven where it gives as many, as VQA annotations have them.
 
     Args:
         scene: What they are about.
@@ -167,10 +175,10 @@ def questions(scene: Scene, split: str, index: int, rng: random.Random) -> list[
     """
     closed = closed_questions(scene, rng)
     rng.shuffle(closed)
-    closed = closed[:3]
     asked = open_questions(scene, rng)
     rng.shuffle(asked)
-    asked = asked[: PER_PICTURE - len(closed)] + closed
+    share = max(3, PER_PICTURE - len(asked))  # yes/no questions fill up what little a plain scene gives
+    asked = (closed[:share] + asked)[:PER_PICTURE]
     rng.shuffle(asked)
     first = (list(SPLITS).index(split) * 10_000_000 + index) * 10
     return [

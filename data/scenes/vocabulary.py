@@ -109,12 +109,12 @@ FRUIT = """
 1F352 red    pair of cherries
 1F34D -      pineapple
 1F95D green  kiwi, kiwi fruit
+1F951 green  avocado
 """
 FOOD = """
 1F955 orange carrot
 1F346 purple eggplant, aubergine
 1F344 red    mushroom, toadstool
-1F951 green  avocado
 1F9C0 yellow piece of cheese, chunk of cheese
 1F354 -      burger, hamburger
 1F35F -      portion of fries, box of fries
@@ -208,6 +208,7 @@ FACES = """
 1F610 neutral  bored      neutral face, straight face
 1F914 neutral  thoughtful thinking face, pensive face
 1F634 neutral  tired      sleeping face, sleepy face
+1F636 neutral  speechless silent face, face without a mouth
 1F62D negative sad        crying face, weeping face
 1F621 negative angry      angry face, furious face
 1F922 negative sick       sick face, nauseated face
@@ -236,7 +237,7 @@ def kinds() -> dict[str, Kind]:
             looks = {colour.replace("-", ""): (code, None)}
             found.append(Kind(name, category, looks, tuple(synonyms), name not in UNMIRRORED))
     for name, (synonyms, category, code, colour, others) in REPAINTED.items():
-        looks = {colour: (code, None), **{other: (code, colour) for other in others}}
+        looks = {colour: (code, None), **dict.fromkeys(others, (code, colour))}
         found.append(Kind(name, category, looks, synonyms))
     for name, (synonyms, category, variants) in FAMILIES.items():
         pairs = [variant.split() for variant in variants.split(", ")]
@@ -250,6 +251,16 @@ def kinds() -> dict[str, Kind]:
     return {kind.name: kind for kind in found}
 
 
+def alike(one: str, other: str) -> bool:
+    """Whether two kinds could be mistaken in words, as a tree and a pine tree: never in one picture."""
+    table = kinds()
+    return any(
+        one in name.split() or other in known.split()
+        for name in table[other].names
+        for known in table[one].names
+    )
+
+
 @dataclass(frozen=True)
 class Background:
     """One background.
@@ -259,23 +270,29 @@ class Background:
         phrases: What a caption may say about it; `{colour}` stands for its colour.
         place: What somebody answers to "where is it?"; empty where it is no place.
         synonyms: Other such answers.
+        shows: Kinds that can be seen in it already; no object of theirs is put in front of it.
     """
 
     name: str
     phrases: tuple[str, ...]
     place: str = ""
     synonyms: tuple[str, ...] = ()
+    shows: tuple[str, ...] = ()
 
 
 BACKGROUNDS = (
     Background("meadow", ("in a meadow", "on the grass", "in a green field"), "meadow", ("grass", "field")),
     Background("beach", ("on the beach", "at the beach", "on a sandy beach"), "beach", ("sand",)),
-    Background("night", ("at night", "under the stars", "in the night sky"), "night sky", ("stars", "sky")),
+    Background(
+        "night", ("under the stars", "at night", "in the night sky"), "night sky", ("stars", "sky"), ("star",)
+    ),
     Background("snow", ("in the snow", "in a snowy landscape"), "snow", ("snowy landscape",)),
     Background("desert", ("in the desert", "in a sandy desert"), "desert", ("sand dunes",)),
     Background("sea", ("in the sea", "under water", "in the ocean"), "sea", ("ocean", "water")),
-    Background("room", ("in a room", "indoors", "inside a room"), "room", ("indoors", "house")),
-    Background("street", ("on a street", "on the road", "in the street"), "street", ("road",)),
+    Background("room", ("in a room", "indoors", "inside a room"), "room", ("indoors", "house"), ("house",)),
+    Background(
+        "street", ("on a street", "on the road", "in the street"), "street", ("road",), ("house", "castle")
+    ),
     Background("plain", ("on a {colour} background", "in front of a {colour} wall")),
     Background("gradient", ("on a {colour} background", "against a {colour} backdrop")),
     Background("stripes", ("on a striped {colour} background", "in front of striped {colour} wallpaper")),
