@@ -1,0 +1,439 @@
+"""The vision-language model: an image tower's tokens, projected, are the prefix of a causal language model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+from finetune.connectors import build_connector, token_grid
+from finetune.recipe import (
+    CaptionTask,
+    Connector,
+    Decoding,
+    FinetuneRecipe,
+    SmallLanguageModel,
+    Task,
+)
+from finetune.text import IGNORED, require_end_and_pad, token_ids
+from pairstream.atomic import new_folder, write_text
+from pretrain.checkpoint import complete_checkpoints, save_tensors
+from pretrain.encoder import Encoder, load_encoder
+
+TASK = "task.json"
+FORMAT = 1
+Picture = Image.Image | bytes | Tensor
+
+
+class VisionLanguageModel(nn.Module):
+    """Writes captions or answers, given a picture and a prompt.
+
+    The sequence is `[image tokens][prompt][answer][end]`. Each picture is encoded once, however many texts there are
+    to it. The image tower always stays in evaluation mode (batch statistics and dropout as after pretraining), also
+    when its weights train.
+
+    Args:
+        encoder: The dual encoder whose image tower sees.
+        connector: Its configuration.
+        language_model: A causal language model of transformers'.
+        tokenizer: The language model's, with an end and a padding token.
+        task: What the model is for.
+        decoding: How text is written when nothing else is said.
+        freeze_image_tower: Compute no gradient for the image tower.
+        freeze_language_model: The same for the language model.
+
+    Raises:
+        ValueError: The connector does not fit the tokens, or the image alone fills the context.
+
+    Example:
+        >>> model = load_task_model("runs/scenes_caption")                         # doctest: +SKIP
+        >>> model.caption([Image.open("cat.jpg")])                                 # doctest: +SKIP
+        ['a cat next to two red hearts']
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        connector: Connector,
+        language_model: Any,
+        tokenizer: Any,
+        task: Task,
+        decoding: Decoding,
+        *,
+        freeze_image_tower: bool = True,
+        freeze_language_model: bool = False,
+    ):
+        super().__init__()
+        self.encoder, self.tokenizer = encoder, tokenizer
+        self.task, self.decoding, self.connector_config = task, decoding, connector
+        self.freeze_image_tower = freeze_image_tower
+        self.image_tower = encoder.model.visual
+        self.language_model = language_model.to(encoder.device)
+        with torch.no_grad():
+            blank = torch.zeros(1, 3, *encoder.image_size, dtype=torch.uint8)
+            count = encoder.image_tokens(blank).shape[1]
+        self.connector = build_connector(
+            connector,
+            grid=token_grid(count, encoder.image_size),
+            token_dim=encoder.token_dim,
+            width=language_model.get_input_embeddings().embedding_dim,
+        ).to(encoder.device)
+        self.image_tower.requires_grad_(not freeze_image_tower)
+        self.language_model.requires_grad_(not freeze_language_model)
+        if not freeze_image_tower:
+            self.freeze_unused(blank)
+        if self.prefix_length >= self.context:
+            raise ValueError(
+                f"the picture alone takes {self.prefix_length} positions of the language model's {self.context}: "
+                "raise connector.merge, or language_model.context"
+            )
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions that a picture takes in the language model."""
+        return int(self.connector.length)  # pyright: ignore
+
+    @property
+    def context(self) -> int:
+        """Positions that the language model has."""
+        return int(getattr(self.language_model.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    def freeze_unused(self, blank: Tensor) -> None:
+        """Freeze what the tokens do not depend on (pooling, projection): it is not said to train and then does not."""
+        self.encoder.image_tokens(blank).sum().backward()
+        for parameter in self.image_tower.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
+
+    def train(self, mode: bool = True) -> VisionLanguageModel:
+        """Training mode for connector and language model; the image tower stays in evaluation mode."""
+        super().train(mode)
+        self.image_tower.eval()
+        return self
+
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """uint8 `(b, 3, h, w)` to the image tower's tokens `(b, n, token_dim)`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_image_tower):
+            return self.encoder.image_tokens(images)
+
+    def forward(
+        self,
+        image_of_text: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        images: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Summed cross-entropy of the answers.
+
+        Args:
+            image_of_text: int64 `(n,)`, each text's picture in the batch.
+            input_ids: int64 `(n, length)`, prompt and answer, padded on the right.
+            attention_mask: int64 `(n, length)`, 0 on padding.
+            labels: int64 `(n, length)`, -100 on prompt and padding.
+            images: uint8 `(b, 3, h, w)`; or
+            tokens: float `(b, n_tokens, token_dim)`, what `image_tokens` made of them earlier.
+
+        Returns:
+            A scalar: the sum, not the mean, so that the caller can divide by the tokens of all ranks.
+        """
+        if tokens is None:
+            assert images is not None, "give images or their tokens"
+            tokens = self.image_tokens(images)
+        prefix = self.connector(tokens)[image_of_text]  # (n, p, width)
+        words = self.language_model.get_input_embeddings()(input_ids)  # (n, length, width)
+        embeddings = torch.cat([prefix.to(words.dtype), words], dim=1)
+        seen = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
+        length = input_ids.shape[1]
+        # The last image token predicts the first word, so one position more than there are words.
+        logits = self.language_model(
+            inputs_embeds=embeddings, attention_mask=seen, logits_to_keep=length + 1, use_cache=False
+        ).logits[:, :-1]  # (n, length, vocabulary)
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def caption(self, images: Sequence[Picture], decoding: Decoding | None = None) -> list[str]:
+        """Write a caption for each picture.
+
+        Args:
+            images: PIL images, file contents, or uint8 `(3, H, W)`.
+            decoding: How; the model's own when None.
+
+        Returns:
+            One text a picture.
+
+        Raises:
+            ValueError: The model was made for questions.
+            data.faults.Fault: File contents that are no picture.
+        """
+        if not isinstance(self.task, CaptionTask):
+            raise ValueError(f"this model was trained for {self.task.kind}: use answer(images, questions)")
+        if len(images) == 0:
+            return []
+        prompts = [self.task.prompt] * len(images)
+        return self.write(self.see(images), list(range(len(images))), prompts, decoding)
+
+    def answer(
+        self, images: Sequence[Picture], questions: Sequence[str], decoding: Decoding | None = None
+    ) -> list[str]:
+        """Answer one question about each picture.
+
+        Args:
+            images: PIL images, file contents, or uint8 `(3, H, W)`.
+            questions: As many.
+            decoding: How; the model's own when None.
+
+        Returns:
+            One answer a question.
+
+        Raises:
+            ValueError: Numbers differ, an empty question, one that does not fit the context, or a model made for
+                captions.
+            data.faults.Fault: File contents that are no picture.
+        """
+        if isinstance(questions, str) or len(images) != len(questions):
+            raise ValueError(
+                f"got {len(images)} pictures and {questions!r}: expected one question for each picture"
+            )
+        if len(images) == 0:
+            return []
+        return self.write(
+            self.see(images),
+            list(range(len(images))),
+            [self.prompt(question) for question in questions],
+            decoding,
+        )
+
+    def prompt(self, question: str) -> str:
+        """The prompt that asks a question."""
+        if isinstance(self.task, CaptionTask):
+            raise ValueError("this model was trained for captions: use caption(images)")
+        if not question.strip():
+            raise ValueError("an empty question cannot be answered: expected some words")
+        return self.task.prompt.format(question=question.strip())
+
+    @torch.no_grad()
+    def see(self, images: Sequence[Picture] | Tensor) -> Tensor:
+        """Pictures to the prefix that `write` continues: float `(b, prefix_length, width)`.
+
+        Args:
+            images: PIL images, file contents, uint8 `(3, H, W)`; or uint8 `(b, 3, h, w)` of the model's size.
+        """
+        if not (isinstance(images, Tensor) and images.shape[-2:] == self.encoder.image_size):
+            images = torch.stack([self.encoder.preprocess(image) for image in images])
+        return self.connector(self.image_tokens(images))
+
+    @torch.no_grad()
+    def write(
+        self,
+        prefix: Tensor,
+        image_of_text: Sequence[int],
+        prompts: Sequence[str],
+        decoding: Decoding | None = None,
+        *,
+        use_cache: bool = True,
+    ) -> list[str]:
+        """Continue prompts after their pictures, through transformers' own `generate`.
+
+        Rows of unequal length are padded on the left, and the padding is masked: a text does not depend on its
+        neighbours in the batch.
+
+        Args:
+            prefix: What `see` made of the pictures, `(b, prefix_length, width)`.
+            image_of_text: Each prompt's picture.
+            prompts: Texts, possibly empty.
+            decoding: How; the model's own when None.
+            use_cache: Keep keys and values of earlier positions. Off gives the same text, more slowly.
+
+        Returns:
+            One text a prompt.
+
+        Raises:
+            ValueError: A prompt, with picture and room to write, is longer than the context.
+        """
+        decoding = decoding or self.decoding
+        if not prompts:
+            return []
+        rows = [token_ids(self.tokenizer, prompt) for prompt in prompts]
+        longest = max(len(row) for row in rows)
+        needed = self.prefix_length + longest + decoding.max_new_tokens
+        if needed > self.context:
+            raise ValueError(
+                f"the prompt does not fit: {self.prefix_length} positions for the picture + {longest} for the prompt + "
+                f"{decoding.max_new_tokens} to write = {needed}, the language model has {self.context}. "
+                "Shorten it, or lower decoding.max_new_tokens"
+            )
+        training = self.training
+        self.eval()
+        embed = self.language_model.get_input_embeddings()
+        sequences = [
+            torch.cat([prefix[picture], embed(torch.tensor(row, dtype=torch.int64, device=self.device))])
+            for picture, row in zip(image_of_text, rows, strict=True)
+        ]
+        embeddings = pad_sequence(sequences, batch_first=True, padding_side="left")  # (n, length, width)
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=self.device)
+        places = torch.arange(embeddings.shape[1], device=self.device)
+        seen = (places >= embeddings.shape[1] - lengths[:, None]).long()  # (n, length)
+        config = GenerationConfig(
+            max_new_tokens=decoding.max_new_tokens,
+            num_beams=decoding.num_beams,
+            do_sample=False,
+            use_cache=use_cache,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        written = self.language_model.generate(
+            inputs_embeds=embeddings, attention_mask=seen, generation_config=config
+        )
+        self.train(training)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model as one folder that `load_task_model` opens offline.
+
+        Raises:
+            OSError: The disk is full or not writable; what was there before is untouched.
+        """
+        folder = Path(folder)
+        with new_folder(folder) as temporary:
+            self.write_into(temporary, final=folder)
+        return folder
+
+    def write_into(self, folder: Path, *, final: Path) -> None:
+        """Write all parts into an existing folder that will be known as `final`."""
+        (folder / "encoder").mkdir()
+        self.encoder.write_into(folder / "encoder", final=final / "encoder")
+        state = {
+            name: value.detach().cpu().contiguous() for name, value in self.connector.state_dict().items()
+        }
+        save_tensors(state, folder / "connector.safetensors")
+        self.language_model.save_pretrained(folder / "language_model")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        content = {
+            "format": FORMAT,
+            "task": self.task.model_dump(),
+            "decoding": self.decoding.model_dump(),
+            "connector": self.connector_config.model_dump(),
+        }
+        write_text(folder / TASK, json.dumps(content, indent=2) + "\n")
+
+
+def build_task_model(
+    recipe: FinetuneRecipe, encoder: Encoder, language_model: Any, tokenizer: Any
+) -> VisionLanguageModel:
+    """Join the parts as a recipe says."""
+    return VisionLanguageModel(
+        encoder,
+        recipe.connector,
+        language_model,
+        tokenizer,
+        recipe.task,
+        recipe.decoding,
+        freeze_image_tower=recipe.freeze_image_tower,
+        freeze_language_model=getattr(recipe.language_model, "freeze", False),
+    )
+
+
+def small_language_model(config: SmallLanguageModel, tokenizer: Any) -> GPT2LMHeadModel:
+    """A GPT-2-shaped language model with random weights."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=config.context,
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            resid_pdrop=config.dropout,
+            embd_pdrop=config.dropout,
+            attn_pdrop=config.dropout,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def pretrained_language_model(name: str) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, by hub name or folder.
+
+    Raises:
+        ValueError: No such model, or a tokenizer that cannot end a text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"language_model.name {name!r}: expected a folder or hub name of a causal language model with its "
+            f"tokenizer: {error}"
+        ) from error
+    return model, require_end_and_pad(tokenizer, name)
+
+
+def task_folder(folder: str | Path) -> Path:
+    """The task model that a folder means: itself, or the newest checkpoint of a run folder.
+
+    Raises:
+        FileNotFoundError: None is there.
+    """
+    folder = Path(folder).expanduser()
+    checkpoints = complete_checkpoints(folder / "checkpoints") if folder.is_dir() else []
+    for candidate in (folder, *(checkpoint / "model" for checkpoint in checkpoints)):
+        if (candidate / TASK).is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"no task model in {folder}: expected {TASK} there, or a run folder of `finetune`"
+    )
+
+
+def load_task_model(folder: str | Path, *, device: str = "auto") -> VisionLanguageModel:
+    """Open a saved captioner or VQA model; nothing is downloaded.
+
+    Args:
+        folder: What `VisionLanguageModel.save` wrote, or a run folder of `pairstream finetune`.
+        device: A torch device, or `auto`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: No task model is there.
+        ValueError: A part is damaged or of another version.
+    """
+    folder = task_folder(folder)
+    try:
+        content = json.loads((folder / TASK).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+        connector = TypeAdapter(Connector).validate_python(content["connector"])
+        task = TypeAdapter(Task).validate_python(content["task"])
+        decoding = Decoding(**content["decoding"])
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        language_model = AutoModelForCausalLM.from_pretrained(
+            folder / "language_model", local_files_only=True
+        )
+        state = load_file(folder / "connector.safetensors")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{folder}: a part of this task model is damaged or missing: {error}") from error
+    encoder = load_encoder(folder / "encoder", device=device)
+    model = VisionLanguageModel(encoder, connector, language_model, tokenizer, task, decoding)
+    model.connector.load_state_dict(state)
+    return model.eval()

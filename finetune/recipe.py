@@ -1,0 +1,203 @@
+"""What a fine-tuning recipe says; no torch here, so that `--help` and the checks are quick."""
+
+from __future__ import annotations
+
+from string import Formatter
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pairstream.recipe import Config
+from pretrain.recipe import AdamW, Checkpoints, Cosine, OpenClipModel
+
+
+class Linear(Config):
+    """One matrix from image tokens to the language model's width."""
+
+    kind: Literal["linear"] = "linear"
+    merge: int = Field(default=1, ge=1)
+    """Neighbouring image tokens, merge x merge, that become one (side by side in its channels); see `Mlp`."""
+
+
+class Mlp(Config):
+    """Two layers with a GELU between; more than a matrix can say, at a few percent of the time."""
+
+    kind: Literal["mlp"] = "mlp"
+    merge: int = Field(default=1, ge=1)
+    """Neighbouring image tokens, merge x merge, that become one (side by side in its channels).
+
+    The prefix is what the language model spends most of its time on: 2 makes it four times shorter and loses nothing.
+    """
+
+
+Connector = Annotated[Linear | Mlp, Field(discriminator="kind")]
+
+
+class SmallLanguageModel(Config):
+    """A GPT-2-shaped language model with random weights, and a byte-level BPE vocabulary of the training texts."""
+
+    kind: Literal["config"] = "config"
+    width: int = Field(default=256, ge=8)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
+    context: int = Field(default=256, ge=8)
+    """Positions: image tokens, prompt and answer together must fit."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    vocabulary: int = Field(default=2000, ge=300)
+    """Pieces at the most; 256 of them are the bytes, so that any text can be said."""
+
+    @model_validator(mode="after")
+    def fits(self) -> SmallLanguageModel:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class PretrainedLanguageModel(Config):
+    """A causal language model of transformers' with its tokenizer."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    name: str
+    """A hub name such as `openai-community/gpt2`, or a folder (config.json, model.safetensors, tokenizer files)."""
+    freeze: bool = False
+    """Train only the connector (and the image tower, unless it is frozen as well)."""
+
+
+LanguageModel = Annotated[SmallLanguageModel | PretrainedLanguageModel, Field(discriminator="kind")]
+
+
+class CaptionTask(Config):
+    """Write a caption of the picture."""
+
+    kind: Literal["caption"] = "caption"
+    prompt: str = ""
+    """Words before the caption; a pretrained language model may like `A photo of`."""
+
+
+class VqaTask(Config):
+    """Answer questions about the picture by writing the answer."""
+
+    kind: Literal["vqa"] = "vqa"
+    prompt: str = "{question}"
+    """The question's place in the prompt; `Question: {question} Answer:` suits a pretrained language model."""
+    questions: int = Field(default=4, ge=1)
+    """Questions drawn for each picture in a step. The picture is encoded once for all of them."""
+    target: Literal["majority", "sample"] = "majority"
+    """Train on the most frequent human answer, or on one drawn anew each time (softer, for real humans)."""
+    accuracy: Literal["official", "fixed"] = "fixed"
+    """Mode of the VQA accuracy; docs/finetuning.md has the difference."""
+
+    @field_validator("prompt")
+    @classmethod
+    def has_question(cls, value: str) -> str:
+        try:
+            names = [name for _, name, _, _ in Formatter().parse(value) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"not a template: {error}") from error
+        if names != ["question"]:
+            raise ValueError("expected exactly one {question} in the prompt")
+        return value
+
+
+Task = Annotated[CaptionTask | VqaTask, Field(discriminator="kind")]
+
+
+class Data(Config):
+    """Shards and how they are read."""
+
+    train: str | tuple[str, ...]
+    """Shards: a folder, glob, braces or URL; or several."""
+    val: str | tuple[str, ...]
+    """Shards that the results are measured on."""
+    workers: int = Field(default=0, ge=0)
+    """Loader processes of each rank."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Share of the area that a random crop keeps, least and most; (1, 1) takes the evaluation's picture."""
+    cache_image_tokens: bool = False
+    """Encode each training picture once and keep its tokens in memory (samples x tokens x width x 4 bytes).
+
+    Needs a frozen image tower and no random crop. Steps then cost the language model alone.
+    """
+    max_faults: float = Field(default=0.01, ge=0, lt=1)
+    """Share of bad samples past which the run stops."""
+
+    @field_validator("train", "val")
+    @classmethod
+    def not_empty(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("the shard list is empty: give a folder, glob or URL of .tar shards")
+        return value
+
+
+class Decoding(Config):
+    """How text is written."""
+
+    num_beams: int = Field(default=1, ge=1)
+    """1 is greedy; 3 to 5 give captions a few CIDEr points more at about that many times the work."""
+    max_new_tokens: int = Field(default=30, ge=1)
+    """Tokens written at the most, the image and prompt not counted."""
+
+
+class Evaluation(Config):
+    """What is measured on the validation shards, and how often."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between evaluations; None measures once, at the end."""
+    pictures: int | None = Field(default=None, ge=1)
+    """Pictures at the most, the first of the shards; None takes all. CIDEr depends on this number."""
+    batch_size: int = Field(default=64, ge=1)
+    """Pictures in a batch, on each rank."""
+    wall: int = Field(default=24, ge=0)
+    """Pictures on the report's wall."""
+
+
+class FinetuneRecipe(Config):
+    """All of a fine-tuning run."""
+
+    run: str
+    """The run folder, such as `runs/scenes_caption`."""
+    model: OpenClipModel
+    """The dual encoder: a run or checkpoint folder, an open_clip name, `local-dir:` or `hf-hub:`."""
+    task: Task
+    data: Data
+    connector: Connector = Mlp()
+    language_model: LanguageModel = SmallLanguageModel()
+    freeze_image_tower: bool = True
+    """Frozen, it stays in evaluation mode and no gradient is computed for it."""
+    tower_lr: float = Field(default=0.1, gt=0)
+    """Learning rate of an image tower that trains, as a multiple of that of the other parts."""
+    batch_size: int = Field(default=64, ge=1)
+    """Pictures in a step, over all ranks together."""
+    steps: int = Field(ge=1)
+    """Optimiser steps."""
+    optim: AdamW = AdamW(lr=1e-3, weight_decay=0.05)
+    schedule: Cosine = Cosine(warmup=50)
+    decoding: Decoding = Decoding()
+    evaluate: Evaluation = Evaluation()
+    checkpoint: Checkpoints = Checkpoints()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` takes bf16 on a GPU that has it and fp32 elsewhere."""
+    seed: int = Field(default=0, ge=0)
+    log_every: int = Field(default=20, ge=1)
+    """Optimiser steps between lines of log.jsonl."""
+    processes: int | None = Field(default=None, ge=1)
+    """How many processes the run is meant for; None takes as many as were started."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Accelerate's trackers that get the log as well."""
+
+    @model_validator(mode="after")
+    def possible(self) -> FinetuneRecipe:
+        if self.schedule.warmup >= self.steps:
+            raise ValueError(
+                f"schedule.warmup ({self.schedule.warmup}) must be below steps ({self.steps}): "
+                "the learning rate would never reach its peak"
+            )
+        if self.data.cache_image_tokens and not self.freeze_image_tower:
+            raise ValueError(
+                "data.cache_image_tokens needs freeze_image_tower: tokens of a tower that trains change"
+            )
+        if self.data.cache_image_tokens and self.data.crop_scale != (1.0, 1.0):
+            raise ValueError(
+                "data.cache_image_tokens needs data.crop_scale [1.0, 1.0]: random crops cannot be kept"
+            )
+        return self

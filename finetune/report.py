@@ -1,0 +1,74 @@
+"""The report of a fine-tuning run: numbers beside their baselines, curves, and pictures with what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.recipe import FinetuneRecipe
+from finetune.tasks import Row, TaskKind
+from pairstream.report import Report
+from pairstream.run import RunFolder
+
+CAPTION_ROWS = (("CIDEr-D", "cider"), ("BLEU-4", "bleu4"), ("BLEU-1", "bleu1"), ("ROUGE-L", "rouge_l"))
+
+
+def write_report(
+    folder: RunFolder, recipe: FinetuneRecipe, task: TaskKind, metrics: dict[str, Any], rows: Sequence[Row]
+) -> None:
+    """Write `report.html` and `report.json` of a finished run."""
+    title = "Captions" if recipe.task.kind == "caption" else "Visual questions"
+    report = Report(
+        f"{title}: {folder.path.name}", f"{recipe.model.name}, {metrics['images']:,} held-out pictures"
+    )
+    if recipe.task.kind == "caption":
+        add_caption_numbers(report, metrics)
+    else:
+        add_answer_numbers(report, metrics)
+    wall = "Captions written for held-out pictures" if recipe.task.kind == "caption" else "Questions answered"
+    report.cards(wall, task.cards(rows))
+    log = folder.read_log()
+    lines = [record for record in log if record.get("loss") is not None]
+    report.curves(
+        "Loss", {"training": [(line["step"], line["loss"]) for line in lines]}, y="cross-entropy, nats"
+    )
+    measured = [(record["step"], record["evaluation"][task.main]) for record in log if "evaluation" in record]
+    if len(measured) > 1:
+        report.curves(task.main, {"held out": measured})
+    report.write(folder.path)
+
+
+def add_caption_numbers(report: Report, metrics: dict[str, Any]) -> None:
+    report.numbers(
+        [
+            (label, round(metrics[name], 3), f"most frequent caption: {metrics[f'baseline_{name}']:.3f}")
+            for label, name in CAPTION_ROWS
+        ]
+    )
+    report.text(
+        f"The trivial caption is “{metrics['baseline_caption']}”. {metrics['distinct_captions']:,} different captions "
+        f"were written for {metrics['images']:,} pictures. Tokeniser: {metrics['tokeniser']}; document frequencies of "
+        f"CIDEr-D: {metrics['df_source']}."
+    )
+
+
+def add_answer_numbers(report: Report, metrics: dict[str, Any]) -> None:
+    report.numbers(
+        [
+            (
+                "VQA accuracy",
+                round(metrics["accuracy"], 3),
+                f"{metrics['questions']:,} questions, mode {metrics['mode']}",
+            ),
+            ("question only", round(metrics["question_only_baseline"], 3), metrics["question_only_model"]),
+            ("majority", round(metrics["majority_baseline"], 3), f"always “{metrics['majority_answer']}”"),
+        ]
+    )
+    for name in sorted(key for key in metrics if key.startswith("by_")):
+        blind = metrics["question_only"][name]
+        label = name.removeprefix("by_").replace("_", " ")
+        report.table(
+            [label, "accuracy", "question only"],
+            [[kind, round(value, 3), round(blind[kind], 3)] for kind, value in metrics[name].items()],
+            caption=f"VQA accuracy by {label}",
+        )

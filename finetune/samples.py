@@ -1,0 +1,210 @@
+"""From raw samples to rows and batches: what `data.stream.PairStream` is given for training and for evaluation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.faults import Fault
+from data.samples import RawSample
+from data.transforms import EvalTransform, TrainTransform, decode_image
+from finetune.recipe import CaptionTask, Task, VqaTask
+from finetune.text import Pair, make_pair, pack
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a sample, as the shard's JSON has it.
+
+    Attributes:
+        id: Its `question_id`, unique in the set; made from the key and place when the JSON has none.
+        text: The question.
+        answers: The humans' answers, usually ten.
+        kinds: `answer_type` and `question_type`, where the JSON has them.
+    """
+
+    id: Any
+    text: str
+    answers: list[str]
+    kinds: dict[str, str]
+
+    @property
+    def majority(self) -> str:
+        """The most frequent answer, the first of equally frequent ones."""
+        return Counter(self.answers).most_common(1)[0][0]
+
+
+def read_captions(sample: RawSample) -> list[str]:
+    """The captions of a sample.
+
+    Raises:
+        Fault: `missing_caption`.
+    """
+    captions = sample.captions()
+    if not captions:
+        raise Fault("missing_caption", "no caption in KEY.json and no text in KEY.txt")
+    return captions
+
+
+def read_questions(sample: RawSample) -> list[Question]:
+    """The questions of a sample.
+
+    Raises:
+        Fault: `missing_question` or `bad_question` (no text, or no answers).
+    """
+    entries = sample.record.get("questions")
+    if not entries:
+        raise Fault("missing_question", "no `questions` in KEY.json")
+    questions = []
+    for place, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+        text = entry.get("question") if isinstance(entry, dict) else None
+        found = entry.get("answers") if isinstance(entry, dict) else None
+        answers: list[Any] = [
+            answer.get("answer") if isinstance(answer, dict) else answer for answer in found or []
+        ]
+        if not isinstance(text, str) or not text.strip():
+            raise Fault("bad_question", f"question {place} is empty or no text: {entry!r}"[:200])
+        if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+            raise Fault(
+                "bad_question", f"question {place} has no answers, or one that is no text: {entry!r}"[:200]
+            )
+        kinds = {
+            name: entry[name] for name in ("answer_type", "question_type") if isinstance(entry.get(name), str)
+        }
+        questions.append(
+            Question(entry.get("question_id", f"{sample.key}/{place}"), text.strip(), answers, kinds)
+        )
+    return questions
+
+
+@dataclass(frozen=True)
+class TextLoad:
+    """All texts of a sample, for the tokenizer and the baselines: captions, or questions."""
+
+    task: Task
+
+    def __call__(self, sample: RawSample, rng: np.random.Generator) -> list[str] | list[Question]:
+        return read_captions(sample) if isinstance(self.task, CaptionTask) else read_questions(sample)
+
+
+@dataclass(frozen=True)
+class TrainLoad:
+    """A picture with the texts to learn.
+
+    Attributes:
+        task: Caption: one caption, drawn anew each epoch. VQA: `questions` of the sample's questions, likewise.
+        tokenizer: The language model's.
+        room: Tokens that prompt and answer may have.
+        transform: Of the picture; None where its tokens are kept, so that nothing is decoded.
+    """
+
+    task: Task
+    tokenizer: Any
+    room: int
+    transform: EvalTransform | TrainTransform | None
+
+    def __call__(self, sample: RawSample, rng: np.random.Generator) -> tuple[Tensor | None, list[Pair]]:
+        if isinstance(self.task, CaptionTask):
+            captions = read_captions(sample)
+            texts = [(self.task.prompt, captions[rng.integers(len(captions))])]
+        else:
+            texts = self.draw(self.task, read_questions(sample), rng)
+        pairs = [make_pair(self.tokenizer, prompt, answer) for prompt, answer in texts]
+        longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+        if longest > self.room:
+            raise Fault("text_too_long", f"{longest} tokens, the language model has room for {self.room}")
+        image = None if self.transform is None else self.transform(decode_image(sample.image), rng)
+        return image, pairs
+
+    @staticmethod
+    def draw(task: VqaTask, questions: list[Question], rng: np.random.Generator) -> list[tuple[str, str]]:
+        chosen = rng.permutation(len(questions))[: task.questions]
+        texts = []
+        for place in chosen:
+            question = questions[place]
+            answers = question.answers
+            answer = question.majority if task.target == "majority" else answers[rng.integers(len(answers))]
+            texts.append((task.prompt.format(question=question.text), answer))
+        return texts
+
+
+@dataclass(frozen=True)
+class TrainCollate:
+    """Stack pictures and pack the texts of a batch.
+
+    The batch: `images` uint8 `(b, 3, h, w)` (absent where the tokens are kept), `image_of_text` int64 `(n,)`, and what
+    `finetune.text.pack` makes.
+    """
+
+    pad: int
+    size: tuple[int, int]
+    pictures: bool = True
+
+    def __call__(self, rows: list[tuple[Tensor | None, list[Pair]]]) -> dict[str, Any]:
+        counts = torch.tensor([len(pairs) for _, pairs in rows], dtype=torch.int64)
+        batch: dict[str, Any] = pack([pair for _, pairs in rows for pair in pairs], self.pad)
+        batch["image_of_text"] = torch.repeat_interleave(torch.arange(len(rows)), counts)  # (n,)
+        if self.pictures:
+            batch["images"] = stack([image for image, _ in rows if image is not None], self.size)
+        return batch
+
+
+@dataclass(frozen=True)
+class EvalLoad:
+    """A picture with all that it is judged by; the file itself too for the first ones, to be shown."""
+
+    task: Task
+    transform: EvalTransform
+    shown: int = 0
+
+    def __call__(self, sample: RawSample, rng: np.random.Generator) -> dict[str, Any]:
+        judged = read_captions(sample) if isinstance(self.task, CaptionTask) else read_questions(sample)
+        return {
+            "key": sample.key,
+            "index": sample.index,
+            "image": self.transform(decode_image(sample.image)),
+            "file": sample.image if sample.index < self.shown else None,
+            "judged_by": judged,
+        }
+
+
+@dataclass(frozen=True)
+class EvalCollate:
+    """Pictures stacked, everything else as it is."""
+
+    size: tuple[int, int]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        images = stack([row.pop("image") for row in rows], self.size)
+        return {"images": images, "rows": rows}
+
+
+def stack(images: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """uint8 `(b, 3, h, w)`, also for none."""
+    return torch.stack(images) if images else torch.zeros((0, 3, *size), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class ImageLoad:
+    """Only the picture."""
+
+    transform: Callable[[Tensor], Tensor]
+
+    def __call__(self, sample: RawSample, rng: np.random.Generator) -> Tensor:
+        return self.transform(decode_image(sample.image))
+
+
+@dataclass(frozen=True)
+class ImageCollate:
+    """Only pictures."""
+
+    size: tuple[int, int]
+
+    def __call__(self, rows: list[Tensor]) -> dict[str, Any]:
+        return {"images": stack(rows, self.size)}

@@ -1,0 +1,182 @@
+"""What captioning and VQA do differently: texts to learn from, what is written, how it is judged and shown."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from finetune import ptb
+from finetune.baselines import QuestionOnly, most_frequent_caption
+from finetune.metrics import caption_metrics
+from finetune.model import VisionLanguageModel
+from finetune.recipe import CaptionTask, Task, VqaTask
+from finetune.samples import Question
+from finetune.vqa_accuracy import question_accuracy, vqa_accuracy
+from pairstream.report import Card
+
+# One evaluated picture: key, index, file (or None), judged_by, and `written`: one text or one for each question.
+Row = dict[str, Any]
+
+
+class TaskKind(Protocol):
+    """What the trainer asks of a task."""
+
+    main: str
+    """The number in `metrics.json` that the task is about."""
+
+    def learn(self, texts: Iterable[Any]) -> None:
+        """Take in all training texts of the sample rows, for the baselines."""
+        ...
+
+    def corpus(self, row: Any) -> Iterator[str]:
+        """A sample's texts, for the tokenizer."""
+        ...
+
+    def write(self, model: VisionLanguageModel, images: Tensor, rows: list[Row]) -> None:
+        """Fill in `written` of each row."""
+        ...
+
+    def score(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The numbers, the baselines beside them."""
+        ...
+
+    def predictions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """What was written, in the data set's own result format."""
+        ...
+
+    def cards(self, rows: Sequence[Row]) -> list[Card]:
+        """The wall of the report."""
+        ...
+
+
+class Captioning:
+    """Captions, judged by CIDEr-D, BLEU and ROUGE-L."""
+
+    main = "cider"
+
+    def __init__(self, task: CaptionTask):
+        self.task = task
+        self.baseline = ""
+
+    def corpus(self, row: list[str]) -> Iterator[str]:
+        yield from row
+        yield self.task.prompt
+
+    def learn(self, texts: Iterable[list[str]]) -> None:
+        self.baseline = most_frequent_caption(caption for row in texts for caption in row)
+
+    def write(self, model: VisionLanguageModel, images: Tensor, rows: list[Row]) -> None:
+        prompts = [self.task.prompt] * len(rows)
+        for row, text in zip(rows, model.write(model.see(images), range(len(rows)), prompts), strict=True):
+            row["written"] = text
+
+    def score(self, rows: Sequence[Row]) -> dict[str, Any]:
+        references = [row["judged_by"] for row in rows]
+        ours = caption_metrics([row["written"] for row in rows], references)
+        baseline = caption_metrics([self.baseline] * len(rows), references)
+        return {
+            **ours,
+            **{f"baseline_{name}": value for name, value in baseline.items()},
+            "baseline_caption": self.baseline,
+            "images": len(rows),
+            "distinct_captions": len({row["written"] for row in rows}),
+            "tokeniser": ptb.NAME,
+            "df_source": "references of this evaluation",
+        }
+
+    def predictions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        return [{"image_id": row["key"], "caption": row["written"]} for row in rows]
+
+    def cards(self, rows: Sequence[Row]) -> list[Card]:
+        return [
+            Card(shrink(row["file"]), row["written"], [f"human: {row['judged_by'][0]}"])
+            for row in rows
+            if row["file"]
+        ]
+
+
+class VisualQuestions:
+    """Answers, judged by VQA accuracy."""
+
+    main = "accuracy"
+
+    def __init__(self, task: VqaTask):
+        self.task = task
+        self.blind: QuestionOnly | None = None
+
+    def corpus(self, row: list[Question]) -> Iterator[str]:
+        for question in row:
+            yield self.task.prompt.format(question=question.text)
+            yield question.majority
+
+    def learn(self, texts: Iterable[list[Question]]) -> None:
+        self.blind = QuestionOnly(question for row in texts for question in row)
+
+    def write(self, model: VisionLanguageModel, images: Tensor, rows: list[Row]) -> None:
+        pictures = [place for place, row in enumerate(rows) for _ in row["judged_by"]]
+        prompts = [model.prompt(question.text) for row in rows for question in row["judged_by"]]
+        answers = iter(model.write(model.see(images), pictures, prompts))
+        for row in rows:
+            row["written"] = [next(answers) for _ in row["judged_by"]]
+
+    def score(self, rows: Sequence[Row]) -> dict[str, Any]:
+        assert self.blind is not None, "learn() comes first"
+        mode = self.task.accuracy
+        questions: list[Question] = [question for row in rows for question in row["judged_by"]]
+        truth = [question.answers for question in questions]
+        names = sorted({name for question in questions for name in question.kinds})
+        types = {name: [question.kinds.get(name, "(none)") for question in questions] for name in names}
+        ours = vqa_accuracy([text for row in rows for text in row["written"]], truth, mode=mode, types=types)
+        majority = vqa_accuracy([self.blind.majority] * len(truth), truth, mode=mode)
+        blind = vqa_accuracy(
+            [self.blind.answer(question.text) for question in questions], truth, mode=mode, types=types
+        )
+        return {
+            **ours,
+            "majority_baseline": majority["accuracy"],
+            "majority_answer": self.blind.majority,
+            "question_only_baseline": blind["accuracy"],
+            "question_only": {name: value for name, value in blind.items() if name.startswith("by_")},
+            "question_only_model": "most frequent training answer to the same question, else to its first words",
+            "images": len(rows),
+        }
+
+    def predictions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        return [
+            {"question_id": question.id, "answer": text}
+            for row in rows
+            for question, text in zip(row["judged_by"], row["written"], strict=True)
+        ]
+
+    def cards(self, rows: Sequence[Row]) -> list[Card]:
+        cards = []
+        for number, row in enumerate(rows):
+            if not row["file"]:
+                continue
+            place = number % len(row["judged_by"])  # another kind of question from card to card
+            question, text = row["judged_by"][place], row["written"][place]
+            right = question_accuracy(text, question.answers, self.task.accuracy) >= 0.5
+            lines = [f"answer: {text}"] + ([] if right else [f"humans: {question.majority}"])
+            cards.append(Card(shrink(row["file"]), question.text, lines, "right" if right else "wrong"))
+        return cards
+
+
+def make_task(task: Task) -> TaskKind:
+    """The implementation of a recipe's `task`."""
+    return Captioning(task) if isinstance(task, CaptionTask) else VisualQuestions(task)
+
+
+def shrink(file: bytes, side: int = 256) -> bytes:
+    """An encoded picture of at most `side` pixels, as it is when it is small enough."""
+    with Image.open(io.BytesIO(file)) as image:
+        if max(image.size) <= side:
+            return file
+        small = image.convert("RGB")
+        small.thumbnail((side, side))
+        out = io.BytesIO()
+        small.save(out, "JPEG", quality=85)
+        return out.getvalue()

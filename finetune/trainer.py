@@ -1,0 +1,398 @@
+"""The fine-tuning loop: one stream, one model, one optimiser, on one process or many."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from data.stream import Batch, PairStream
+from data.transforms import TrainTransform
+from finetune.model import (
+    VisionLanguageModel,
+    build_task_model,
+    load_task_model,
+    pretrained_language_model,
+    small_language_model,
+)
+from finetune.recipe import FinetuneRecipe, PretrainedLanguageModel
+from finetune.report import write_report
+from finetune.samples import EvalCollate, EvalLoad, ImageCollate, ImageLoad, TextLoad, TrainCollate, TrainLoad
+from finetune.tasks import Row, make_task
+from finetune.text import IGNORED, train_tokenizer, wrap_tokenizer
+from pairstream.atomic import write_text
+from pairstream.progress import ProgressBar
+from pairstream.run import RunFolder, finite
+from pretrain.checkpoint import (
+    clear_leftovers,
+    complete_checkpoints,
+    load_optimizer_state,
+    read_training_state,
+    save_checkpoint,
+    step_folder,
+)
+from pretrain.encoder import load_encoder
+from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from pretrain.trainer import Window, make_accelerator, mix, peak_memory_mb
+
+TOKENIZER_SAMPLES = 100_000  # samples whose texts the tokenizer and the baselines are made from
+
+
+class Finetuner:
+    """Trains the captioner or VQA model of a recipe.
+
+    The state of a run is its step: batches, drawn captions and dropout of a step are functions of (seed, step), so
+    that a resumed run goes on bit for bit where the checkpoint was made (on CPU).
+
+    Args:
+        recipe: All of the run.
+        resume: Continue from the run folder's newest checkpoint, or start if it has none.
+        overwrite: Replace an earlier run of that folder.
+
+    Raises:
+        ValueError: The recipe does not fit the data, the encoder, the number of processes, or the checkpoint.
+        FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was given.
+
+    Example:
+        >>> Finetuner(recipe).train()["cider"]                                     # doctest: +SKIP
+        0.91
+    """
+
+    def __init__(self, recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = False):
+        self.recipe = recipe
+        self.began = time.monotonic()
+        # It reads the keys that both kinds of recipe have.
+        self.accelerator = make_accelerator(recipe)  # pyright: ignore[reportArgumentType]
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        if recipe.batch_size % self.world:
+            raise ValueError(
+                f"batch_size {recipe.batch_size} (over all ranks) cannot be split over {self.world} processes: "
+                f"take a multiple of {self.world}"
+            )
+        self.folder = RunFolder(recipe.run, resume=resume, overwrite=overwrite, writes=self.main)
+        if self.main:
+            clear_leftovers(self.folder.checkpoints)
+        self.task = make_task(recipe.task)
+        self.step, self.history, self.saved = 0, {}, {}
+        texts = self.read_texts()
+        found = complete_checkpoints(self.folder.checkpoints) if resume else []
+        self.model = self.restore(found[0]) if found else self.build(texts)
+        if resume and not found:
+            self.say(f"nothing to resume in {self.folder.path}: starting at step 0")
+        self.optimizer = build_optimizer(
+            self.model.named_parameters(), recipe.optim, lr_scale={"image_tower.": recipe.tower_lr}
+        )
+        load_optimizer_state(self.optimizer, self.saved)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.kept = self.keep_image_tokens() if recipe.data.cache_image_tokens else None
+        self.stream = self.open_train()
+        if self.main and self.step == 0:
+            self.folder.write_recipe(recipe)
+
+    def read_texts(self) -> list[Any]:
+        """All training texts, for the tokenizer and the baselines; the pictures are not decoded."""
+        limit = -(-TOKENIZER_SAMPLES // 256)
+        stream = PairStream(
+            self.recipe.data.train,
+            TextLoad(self.recipe.task),
+            Texts(),
+            batch_size=256,
+            shuffle=False,
+            workers=self.recipe.data.workers,
+            max_faults=self.recipe.data.max_faults,
+        )
+        texts = [
+            row for batch in stream.iterate(0, min(stream.batches_per_epoch, limit)) for row in batch["rows"]
+        ]
+        self.task.learn(texts)
+        return texts
+
+    def build(self, texts: list[Any]) -> VisionLanguageModel:
+        """The model at step 0."""
+        recipe, config = self.recipe, self.recipe.language_model
+        encoder = load_encoder(
+            recipe.model.name, pretrained=recipe.model.pretrained, device=str(self.accelerator.device)
+        )
+        torch.manual_seed(recipe.seed)
+        if isinstance(config, PretrainedLanguageModel):
+            language_model, tokenizer = pretrained_language_model(config.name)
+        else:
+            corpus = (text for row in texts for text in self.task.corpus(row))
+            made = [
+                train_tokenizer(corpus, config.vocabulary).backend_tokenizer.to_str() if self.main else ""
+            ]
+            if self.world > 1:
+                broadcast_object_list(made)
+            tokenizer = wrap_tokenizer(made[0])
+            language_model = small_language_model(config, tokenizer)
+        return build_task_model(recipe, encoder, language_model, tokenizer)
+
+    def restore(self, checkpoint: Path) -> VisionLanguageModel:
+        """The model as a checkpoint has it, and the state of the run."""
+        state, self.saved = read_training_state(checkpoint)
+        changed = [key for key, value in self.identity().items() if state["identity"].get(key) != value]
+        if changed:
+            raise ValueError(
+                f"{checkpoint}: cannot resume with another {', '.join(changed)}: the run would not be the one that "
+                "was begun. Change it back, or start a new run with --run NAME."
+            )
+        self.step, self.history = state["step"], state["history"]
+        self.folder.rewind_log(self.step)
+        self.say(f"resuming at step {self.step} from {checkpoint}")
+        parts = load_task_model(checkpoint / "model", device=str(self.accelerator.device))
+        model = build_task_model(self.recipe, parts.encoder, parts.language_model, parts.tokenizer)
+        model.connector.load_state_dict(parts.connector.state_dict())
+        return model
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a run is resumed."""
+        recipe = self.recipe.model_dump(mode="json")
+        same = (
+            "model",
+            "task",
+            "connector",
+            "language_model",
+            "freeze_image_tower",
+            "tower_lr",
+            "batch_size",
+        )
+        return {key: recipe[key] for key in (*same, "seed", "steps", "optim", "schedule")}
+
+    def open_train(self) -> PairStream:
+        """The training batches of this rank."""
+        recipe, encoder = self.recipe, self.model.encoder
+        crop = recipe.data.crop_scale
+        transform = (
+            encoder.transform if crop == (1.0, 1.0) else TrainTransform(encoder.image_size, scale=crop)
+        )
+        return PairStream(
+            recipe.data.train,
+            TrainLoad(
+                recipe.task,
+                self.model.tokenizer,
+                room=self.model.context - self.model.prefix_length,
+                transform=None if self.kept is not None else transform,
+            ),
+            TrainCollate(self.model.tokenizer.pad_token_id, encoder.image_size, pictures=self.kept is None),
+            batch_size=recipe.batch_size // self.world,
+            seed=recipe.seed,
+            rank=self.rank,
+            world_size=self.world,
+            workers=recipe.data.workers,
+            max_faults=recipe.data.max_faults,
+        )
+
+    def keep_image_tokens(self) -> Tensor:
+        """The frozen tower's tokens of all training pictures, `(samples, n, token_dim)`, in main memory.
+
+        Every rank keeps all of them: an epoch deals the pictures anew.
+        """
+        encoder = self.model.encoder
+        stream = PairStream(
+            self.recipe.data.train,
+            ImageLoad(encoder.transform),
+            ImageCollate(encoder.image_size),
+            batch_size=64,
+            shuffle=False,
+            workers=self.recipe.data.workers,
+            max_faults=self.recipe.data.max_faults,
+        )
+        kept: Tensor | None = None
+        with ProgressBar("encode", stream.batches_per_epoch, show=self.main) as bar, torch.no_grad():
+            for batch in stream.epoch():
+                tokens = self.model.image_tokens(batch["images"]).cpu()
+                if kept is None:
+                    kept = torch.zeros((stream.samples, *tokens.shape[1:]), dtype=tokens.dtype)
+                kept[batch.indices] = tokens
+                bar.advance()
+        assert kept is not None, "an epoch has at least one batch"
+        return kept
+
+    def train(self) -> dict[str, Any]:
+        """Run to the last step and measure.
+
+        Returns:
+            The run's metrics, as written to `metrics.json`.
+
+        Raises:
+            ValueError: The loss is not finite, or too many samples are bad; checkpoint and log stay.
+        """
+        recipe = self.recipe
+        if self.accelerator.trackers:
+            self.accelerator.init_trackers(Path(recipe.run).name, config=recipe.model_dump(mode="json"))
+        trained = sum(parameter.numel() for parameter in self.parameters)
+        self.say(
+            f"{trained / 1e6:.1f} M of {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters "
+            f"train, {self.stream.samples} pictures, {recipe.steps} steps of {recipe.batch_size}"
+        )
+        wrapped, optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        wrapped.train()
+        window, waited = Window(self.accelerator.device), time.monotonic()
+        with ProgressBar("finetune", recipe.steps, start=self.step, show=self.main) as bar:
+            for batch in self.stream.iterate(self.step, recipe.steps):
+                window.waiting += time.monotonic() - waited
+                torch.manual_seed(mix(recipe.seed, self.step, self.rank))
+                lr = recipe.optim.lr * learning_rate_factor(self.step, recipe.steps, recipe.schedule)
+                set_learning_rate(self.optimizer, lr)
+                self.train_step(batch, wrapped, optimizer, window)
+                self.step += 1
+                if self.step % recipe.log_every == 0 or self.step == recipe.steps:
+                    record = self.log_window(window, lr)
+                    window = Window(self.accelerator.device)
+                    bar.advance(
+                        0, note=f"loss {record['loss']:.3f}, {record['samples_per_s']:.0f} pictures/s"
+                    )
+                bar.advance()
+                every = recipe.evaluate.every
+                if every and self.step % every == 0 and self.step < recipe.steps:
+                    self.evaluate()
+                if self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps:
+                    self.save()
+                waited = time.monotonic()
+        return self.finish()
+
+    def train_step(self, batch: Batch, wrapped: Any, optimizer: Any, window: Window) -> None:
+        """One optimiser step, on the mean over the answer tokens of all ranks."""
+        device = self.accelerator.device
+        inputs = {name: value.to(device, non_blocking=True) for name, value in batch.data.items()}
+        if self.kept is not None:
+            inputs["tokens"] = self.kept[batch.indices].to(device, non_blocking=True)
+        counts = torch.tensor(
+            [float((batch["labels"] != IGNORED).sum()), float(len(batch)), float(len(batch) == 0)],
+            device=device,
+        )
+        if self.world > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        words, pictures, idle = counts.tolist()  # pyright: ignore
+        if idle:  # a rank whose samples were all bad has nothing to forward: all leave the batch out
+            return
+        with self.accelerator.autocast():
+            total = wrapped(**inputs)
+        # Gradients are averaged over the ranks, and the loss is the mean over the words of all of them.
+        loss = total * (self.world / words)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.optim.clip_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        window.add(loss.detach(), torch.as_tensor(norm), int(pictures))
+
+    def log_window(self, window: Window, lr: float) -> dict[str, Any]:
+        """Write one line of the log about the steps since the last one."""
+        loss = self.accelerator.reduce(window.loss / max(window.steps, 1), reduction="mean")
+        record = {
+            "step": self.step,
+            "samples_seen": self.step * self.recipe.batch_size,
+            "loss": float(loss),  # pyright: ignore[reportArgumentType]
+            "lr": lr,
+            "samples_per_s": window.samples / (time.monotonic() - window.began),
+            "data_wait_s": window.waiting / max(window.steps, 1),
+            "grad_norm": float(window.norm),
+            "memory_mb": peak_memory_mb(self.accelerator.device),
+            "faults": dict(self.stream.faults),
+        }
+        if window.steps and not math.isfinite(record["loss"]):
+            raise ValueError(
+                f"the loss is {record['loss']} at step {self.step}. The last checkpoint in {self.folder.checkpoints} "
+                "is intact; start a new run with a lower --optim.lr or a longer --schedule.warmup."
+            )
+        self.folder.log(record)
+        if self.accelerator.trackers:
+            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            self.accelerator.log(numbers, step=self.step)
+        return record
+
+    def evaluate(self) -> tuple[dict[str, Any], list[Row]]:
+        """Write and judge texts of the validation pictures, on all ranks.
+
+        Returns:
+            The numbers, and the judged pictures in the order of the shards.
+        """
+        recipe, encoder = self.recipe, self.model.encoder
+        stream = PairStream(
+            recipe.data.val,
+            EvalLoad(recipe.task, encoder.transform, shown=recipe.evaluate.wall),
+            EvalCollate(encoder.image_size),
+            batch_size=recipe.evaluate.batch_size,
+            shuffle=False,
+            rank=self.rank,
+            world_size=self.world,
+            workers=recipe.data.workers,
+            max_faults=recipe.data.max_faults,
+        )
+        pictures = min(recipe.evaluate.pictures or stream.samples, stream.samples)
+        batches = -(-pictures // stream.global_batch)
+        rows: list[Row] = []
+        with ProgressBar("evaluate", batches, show=self.main) as bar:
+            for batch in stream.iterate(0, batches):
+                chosen = [row for row in batch["rows"] if row["index"] < pictures]
+                if chosen:
+                    self.task.write(self.model, batch["images"][: len(chosen)], chosen)
+                rows += chosen
+                bar.advance()
+        if self.world > 1:
+            rows = gather_object(rows)
+        rows.sort(key=lambda row: row["index"])
+        numbers = self.task.score(rows)
+        self.history[str(self.step)] = {
+            name: value for name, value in numbers.items() if isinstance(value, int | float)
+        }
+        self.folder.log({"step": self.step, "evaluation": self.history[str(self.step)]})
+        return numbers, rows
+
+    def save(self) -> None:
+        """Write a checkpoint (rank 0)."""
+        if self.main:
+            folder = step_folder(self.folder.checkpoints, self.step)
+            save_checkpoint(
+                self.folder.checkpoints,
+                self.step,
+                write_model=lambda temporary: self.model.write_into(temporary, final=folder / "model"),
+                optimizer=self.optimizer,
+                state={"identity": self.identity(), "history": self.history, "world_size": self.world},
+                keep=self.recipe.checkpoint.keep,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> dict[str, Any]:
+        """Measure, write metrics, predictions and report, and say where the model is."""
+        numbers, rows = self.evaluate()
+        model = step_folder(self.folder.checkpoints, self.step) / "model"
+        metrics = {
+            **numbers,
+            "task": self.recipe.task.kind,
+            "steps": self.step,
+            "seconds": time.monotonic() - self.began,
+            "faults": dict(self.stream.faults),
+            "model": str(model),
+        }
+        self.folder.write_metrics(metrics)
+        if self.main:
+            predictions = finite(self.task.predictions(rows))
+            write_text(
+                self.folder.path / "predictions.json", json.dumps(predictions, ensure_ascii=False) + "\n"
+            )
+            write_report(self.folder, self.recipe, self.task, metrics, rows)
+        if self.accelerator.trackers:
+            self.accelerator.end_training()
+        self.say(f"the model: {model}; the report: {self.folder.path / 'report.html'}")
+        return metrics
+
+    def say(self, text: str) -> None:
+        """Tell the user, once."""
+        if self.main:
+            print(text, file=sys.stderr, flush=True)
+
+
+class Texts:
+    """Collates rows of texts as they are."""
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        return {"rows": rows}
