@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class FaultLog:
         """
         self.seen += seen
         for record in records:
-            if record.cause not in self.counts:
+            if record.cause not in self.counts:  # in a stream: once an epoch
                 logger.warning("left out (%s): %s; further ones are only counted", record.cause, record)
             self.counts[record.cause] += record.count
             examples = self.examples.setdefault(record.cause, [])
@@ -95,14 +96,20 @@ class FaultLog:
     def judge(self, *, final: bool = False) -> None:
         """Stop when the share of faults is past the budget.
 
+        Before the end of an epoch the share must be past it by three standard deviations: a set that is just
+        within its budget would otherwise be stopped by the first unlucky hundred samples.
+
         Args:
-            final: Judge even though few samples were seen: these were all there are.
+            final: Judge exactly, and even though few samples were seen: these were all there are.
 
         Raises:
             ValueError: Too many faults; the message has counts, shards and first examples.
         """
         bad = self.counts.total()
-        if bad <= self.max_faults * self.seen or (self.max_faults and not final and self.seen < JUDGED_AFTER):
+        allowed = self.max_faults * self.seen
+        if self.max_faults and not final:
+            allowed = math.inf if self.seen < JUDGED_AFTER else allowed + 3 * math.sqrt(allowed)
+        if bad <= allowed:
             return
         lines = [
             f"{bad} of {self.seen} samples cannot be used ({bad / max(self.seen, 1):.1%}); "

@@ -18,7 +18,7 @@ class EpochOrder:
     The shards are permuted and laid end to end. Then a shuffle buffer of references is filled and drained
     whole, window by window: positions `[k * window, (k + 1) * window)` are permuted among themselves. In
     contrast to a buffer that is refilled sample by sample, a window can be computed alone, so that resuming
-    costs the same at any position (0.6 ms for the default window) and every reader needs only the windows it
+    costs the same at any position (5 ms for the default window) and every reader needs only the windows it
     reads from. The price: a sample moves by less than one window within an epoch. Both permutations differ
     from epoch to epoch.
 

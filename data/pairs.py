@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from data.faults import Fault
+from data.pictures import MAX_PIXELS
 from data.samples import RawSample
-from data.transforms import MAX_PIXELS, EvalTransform, TrainTransform, decode_image
+from data.transforms import EvalTransform, TrainTransform, decode_image
 
 CAPTIONS = ("random", "first", "all")
 

@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from data.faults import Fault
 from data.fetch import local_shard
 from data.shards import IMAGE_EXTENSIONS, MANIFEST, expand_shards
 from data.tar import ShardIndex, ShardReader, scan_shard
+
+Shards: TypeAlias = str | Path | Iterable[str | Path]  # what `data.shards.expand_shards` understands
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,17 @@ def read_sample(index: ShardIndex, sample: int, number: int, reader: ShardReader
     return RawSample(index.key(sample), index.name, number, image, extension, record, text)
 
 
-def index_shards(shards: str | Iterable[str], *, cache_dir: str | Path | None = None) -> list[ShardIndex]:
+def shard_names(shards: Shards) -> list[str]:
+    """`expand_shards` for paths as well as strings."""
+    return expand_shards([str(shards)] if isinstance(shards, str | Path) else map(str, shards))
+
+
+def index_shards(shards: Shards, *, cache_dir: str | Path | None = None) -> list[ShardIndex]:
     """Index all shards of a specification, fetching those that are URLs; see `PairStream` for the
     arguments."""
     promised: dict[Path, dict[str, Any]] = {}
     indices = []
-    for name in expand_shards(shards):
+    for name in shard_names(shards):
         path = local_shard(name, cache_dir)
         if path.parent not in promised:
             promised[path.parent] = read_manifest(path.parent / MANIFEST)

@@ -8,7 +8,7 @@ run to run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data.faults import Fault, FaultLog, FaultRecord
 from data.order import WINDOW, EpochOrder, rank_slice, sample_rng
 from data.pairs import CAPTIONS, PairCollate, PairLoad
-from data.samples import RawSample, index_shards, read_sample
+from data.samples import RawSample, Shards, index_shards, read_sample
 from data.tar import ShardReader
 from data.transforms import MAX_PIXELS, EvalTransform, TrainTransform
 
@@ -95,7 +95,7 @@ class PairStream:
 
     def __init__(
         self,
-        shards: str | Iterable[str],
+        shards: Shards,
         load: Load,
         collate: Collate,
         *,
@@ -118,17 +118,18 @@ class PairStream:
             raise ValueError(f"seed must be at least 0, got {seed}")
         self.load, self.collate = load, collate
         self.batch_size, self.rank, self.world_size, self.workers = batch_size, rank, world_size, workers
-        self.log = FaultLog(max_faults)
-        self.scan_log = FaultLog(max_faults)
+        self.max_faults = max_faults
+        scan = FaultLog(max_faults)
         self.indices = index_shards(shards, cache_dir=cache_dir)
         faults = [fault for index in self.indices for fault in index.faults]
         self.samples = sum(len(index) for index in self.indices)
-        self.scan_log.add(faults, self.samples + sum(fault.count for fault in faults))
+        scan.add(faults, self.samples + sum(fault.count for fault in faults))
         if not self.samples:
             names = ", ".join(index.name for index in self.indices[:3])
             why = "".join(f"\n  {fault}" for fault in faults[:3])
             raise ValueError(f"no samples in {len(self.indices)} shards ({names} ...){why}")
-        self.scan_log.judge(final=True)
+        scan.judge(final=True)
+        self.counts = scan.counts
         window = (WINDOW if shuffle else 0) if isinstance(shuffle, bool) else shuffle
         self.order = EpochOrder([len(index) for index in self.indices], seed=seed, window=window)
         self.global_batch = batch_size * world_size
@@ -137,7 +138,7 @@ class PairStream:
     @property
     def faults(self) -> dict[str, int]:
         """Bad samples so far, by cause: those that the scan found and those of this rank's batches."""
-        return dict(self.scan_log.counts + self.log.counts)
+        return dict(self.counts)
 
     def indices_of(self, step: int) -> np.ndarray:
         """Global sample indices of this rank's part of global batch `step`; int64 (<= batch_size,)."""
@@ -165,15 +166,24 @@ class PairStream:
         loader = DataLoader(
             _Steps(self, start, stop),
             batch_size=None,  # a worker hands over whole batches; taking turns keeps their order
-            num_workers=self.workers,
+            num_workers=self.workers if stop is None else min(self.workers, stop - start),
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # or the loader would draw from, and so change, torch's global state
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker if self.workers else None,
         )
+        log = FaultLog(self.max_faults)
         for made in loader:
             step = made["step"]
-            self.log.add(made["faults"], made["seen"])
-            self.log.judge(final=(step + 1) % self.batches_per_epoch == 0)
-            yield Batch(step, step // self.batches_per_epoch, made["keys"], made["indices"], made["data"])
+            epoch, number = divmod(step, self.batches_per_epoch)
+            if number == 0:
+                log = FaultLog(self.max_faults)  # the budget is one epoch's
+            log.add(made["faults"], made["seen"])
+            for fault in made["faults"]:
+                self.counts[fault.cause] += fault.count
+            whole = step + 1 - start >= self.batches_per_epoch
+            log.judge(final=whole and number + 1 == self.batches_per_epoch)
+            yield Batch(step, epoch, made["keys"], made["indices"], made["data"])
 
     def make_batch(self, step: int, reader: ShardReader) -> dict[str, Any]:
         """Read, load and collate this rank's part of one global batch; runs in a worker."""
@@ -217,12 +227,16 @@ class _Steps(IterableDataset):
                 step += count
 
 
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
 
 
 def pair_stream(
-    shards: str | Iterable[str],
+    shards: Shards,
     *,
     transform: EvalTransform | TrainTransform,
     tokenize: Callable[[Sequence[str]], torch.Tensor],

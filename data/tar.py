@@ -62,7 +62,7 @@ class ShardIndex:
         return len(self.keys)
 
     def key(self, sample: int) -> str:
-        return self.keys[sample].decode("utf-8", "surrogateescape")
+        return self.keys[sample].decode("utf-8", "backslashreplace")  # always printable
 
     def members(self, sample: int) -> dict[str, tuple[int, int]]:
         """Extension -> (offset, size) in bytes, of one sample."""

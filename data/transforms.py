@@ -8,7 +8,6 @@ average.
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.faults import Fault
+from data.pictures import MAX_PIXELS, open_picture, undecodable
 
-MAX_PIXELS = 50_000_000
 ORIENTATION = 0x0112  # EXIF tag
 RGB = 3  # torchvision.io.ImageReadMode.RGB
 INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
@@ -50,27 +48,26 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
         >>> decode_image(path.read_bytes()).shape                                 # doctest: +SKIP
         torch.Size([3, 480, 640])
     """
+    image = open_picture(data, max_pixels=max_pixels)
+    if image.format == "JPEG" and image.mode in ("RGB", "L") and not _is_turned(image):
+        tensor = _decode_jpeg(data)
+        if tensor is not None and tensor.shape[1:] == (image.height, image.width):
+            return tensor
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's bomb warning (the limit is ours), odd EXIF, odd palettes
+        warnings.simplefilter("ignore")  # odd EXIF, odd palettes
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise Fault(
-                        "too_large_image", f"{width} x {height} pixels, more than max_pixels = {max_pixels:,}"
-                    )
-                turned = image.getexif().get(ORIENTATION, 1) != 1 if "exif" in image.info else False
-                if image.format == "JPEG" and image.mode in ("RGB", "L") and not turned:
-                    tensor = _decode_jpeg(data)
-                    if tensor is not None and tensor.shape[1:] == (height, width):
-                        return tensor
-                return _decode_pillow(image)
-        except Fault:
-            raise
-        except Image.DecompressionBombError as error:
-            raise Fault("too_large_image", str(error)) from error
+            return _decode_pillow(image)
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-            raise Fault("undecodable_image", f"{len(data)} bytes: {error or type(error).__name__}") from error
+            raise undecodable(data, error) from error
+
+
+def _is_turned(image: Image.Image) -> bool:
+    if "exif" not in image.info:  # the common case, and parsing EXIF is slow
+        return False
+    try:
+        return image.getexif().get(ORIENTATION, 1) != 1
+    except Exception:
+        return False  # damaged EXIF is no reason to lose the picture
 
 
 def _decode_jpeg(data: bytes) -> torch.Tensor | None:
@@ -86,7 +83,7 @@ def _decode_jpeg(data: bytes) -> torch.Tensor | None:
 
 def _decode_pillow(image: Image.Image) -> torch.Tensor:
     image.load()
-    upright = ImageOps.exif_transpose(image)
+    upright = ImageOps.exif_transpose(image) if _is_turned(image) else image
     if upright.mode.startswith("I"):  # 16-bit grey
         grey = np.asarray(upright)
         if grey.max(initial=0) > 255:
@@ -158,7 +155,7 @@ class EvalTransform:
         height, width = image.shape[-2:]
         target_h, target_w = self.size
         if self.resize_mode == "squash":
-            return self._resize(image, self.size)
+            return self._resize(image, self.size).contiguous()
         if self.resize_mode == "shortest" and target_h == target_w:
             # As torchvision's Resize(int): the long side is cut off, not rounded.
             if height <= width:

@@ -1,0 +1,272 @@
+"""`pairstream data check`: what a set of shards holds, and what is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from data.faults import EXAMPLES, Fault, FaultRecord
+from data.pictures import MAX_PIXELS, open_picture
+
+PERCENTILES = {"min": 0, "median": 50, "p95": 95, "max": 100}
+
+
+@dataclass
+class ShardFindings:
+    """What one shard holds; lists have one number per sample or caption."""
+
+    name: str
+    samples: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    keys: set[str] = field(default_factory=set)
+    formats: Counter[str] = field(default_factory=Counter)
+    json_keys: Counter[str] = field(default_factory=Counter)
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    captions: list[int] = field(default_factory=list)  # per sample
+    words: list[int] = field(default_factory=list)  # per caption
+    characters: list[int] = field(default_factory=list)  # per caption
+    faults: list[FaultRecord] = field(default_factory=list)
+
+
+def check(
+    shards: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")],
+    /,
+    decode: bool = True,
+    workers: int = 1,
+    json: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> int:
+    """Look at every sample of some shards: counts, statistics, and faults by cause.
+
+    Args:
+        shards: Folders, tar files, globs, braces such as train-{00000..00041}.tar, or http(s) URLs.
+        decode: Decode every picture; --no-decode reads their headers only, which is ten times faster.
+        workers: Processes, each of which takes whole shards.
+        json: Also write the findings to this file.
+        max_pixels: Larger pictures are faults, as in training.
+
+    Returns:
+        0 when the set is sound, 1 when anything is damaged.
+    """
+    findings = check_shards(shards, decode=decode, workers=workers, max_pixels=max_pixels, progress=True)
+    if json is not None:
+        from pairstream.atomic import write_text
+
+        write_text(json, dump(findings))
+    print(as_text(findings))
+    return 1 if findings["faults"] else 0
+
+
+def dump(findings: dict[str, Any]) -> str:
+    return json.dumps(findings, indent=1, ensure_ascii=False) + "\n"
+
+
+def check_shards(
+    shards: str | Path | Iterable[str | Path],
+    *,
+    decode: bool = True,
+    workers: int = 1,
+    max_pixels: int = MAX_PIXELS,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The findings of `pairstream data check` as plain data.
+
+    Args:
+        shards: What `data.shards.expand_shards` takes.
+        decode: Decode every picture rather than its header only.
+        workers: Processes.
+        max_pixels: Larger pictures are faults.
+        progress: Show a bar.
+
+    Returns:
+        `shards`, `samples`, `usable`, `captions`, `bytes`, `formats`, `json_keys`, `repeated_keys`, `statistics`
+        (each with min, median, mean, p95, max), `manifest` (whether one was compared), and `faults`: cause ->
+        `{"samples": lost, "examples": [...]}`.
+
+    Raises:
+        ValueError: No shards.
+    """
+    from data.fetch import local_shard
+    from data.samples import read_manifest, shard_names
+    from data.shards import MANIFEST
+    from pairstream.progress import ProgressBar
+
+    names = shard_names(shards)
+    paths = [local_shard(name) for name in names]
+    manifests = {folder: read_manifest(folder / MANIFEST) for folder in {path.parent for path in paths}}
+    jobs = [
+        (name, path, manifests[path.parent].get(path.name)) for name, path in zip(names, paths, strict=True)
+    ]
+    look = partial(check_shard, decode=decode, max_pixels=max_pixels)
+    found: list[ShardFindings] = []
+    with ProgressBar("check", len(jobs), show=progress) as bar:
+        for shard in _each(look, jobs, workers):
+            found.append(shard)
+            bar.advance(note=f"{sum(one.samples for one in found)} samples")
+    faults = [fault for shard in found for fault in shard.faults]
+    for folder, entries in manifests.items():
+        faults += [
+            FaultRecord("bad_shard", str(folder / name), "", "is in manifest.json but not in the folder",
+                        int(entry.get("samples", 1)))
+            for name, entry in entries.items()
+            if not (folder / name).exists()
+        ]  # fmt: skip
+    return summarise(found, faults, compared=any(manifests.values()))
+
+
+def _each(look: Any, jobs: list[Any], workers: int) -> Iterator[ShardFindings]:
+    if workers <= 1 or len(jobs) == 1:
+        yield from (look(*job) for job in jobs)
+        return
+    # Fresh processes: torch's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        yield from pool.map(look, *zip(*jobs, strict=True))
+
+
+def check_shard(
+    name: str, path: Path, promised: dict[str, Any] | None, *, decode: bool, max_pixels: int
+) -> ShardFindings:
+    """Look at one shard, and compare it with its entry in the manifest."""
+    from data.samples import read_sample
+    from data.tar import ShardReader, scan_shard
+
+    expected = (promised or {}).get("samples")
+    index = scan_shard(path, name, expected)
+    shard = ShardFindings(name, samples=len(index), bytes=path.stat().st_size, faults=list(index.faults))
+    if promised and not index.faults:
+        shard.faults += compare(shard, path, promised)
+    with ShardReader() as reader:
+        for sample in range(len(index)):
+            key = index.key(sample)
+            shard.keys.add(key)
+            try:
+                raw = read_sample(index, sample, sample, reader)
+                shard.json_keys.update(raw.record.keys())
+                captions = raw.captions()
+                look_at_picture(shard, raw.image, decode=decode, max_pixels=max_pixels)
+                shard.captions.append(len(captions))
+                shard.words += [len(caption.split()) for caption in captions]
+                shard.characters += [len(caption) for caption in captions]
+                if not captions:
+                    raise Fault("missing_caption", "no caption in KEY.json and no text in KEY.txt")
+            except Fault as fault:
+                shard.faults.append(FaultRecord(fault.cause, name, key, fault.detail))
+    return shard
+
+
+def look_at_picture(shard: ShardFindings, image: bytes, *, decode: bool, max_pixels: int) -> None:
+    """Note format and size of a picture, and decode it."""
+    header = open_picture(image, max_pixels=max_pixels)
+    if decode:
+        from data.transforms import decode_image
+
+        decode_image(image, max_pixels=max_pixels)
+    shard.formats[(header.format or "unknown").lower()] += 1
+    shard.widths.append(header.width)
+    shard.heights.append(header.height)
+
+
+def compare(shard: ShardFindings, path: Path, promised: dict[str, Any]) -> list[FaultRecord]:
+    """Faults of a shard that differs from its manifest entry."""
+    for what, is_ in (("samples", shard.samples), ("bytes", shard.bytes)):
+        if what in promised and promised[what] != is_:
+            detail = f"has {is_} {what}, the manifest promises {promised[what]}"
+            return [FaultRecord("manifest_mismatch", shard.name, "", detail)]
+    if "sha256" in promised:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+        shard.sha256 = digest.hexdigest()
+        if shard.sha256 != promised["sha256"]:
+            detail = f"has sha256 {shard.sha256[:12]}..., the manifest promises {promised['sha256'][:12]}..."
+            return [FaultRecord("manifest_mismatch", shard.name, "", detail)]
+    return []
+
+
+def summarise(found: list[ShardFindings], faults: list[FaultRecord], *, compared: bool) -> dict[str, Any]:
+    """One account of all shards."""
+    keys = Counter(key for shard in found for key in shard.keys)
+    causes: dict[str, dict[str, Any]] = {}
+    for fault in faults:
+        cause = causes.setdefault(fault.cause, {"samples": 0, "examples": []})
+        cause["samples"] += fault.count
+        if len(cause["examples"]) < EXAMPLES:
+            cause["examples"].append(str(fault))
+    samples = sum(shard.samples for shard in found)
+    broken = {(fault.shard, fault.key) for fault in faults if fault.key and fault.cause != "duplicate_key"}
+    columns = {
+        "width": "widths",
+        "height": "heights",
+        "captions per picture": "captions",
+        "words per caption": "words",
+        "characters per caption": "characters",
+    }
+    return {
+        "shards": len(found),
+        "samples": samples,
+        "usable": samples - len(broken),
+        "captions": sum(sum(shard.captions) for shard in found),
+        "bytes": sum(shard.bytes for shard in found),
+        "formats": dict(sum((shard.formats for shard in found), Counter()).most_common()),
+        "json_keys": dict(sum((shard.json_keys for shard in found), Counter()).most_common()),
+        "repeated_keys": sum(count > 1 for count in keys.values()),
+        "statistics": {
+            name: statistics([number for shard in found for number in getattr(shard, column)])
+            for name, column in columns.items()
+        },
+        "manifest": compared,
+        "faults": dict(sorted(causes.items(), key=lambda item: -item[1]["samples"])),
+    }
+
+
+def statistics(numbers: list[int]) -> dict[str, float] | None:
+    """Percentiles and mean; None of nothing."""
+    if not numbers:
+        return None
+    values = np.percentile(numbers, list(PERCENTILES.values()))
+    found = {name: round(float(value), 2) for name, value in zip(PERCENTILES, values, strict=True)}
+    return {**found, "mean": round(float(np.mean(numbers)), 2)}
+
+
+def as_text(findings: dict[str, Any]) -> str:
+    """The findings as a table for people."""
+    usable = "" if findings["usable"] == findings["samples"] else f" ({findings['usable']:,} usable)"
+    formats = ", ".join(f"{name} {count:,}" for name, count in findings["formats"].items())
+    lines = [
+        f"shards     {findings['shards']:,}, {findings['bytes'] / 1e6:,.1f} MB"
+        + (", compared with manifest.json" if findings["manifest"] else ""),
+        f"samples    {findings['samples']:,}{usable}",
+        f"captions   {findings['captions']:,}",
+        f"pictures   {formats or 'none'}",
+        f"JSON keys  {', '.join(findings['json_keys']) or 'none'}",
+    ]
+    if findings["repeated_keys"]:
+        lines.append(f"keys       {findings['repeated_keys']:,} occur in more than one shard (allowed)")
+    columns = ["min", "median", "mean", "p95", "max"]
+    lines += ["", " " * 24 + "".join(f"{column:>10}" for column in columns)]
+    for name, row in findings["statistics"].items():
+        if row is not None:
+            lines.append(f"{name:<24}" + "".join(f"{row[column]:>10,.10g}" for column in columns))
+    lines.append("")
+    if not findings["faults"]:
+        return "\n".join([*lines, "no faults"])
+    lines.append("faults, in samples")
+    for cause, entry in findings["faults"].items():
+        lines.append(f"  {cause:<22}{entry['samples']:>8,}")
+        lines += [f"      {example}" for example in entry["examples"]]
+    return "\n".join(lines)

@@ -1,0 +1,222 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.faults import Fault
+from data.transforms import EvalTransform, TrainTransform, decode_image
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def ramp(width: int = 40, height: int = 24) -> Image.Image:
+    """Smooth, and different in every corner and channel."""
+    y, x = np.mgrid[0:height, 0:width]
+    rgb = np.stack([x * 255 / width, y * 255 / height, 128 + 0 * x], axis=-1)
+    return Image.fromarray(rgb.astype(np.uint8))
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a.float() - b.float()).abs().mean().item()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1"])
+def test_png_modes_equal_pillow_rgb(mode):
+    data = encode(ramp().convert(mode))
+    decoded = decode_image(data)
+    assert decoded.dtype == torch.uint8
+    assert torch.equal(decoded, as_tensor(Image.open(io.BytesIO(data))))
+
+
+def test_a_palette_with_transparency_bytes_does_not_warn():
+    palette = ramp().convert("P", palette=Image.Palette.ADAPTIVE)
+    data = encode(palette, transparency=bytes([0, 128] + [255] * 254))
+    assert torch.equal(decode_image(data), as_tensor(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_modes(mode):
+    data = encode(ramp().convert(mode), "JPEG", quality=95)
+    assert distance(decode_image(data), as_tensor(Image.open(io.BytesIO(data)))) < 1
+
+
+def test_progressive_jpeg_and_webp():
+    for format, options in [("JPEG", {"progressive": True, "quality": 95}), ("WEBP", {"lossless": True})]:
+        data = encode(ramp(), format, **options)
+        assert distance(decode_image(data), as_tensor(Image.open(io.BytesIO(data)))) < 1
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    grey = np.linspace(0, 65535, 24 * 40).reshape(24, 40).astype(np.uint16)
+    decoded = decode_image(encode(Image.fromarray(grey)))
+    expected = torch.from_numpy((grey // 257).astype(np.uint8)).expand(3, -1, -1)
+    assert torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {"quality": 95} if format == "JPEG" else {}
+    plain = decode_image(encode(ramp(), format, **options))
+    turned = decode_image(encode(ramp(), format, exif=exif, **options))
+    undo = {
+        1: lambda x: x,
+        2: lambda x: x.flip(-1),
+        3: lambda x: x.flip(-1, -2),
+        4: lambda x: x.flip(-2),
+        5: lambda x: x.transpose(-1, -2),
+        6: lambda x: x.transpose(-1, -2).flip(-1),
+        7: lambda x: x.transpose(-1, -2).flip(-1, -2),
+        8: lambda x: x.transpose(-1, -2).flip(-2),
+    }
+    assert distance(turned, undo[orientation](plain)) < 1
+
+
+def huge_png(width: int = 30_000, height: int = 30_000) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [8_000, 10_000, 30_000])  # below, at and beyond Pillow's own two limits
+def test_a_huge_picture_is_refused_by_its_header(side, monkeypatch):
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(Fault, match="too_large_image"):
+        decode_image(huge_png(side, side))
+
+
+def test_the_limit_is_the_callers():
+    data = encode(ramp(40, 24))
+    assert decode_image(data, max_pixels=960).shape == (3, 24, 40)
+    with pytest.raises(Fault, match=r"40 x 24 pixels, more than max_pixels = 959"):
+        decode_image(data, max_pixels=959)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"this is a text file named .jpg",
+        encode(ramp(), "JPEG")[:400],
+        encode(Image.effect_noise((200, 200), 50), "PNG")[:5000],
+        b"\xff\xd8\xff\xe0" + b"\0" * 100,
+    ],
+    ids=["empty", "text", "cut jpeg", "cut png", "jpeg start"],
+)
+def test_what_cannot_be_decoded(data):
+    with pytest.raises(Fault, match="undecodable_image") as caught:
+        decode_image(data)
+    assert caught.value.cause == "undecodable_image"
+
+
+def test_pillow_takes_over_without_torchvisions_decoder(monkeypatch):
+    data = encode(ramp(), "JPEG", quality=95)
+    fast = decode_image(data)
+    monkeypatch.setattr("data.transforms._decode_jpeg", lambda _: None)
+    assert torch.equal(decode_image(data), as_tensor(Image.open(io.BytesIO(data))))
+    assert distance(decode_image(data), fast) < 1
+
+
+@pytest.mark.parametrize("size", [32, (32, 32), (24, 48)])
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("source", [(40, 24), (24, 40), (1, 60), (7, 7)])
+def test_eval_transform_gives_its_size(size, mode, source):
+    transform = EvalTransform(size, resize_mode=mode)
+    result = transform(as_tensor(ramp(*source)))
+    assert result.shape == (3, *transform.size)
+    assert result.dtype == torch.uint8
+    assert result.is_contiguous()
+
+
+def test_longest_pads_with_the_fill_color():
+    result = EvalTransform(32, resize_mode="longest", fill_color=77)(
+        torch.full((3, 16, 32), 200).to(torch.uint8)
+    )
+    assert (result[:, :8] == 77).all()
+    assert (result[:, 8:24] == 200).all()
+    assert (result[:, 24:] == 77).all()
+
+
+def test_train_crops_cover_the_asked_area_and_ratio():
+    transform = TrainTransform(16, scale=(0.3, 0.6), ratio=(0.5, 2.0))
+    rng = np.random.default_rng(0)
+    boxes = np.array([transform.crop(200, 300, rng) for _ in range(500)])
+    top, left, height, width = boxes.T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height <= 200).all()
+    assert (left + width <= 300).all()
+    areas, ratios = height * width / 60_000, width / height
+    assert 0.29 < areas.min() < 0.33
+    assert 0.57 < areas.max() < 0.61
+    assert 0.48 < ratios.min() < 0.6
+    assert 1.7 < ratios.max() < 2.05
+    assert top.std() > 10
+    assert left.std() > 10
+
+
+def test_train_crop_falls_back_to_the_centre_of_an_extreme_picture():
+    transform = TrainTransform(16)
+    assert transform.crop(10, 1000, np.random.default_rng(0)) == (0, 493, 10, 13)
+    assert transform.crop(1000, 10, np.random.default_rng(0)) == (493, 0, 13, 10)
+
+
+def test_train_transform_is_a_function_of_its_generator():
+    image = as_tensor(ramp())
+    transform = TrainTransform(16, scale=(0.2, 1), hflip=0.5, color_jitter=0.4, grayscale=0.3)
+    results = [transform(image, np.random.default_rng(seed)) for seed in range(8)]
+    assert len({result.numpy().tobytes() for result in results}) == 8
+    for seed, result in enumerate(results):
+        assert result.shape == (3, 16, 16)
+        assert torch.equal(transform(image, np.random.default_rng(seed)), result)
+    with pytest.raises(TypeError, match="needs a numpy Generator"):
+        transform(image, None)
+
+
+def test_flip_and_grey_do_what_they_say():
+    image, rng = as_tensor(ramp()), np.random.default_rng
+    whole = {"scale": (1.0, 1.0), "ratio": (40 / 24, 40 / 24)}
+    plain = TrainTransform((24, 40), **whole)(image, rng(0))
+    assert torch.equal(plain, image)
+    assert torch.equal(TrainTransform((24, 40), hflip=1.0, **whole)(image, rng(0)), image.flip(-1))
+    grey = TrainTransform((24, 40), grayscale=1.0, **whole)(image, rng(0))
+    assert torch.equal(grey[0], grey[1])
+    assert not torch.equal(grey[0], image[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: EvalTransform(32, resize_mode="fit"), "resize_mode 'fit': expected 'shortest', 'longest'"),
+        (
+            lambda: EvalTransform(32, interpolation="nearest"),
+            "interpolation 'nearest': expected one of bicubic",
+        ),
+        (lambda: EvalTransform(0), r"image size \(height, width\) must be positive, got \(0, 0\)"),
+        (lambda: TrainTransform(32, scale=(0.5, 1.5)), r"scale is a range of area shares in \(0, 1\]"),
+        (lambda: TrainTransform(32, ratio=(2, 1)), "ratio is a range of positive aspect ratios"),
+        (lambda: TrainTransform(32, hflip=1.5), r"hflip must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_impossible_transforms(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
