@@ -16,11 +16,11 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.transforms import EvalTransform, decode_image
 from pairstream.atomic import new_folder, write_text
+from pretrain.checkpoint import save_tensors
 from pretrain.recipe import Model, OpenClipModel, TowersModel
 from pretrain.towers import CONFIG, WEIGHTS, Built, build_named, build_towers, read_checkpoint
 
@@ -198,7 +198,7 @@ class Encoder:
         config = {"model_cfg": model_cfg, "preprocess_cfg": self.preprocess_cfg}
         write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         state = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        save_file(state, folder / WEIGHTS)
+        save_tensors(state, folder / WEIGHTS)
         write_text(folder / "README.md", card or f"# {final.name}\n\nA dual encoder saved by PairStream.\n")
 
 
