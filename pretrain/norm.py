@@ -23,11 +23,12 @@ def global_batch_norm(layer: Any, input: Tensor) -> Tensor:
     Returns:
         `(b_r, c, h, w)`.
     """
-    count = torch.tensor([input.numel() / input.shape[1]], dtype=input.dtype, device=input.device)
-    total = differentiable.all_reduce(torch.cat([input.sum((0, 2, 3)), count]))
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))  # bf16 cannot even hold the count
+    count = torch.tensor([wide.numel() / wide.shape[1]], dtype=wide.dtype, device=wide.device)
+    total = differentiable.all_reduce(torch.cat([wide.sum((0, 2, 3)), count]))
     n = total[-1].detach()
     mean = total[:-1] / n  # (c,)
-    centred = input - mean.view(1, -1, 1, 1)
+    centred = wide - mean.view(1, -1, 1, 1)
     # A second pass over centred values: E[x^2] - E[x]^2 would lose half the digits.
     variance = differentiable.all_reduce(centred.square().sum((0, 2, 3))) / n  # (c,)
     if layer.running_mean is not None and layer.running_var is not None:
@@ -41,7 +42,7 @@ def global_batch_norm(layer: Any, input: Tensor) -> Tensor:
     normalised = centred * torch.rsqrt(variance + layer.eps).view(1, -1, 1, 1)
     if layer.affine:
         normalised = normalised * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
-    return normalised
+    return normalised.to(input.dtype)
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
