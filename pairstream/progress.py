@@ -37,6 +37,7 @@ class ProgressBar:
         self.began = time.monotonic()
         self.terminal = show and sys.stderr.isatty()
         self.printed = int(10 * start / self.total)
+        self.note = ""
         self.bar: Progress | None = None
 
     def __enter__(self) -> ProgressBar:
@@ -55,17 +56,17 @@ class ProgressBar:
         return self
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Count `steps` as done; `note` is a short text such as the loss and samples/s."""
+        """Count `steps` as done; `note` is a short text such as the loss and samples/s, shown until the next."""
         self.done += steps
+        self.note = note or self.note
         if self.bar is not None:
             self.bar.advance(self.task, steps)
-            if note:
-                self.bar.update(self.task, note=note)
+            self.bar.update(self.task, note=self.note)
         elif self.show and int(10 * self.done / self.total) > self.printed:
             self.printed = int(10 * self.done / self.total)
             spent = time.monotonic() - self.began
             print(
-                f"{self.what}: {self.done}/{self.total}, {spent:.0f} s  {note}".rstrip(),
+                f"{self.what}: {self.done}/{self.total}, {spent:.0f} s  {self.note}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )
