@@ -46,8 +46,11 @@ def run_stage(main: Callable[[list[str]], int | None], argv: Sequence[str]) -> i
     Returns:
         The exit code: 0 for success, 2 for an error in what the user gave, 130 when interrupted.
     """
+    from pairstream.errors import message, require_own_packages
+
     arguments = [argument for argument in argv if argument != "--debug"]
     try:
+        require_own_packages()
         return main(arguments) or 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -55,8 +58,6 @@ def run_stage(main: Callable[[list[str]], int | None], argv: Sequence[str]) -> i
     except (ValueError, TypeError, OSError, ImportError) as error:
         if len(arguments) != len(argv):
             raise
-        from pairstream.errors import message
-
         print(f"error: {message(error)}", file=sys.stderr)
         return 2
 
@@ -90,9 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.remove(stage)
 
     def load_and_run(rest: list[str]) -> int | None:
-        from pairstream.errors import require_own_packages
-
-        require_own_packages()
         module, function = STAGES[stage][0].split(":")
         return getattr(import_module(module), function)(rest)
 
