@@ -7,7 +7,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
@@ -93,7 +93,7 @@ def build_named(config: OpenClipModel) -> Built:
                 f"model {name!r} has no weights {pretrained!r}{nearest(pretrained, tags)}; "
                 f"open_clip has: {', '.join(tags) or 'none'}"
             )
-    with quiet():
+    with nullcontext() if pretrained else quiet():  # what open_clip says about real weights matters
         model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=bool(pretrained))
         tokenizer = open_clip.get_tokenizer(name)
     model_cfg = open_clip.get_model_config(name)
