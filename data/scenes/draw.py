@@ -17,6 +17,7 @@ from pairstream.errors import require
 
 PURPOSE = "the embedded data set `scenes`"
 OVERSAMPLE = 2  # sprites are turned at twice their size and then reduced: smooth edges for little time
+VISIBLE = 64  # alpha from which a pixel counts as the object's: thin stems and strings are kept
 STEPS = 32  # sizes of a sprite, as parts of the picture's side: each is rasterised once and kept
 
 
@@ -259,7 +260,7 @@ def draw(scene: Scene, size: int) -> tuple[Image.Image, list[dict[str, Any]]]:
             picture.paste(image, (left, top), image)
             mask = np.zeros((size, size), bool)
             alpha = np.asarray(image.getchannel("A"))[: size - top, : size - left]
-            mask[top : top + alpha.shape[0], left : left + alpha.shape[1]] = alpha >= 128
+            mask[top : top + alpha.shape[0], left : left + alpha.shape[1]] = alpha >= VISIBLE
             for _, earlier in drawn:  # corners of turned drawings may touch; a mask has what stays visible
                 earlier &= ~mask
             drawn.append((group, mask))
