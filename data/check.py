@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import tyro
@@ -131,10 +129,33 @@ def _each(look: Any, jobs: list[Any], workers: int) -> Iterator[ShardFindings]:
     if workers <= 1 or len(jobs) == 1:
         yield from (look(*job) for job in jobs)
         return
-    # Fresh processes: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        yield from pool.map(look, *zip(*jobs, strict=True))
+    import torch
+    from torch.utils.data import DataLoader
+
+    from data.stream import as_it_is, start_worker
+
+    yield from DataLoader(
+        cast(Any, _Looked(look, jobs)),
+        batch_size=None,
+        num_workers=min(workers, len(jobs)),
+        collate_fn=as_it_is,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),
+    )
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """The findings of each shard, made when they are asked for."""
+
+    look: Any
+    jobs: list[Any]
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, number: int) -> ShardFindings:
+        return self.look(*self.jobs[number])
 
 
 def check_shard(

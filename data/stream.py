@@ -167,10 +167,10 @@ class PairStream:
             _Steps(self, start, stop),
             batch_size=None,  # a worker hands over whole batches; taking turns keeps their order
             num_workers=self.workers if stop is None else min(self.workers, stop - start),
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             generator=torch.Generator(),  # or the loader would draw from, and so change, torch's global state
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker if self.workers else None,
+            worker_init_fn=start_worker if self.workers else None,
         )
         log = FaultLog(self.max_faults)
         for made in loader:
@@ -227,11 +227,11 @@ class _Steps(IterableDataset):
                 step += count
 
 
-def _as_it_is(made: Any) -> Any:
+def as_it_is(made: Any) -> Any:
     return made
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
 
 
