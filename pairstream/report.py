@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -23,6 +24,7 @@ from pairstream.run import finite
 Cell = str | int | float | None
 KINDS = ("numbers", "heading", "text", "table", "curves", "cards", "results")
 MARKS = {"right": "✓ right", "wrong": "✗ wrong"}  # words and a sign: colour alone would not reach everybody
+NUMBER = re.compile(r"[-+−]?[\d.,]+ ?%?")
 PICTURES = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
 
 
@@ -273,7 +275,9 @@ def text_html(block: dict[str, Any], part: int) -> str:
 
 def table_html(block: dict[str, Any], part: int) -> str:
     columns = list(zip(*block["rows"], strict=True))
-    numeric = [all(not isinstance(cell, str) for cell in column) for column in columns]
+    numeric = [
+        all(not isinstance(cell, str) or NUMBER.fullmatch(cell) for cell in column) for column in columns
+    ]
     kinds = [' class="number"' if right else "" for right in numeric] or [""] * len(block["header"])
     head = "".join(
         f'<th scope="col"{kind}>{escape(name)}</th>'

@@ -152,7 +152,6 @@ def embed_shards(
     images, texts, owners, keys, samples, captions = [], [], [], [], [], []
     with evaluating(encoder), ProgressBar("embed", steps, show=show) as bar:
         for batch in stream.iterate(0, steps):
-            bar.advance(note=f"{len(keys)} pictures")
             kept = int((batch.indices < wanted).sum())  # the order is the shards', so these come first
             if not kept:
                 continue
@@ -173,6 +172,7 @@ def embed_shards(
             keys += batch.keys[:kept]
             samples.append(batch.indices[:kept])
             captions += batch["texts"][:mine]
+            bar.advance(note=f"{len(keys)} pictures")
     if not keys:
         raise ValueError(
             f"none of the first {wanted} samples of {', '.join(shards)} can be used: {stream.faults}"

@@ -75,7 +75,7 @@ def add_numbers(report: Report, metrics: dict[str, Any]) -> None:
         header,
         rows,
         caption="recall@k is the share of queries with a right answer among the first k; ranks are those of the "
-        f"first right answer. {ties:,} queries have ties, which count by expectation.",
+        f"first right answer. Queries that a tie leaves open, counted by expectation: {ties:,}.",
     )
     if metrics["faults"]:
         report.table(

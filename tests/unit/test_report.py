@@ -133,8 +133,9 @@ def test_numbers_are_shown_for_readers(value, words):
 
 def test_columns_of_numbers_are_flush_right():
     report = Report("t")
-    report.table(["name", "n"], [["a", 1], ["b", None]])
-    assert [cell.get("class") for cell in Page(report.html()).all("td")] == [None, "number", None, "number"]
+    report.table(["name", "n", "text"], [["a", 1, "1,234.5"], ["b", None, "-2 %"]])
+    kinds = [cell.get("class") for cell in Page(report.html()).all("td")]
+    assert kinds == [None, "number", "number"] * 2
     empty = Report("t")
     empty.table(["a", "b"], [])
     assert len(Page(empty.html()).all("th")) == 2
