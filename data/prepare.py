@@ -78,7 +78,7 @@ class Summary:
     def __str__(self) -> str:
         head = (
             f"{self.samples:,} samples, {self.captions:,} captions, {self.questions:,} questions "
-            f"in {self.shards} shard{'s' if self.shards != 1 else ''}; {self.faults:,} rows skipped"
+            f"in {self.shards} shard{'s' if self.shards != 1 else ''}; {self.faults:,} row{'s' if self.faults != 1 else ''} skipped"
         )
         return "\n".join([head, *self.lines_of_faults()])
 

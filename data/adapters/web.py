@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPException
 from typing import TypeVar
+from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
@@ -53,6 +54,8 @@ def fetch(url: str, *, timeout: float = TIMEOUT, max_bytes: int = MAX_BYTES) -> 
                 if time.monotonic() > end:
                     raise Fault("unreachable_url", f"{url}: not complete after {timeout:g} s")
     except (OSError, HTTPException, ValueError) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # it is the answer, with its connection
         raise Fault("unreachable_url", f"{url}: {error or type(error).__name__}") from error
     return bytes(content)
 
