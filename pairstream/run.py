@@ -32,9 +32,10 @@ class RunFolder:
         self.writes = writes
         if not writes:
             return
-        if self.log_path.exists() and overwrite and not resume:
+        holds = self.log_path.exists() or self.checkpoints.exists()
+        if holds and overwrite and not resume:
             shutil.rmtree(self.path)
-        if self.log_path.exists() and not resume:
+        elif holds and not resume:
             raise FileExistsError(
                 f"{self.path} already holds a run. Continue it with --resume, replace it with --overwrite, "
                 "or give this one another name with --run NAME."

@@ -215,7 +215,7 @@ class AdamW(Config):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.2, ge=0)
-    clip_norm: float | None = 1.0
+    clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; None leaves gradients as they are."""
 
 

@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,23 @@ from pretrain.losses import distributed_info_nce, gather_counts
 from pretrain.norm import use_global_batch_norm
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from pretrain.recipe import Lock, PretrainRecipe
-from pretrain.report import model_card, write_report
+from pretrain.report import flatten, model_card, write_report
 from pretrain.towers import read_checkpoint
+
+# What `tower_lr` leaves alone, by the names open_clip's models give their parameters.
+NOT_TOWERS = (
+    "model.logit_scale",
+    *("model.visual.head", "model.visual.proj", "model.visual.attnpool"),
+    *("model.text_projection", "model.text.text_projection", "model.text.proj"),
+)
+
+# What a resumed run may change: where things lie, how fast they come, what is told of them.
+FREE: Any = {
+    **dict.fromkeys(
+        ("run", "processes", "precision", "log_every", "checkpoint", "evaluate", "trackers"), True
+    ),
+    "data": {"train", "workers", "max_faults"},
+}
 
 
 class DualEncoder(nn.Module):
@@ -76,9 +92,6 @@ class Trainer:
         self.accelerator = make_accelerator(recipe)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        self.folder = RunFolder(recipe.run, resume=resume, overwrite=overwrite, writes=self.main)
-        if self.main:
-            clear_leftovers(self.folder.checkpoints)
         torch.manual_seed(recipe.seed)
         self.encoder = build_encoder(recipe.model, device=self.accelerator.device)
         self.model: Any = self.encoder.model
@@ -87,6 +100,10 @@ class Trainer:
             (config.every, load_evaluator(config)) for config in recipe.evaluate
         ]
         self.stream = self.open_stream()
+        # Not before all else has been found good: `overwrite` deletes.
+        self.folder = RunFolder(recipe.run, resume=resume, overwrite=overwrite, writes=self.main)
+        if self.main:
+            clear_leftovers(self.folder.checkpoints)
         self.step, self.samples_seen, self.history = 0, 0, {}
         self.saved: dict[str, Tensor] = {}
         if resume:
@@ -132,6 +149,7 @@ class Trainer:
         found = complete_checkpoints(self.folder.checkpoints)
         if not found:
             self.say(f"nothing to resume in {self.folder.path}: starting at step 0")
+            self.folder.rewind_log(-1)
             return
         state, self.saved = read_training_state(found[0])
         changed = [key for key, value in self.identity().items() if state["identity"].get(key) != value]
@@ -143,7 +161,7 @@ class Trainer:
         weights = read_checkpoint(found[0] / "model").model.state_dict()
         self.model.load_state_dict(weights)
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
-        self.stream.faults.update(state["faults"])
+        self.stream.counts = Counter(state["faults"])
         self.folder.rewind_log(self.step)
         if state["world_size"] != self.world:
             self.say(
@@ -154,11 +172,8 @@ class Trainer:
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
-        recipe = self.recipe.model_dump(mode="json")
-        same = {
-            key: recipe[key] for key in ("model", "batch_size", "seed", "steps", "optim", "schedule", "locks")
-        }
-        return {**same, "samples": self.stream.samples}
+        recipe = self.recipe.model_dump(mode="json", exclude=FREE)
+        return {**recipe, "samples": self.stream.samples}
 
     def train(self) -> dict[str, Any]:
         """Run to the last step.
@@ -170,8 +185,9 @@ class Trainer:
             ValueError: The loss is not finite, or too many samples are bad; checkpoint and log stay.
         """
         began, recipe = time.monotonic(), self.recipe
-        if self.accelerator.trackers:
-            self.accelerator.init_trackers(Path(recipe.run).name, config=recipe.model_dump(mode="json"))
+        if recipe.trackers:
+            settings = {key: str(value) for key, value in flatten(recipe.model_dump(mode="json"))}
+            self.accelerator.init_trackers(Path(recipe.run).name, config=settings)
         trainable = sum(parameter.numel() for parameter in self.model.parameters())
         self.say(
             f"{trainable / 1e6:.1f} M parameters, {self.stream.samples} pairs, {recipe.steps} steps of "
@@ -193,13 +209,8 @@ class Trainer:
         lock = next((lock for lock in reversed(recipe.locks) if lock.step <= self.step), Lock())
         apply_lock(self.model, lock)
         network = DualEncoder(self.encoder)
-        tower_scale = dict.fromkeys(("model.visual.", "model.text", "model.transformer"), lock.tower_lr)
-        heads = ("model.visual.head", "model.visual.proj", "model.visual.attnpool", "model.text.proj")
-        self.optimizer = build_optimizer(
-            network.named_parameters(),
-            recipe.optim,
-            lr_scale={**tower_scale, **dict.fromkeys((*heads, "model.text_projection"), 1.0)},
-        )
+        lr_scale = {"model.": lock.tower_lr, **dict.fromkeys(NOT_TOWERS, 1.0)}
+        self.optimizer = build_optimizer(network.named_parameters(), recipe.optim, lr_scale=lr_scale)
         load_optimizer_state(self.optimizer, self.saved)
         wrapped, optimizer = self.accelerator.prepare(network, self.optimizer)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -213,13 +224,17 @@ class Trainer:
             seen = self.train_step(batch, wrapped, optimizer, parameters, window)
             self.step += 1
             self.samples_seen += seen
+            saves = self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps
+            if saves:
+                self.mean_loss(window)  # before anything is kept of a run that has diverged
             if self.step % recipe.log_every == 0 or self.step == recipe.steps:
                 record = self.log_window(window, batch, lr)
                 window = Window(self.accelerator.device)
-                bar.advance(0, note=f"loss {record['loss']:.3f}, {record['samples_per_s']:.0f} samples/s")
+                loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
+                bar.advance(0, note=f"loss {loss}, {record['samples_per_s']:.0f} samples/s")
             bar.advance()
             self.evaluate()
-            if self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps:
+            if saves:
                 self.save()
             waited = time.monotonic()
         self.saved = optimizer_state(self.optimizer)
@@ -237,9 +252,8 @@ class Trainer:
         device = self.accelerator.device
         images, tokens = batch["images"], batch["tokens"]
         counts = [len(images)] if self.world == 1 else gather_counts(len(images), device)
-        if (
-            min(counts) == 0
-        ):  # a rank whose samples were all bad has nothing to forward: all leave the batch out
+        # One pair has nothing to be contrasted with; a rank whose samples were all bad has nothing to forward.
+        if sum(counts) < 2 or min(counts) == 0:
             return 0
         set_training_mode(self.model)
         with self.accelerator.autocast():
@@ -256,15 +270,32 @@ class Trainer:
         window.add(loss.detach(), torch.as_tensor(norm), sum(counts))
         return sum(counts)
 
+    def mean_loss(self, window: Window) -> float | None:
+        """The mean loss of a window over steps and ranks; None for a window without a step.
+
+        Raises:
+            ValueError: It, or the last gradient, is not finite.
+        """
+        if not window.steps:
+            return None
+        loss = float(self.accelerator.reduce(window.loss / window.steps, reduction="mean"))  # pyright: ignore
+        if not (math.isfinite(loss) and math.isfinite(float(window.norm))):
+            raise ValueError(
+                f"the loss is {loss} and the gradient norm {float(window.norm)} at step {self.step}: training has "
+                f"diverged. The last checkpoint in {self.folder.checkpoints} is from before; begin a new run from "
+                "it (--model.name) with a lower --optim.lr or a longer --schedule.warmup."
+            )
+        return loss
+
     def log_window(self, window: Window, batch: Batch, lr: float) -> dict[str, Any]:
         """Write one line of the log about the steps since the last one."""
-        loss = self.accelerator.reduce(window.loss / max(window.steps, 1), reduction="mean")
+        loss = self.mean_loss(window)
         elapsed = time.monotonic() - window.began
         record = {
             "step": self.step,
             "epoch": batch.epoch,
             "samples_seen": self.samples_seen,
-            "loss": float(loss),  # pyright: ignore[reportArgumentType]
+            "loss": loss,
             "lr": lr,
             "samples_per_s": window.samples / elapsed,
             "data_wait_s": window.waiting / max(window.steps, 1),
@@ -273,11 +304,6 @@ class Trainer:
             "memory_mb": peak_memory_mb(self.accelerator.device),
             "faults": dict(self.stream.faults),
         }
-        if window.steps and not math.isfinite(record["loss"]):
-            raise ValueError(
-                f"the loss is {record['loss']} at step {self.step}. The last checkpoint in {self.folder.checkpoints} "
-                "is intact; resume from it with a lower --optim.lr or a longer --schedule.warmup in a new run."
-            )
         self.folder.log(record)
         if self.accelerator.trackers:
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
@@ -321,7 +347,7 @@ class Trainer:
                     "world_size": self.world,
                     "identity": self.identity(),
                     "history": self.history,
-                    "faults": dict(self.stream.faults),
+                    "faults": self.stream.faults,
                 },
                 keep=self.recipe.checkpoint.keep,
             )
@@ -390,6 +416,10 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
         log_with=list(recipe.trackers) or None,
         project_dir=recipe.run,
     )
+    absent = set(recipe.trackers) - {str(tracker) for tracker in accelerator.log_with}
+    if absent:
+        names = " ".join(sorted(absent))
+        raise ImportError(f"trackers: {names} cannot be imported. Install with: pip install {names}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
