@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
 
 from finetune.connectors import build_connector, token_grid
 from finetune.recipe import (
@@ -325,7 +327,8 @@ class VisionLanguageModel(nn.Module):
             name: value.detach().cpu().contiguous() for name, value in self.connector.state_dict().items()
         }
         save_tensors(state, folder / "connector.safetensors")
-        self.language_model.save_pretrained(folder / "language_model")
+        with no_bars():
+            self.language_model.save_pretrained(folder / "language_model")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         content = {
             "format": FORMAT,
@@ -379,13 +382,26 @@ def pretrained_language_model(name: str) -> tuple[Any, Any]:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        with no_bars():
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"language_model.name {name!r}: expected a folder or hub name of a causal language model with its "
             f"tokenizer: {error}"
         ) from error
     return model, require_end_and_pad(tokenizer, name)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Hold back transformers' own progress bars: ours show the work, and stay quiet outside a terminal."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def task_folder(folder: str | Path) -> Path:

@@ -229,9 +229,10 @@ class Finetuner:
         if self.accelerator.trackers:
             self.accelerator.init_trackers(Path(recipe.run).name, config=recipe.model_dump(mode="json"))
         trained = sum(parameter.numel() for parameter in self.parameters)
+        everything = sum(parameter.numel() for parameter in self.model.parameters())
         self.say(
-            f"{trained / 1e6:.1f} M of {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters "
-            f"train, {self.stream.samples} pictures, {recipe.steps} steps of {recipe.batch_size}"
+            f"{trained:,} of {everything:,} parameters train, {self.stream.samples} pictures, "
+            f"{recipe.steps} steps of {recipe.batch_size}"
         )
         wrapped, optimizer = self.accelerator.prepare(self.model, self.optimizer)
         wrapped.train()

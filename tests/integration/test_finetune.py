@@ -1,0 +1,273 @@
+"""Fine-tuning from shards to report: both tasks, resuming, kept image tokens, recipes, and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.shards import Sample, ShardWriter
+from finetune.cli import main
+from finetune.model import load_task_model
+from finetune.recipe import FinetuneRecipe
+from pairstream.cli import run_stage
+from pairstream.recipe import load_recipe, recipe_names, validate
+from pretrain.encoder import build_encoder
+from pretrain.recipe import TextTransformer, TowersModel, ViT
+
+COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (245, 245, 245)}
+
+
+def coloured(colour: str, seed: int) -> bytes:
+    """A plain picture of a colour, a little different each time."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    pixels = np.clip(np.array(COLOURS[colour]) + rng.integers(-12, 12, (32, 32, 3)), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Shards of coloured pictures with captions and questions, and a tiny encoder with random weights."""
+    root = tmp_path_factory.mktemp("finetune")
+    for split, count in (("train", 32), ("val", 12)):
+        with ShardWriter(root / split, samples_per_shard=10) as writer:
+            for number in range(count):
+                colour = list(COLOURS)[number % 4]
+                questions = [
+                    {
+                        "question_id": 10 * number,
+                        "question": "What colour is it?",
+                        "answers": [colour] * 10,
+                        "answer_type": "other",
+                    },
+                    {
+                        "question_id": 10 * number + 1,
+                        "question": "Is it red?",
+                        "answers": ["yes" if colour == "red" else "no"] * 10,
+                        "answer_type": "yes/no",
+                    },
+                ]
+                captions = [f"a {colour} picture", f"this is all {colour}"]
+                picture = coloured(colour, number + 1000 * (split == "val"))
+                writer.write(
+                    Sample(f"{split}{number:03d}", picture, "png", captions, {"questions": questions})
+                )
+    torch.manual_seed(0)
+    tower = ViT(image_size=32, patch_size=16, width=32, layers=1, head_width=16)
+    text = TextTransformer(context_length=16, width=16, heads=2, layers=1)
+    build_encoder(TowersModel(embed_dim=16, image_tower=tower, text_tower=text), device="cpu").save(
+        root / "encoder"
+    )
+    return root
+
+
+def recipe(world: Path, run: Path, task: dict, **changes) -> FinetuneRecipe:
+    content = {
+        "run": str(run),
+        "model": {"name": str(world / "encoder")},
+        "task": task,
+        "data": {"train": str(world / "train"), "val": str(world / "val"), **changes.pop("data", {})},
+        "language_model": {
+            "kind": "config",
+            "width": 32,
+            "layers": 1,
+            "heads": 2,
+            "context": 48,
+            "vocabulary": 300,
+        }
+        | changes.pop("language_model", {}),
+        "batch_size": 8,
+        "steps": 8,
+        "optim": {"lr": 1e-2},
+        "schedule": {"warmup": 2},
+        "decoding": {"max_new_tokens": 8},
+        "log_every": 4,
+        **changes,
+    }
+    return validate(FinetuneRecipe, content, "test")
+
+
+def finetune(recipe: FinetuneRecipe, **options) -> dict:
+    from finetune.trainer import Finetuner
+
+    return Finetuner(recipe, **options).train()
+
+
+def test_vqa_learns_colours_and_beats_what_never_looks(world, tmp_path):
+    metrics = finetune(recipe(world, tmp_path / "run", {"kind": "vqa"}, steps=60))
+    assert metrics["accuracy"] > 0.9
+    # Half the questions are "is it red?", "no" three times of four; the other half has four equally likely answers.
+    assert metrics["question_only_baseline"] == pytest.approx((0.75 + 0.25) / 2)
+    assert metrics["majority_baseline"] == pytest.approx(0.75 / 2)
+    assert (metrics["questions"], metrics["mode"], metrics["majority_answer"]) == (24, "fixed", "no")
+    assert set(metrics["by_answer_type"]) == {"other", "yes/no"}
+    predictions = json.loads((tmp_path / "run" / "predictions.json").read_text())
+    assert len(predictions) == 24
+    assert set(predictions[0]) == {"question_id", "answer"}
+    model = load_task_model(tmp_path / "run", device="cpu")  # a run folder means its newest checkpoint
+    assert model.answer([coloured("blue", 9)], ["What colour is it?"]) == ["blue"]
+    assert "Questions answered" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_captions_are_learnt_from_kept_tokens(world, tmp_path):
+    chosen = recipe(
+        world,
+        tmp_path / "run",
+        {"kind": "caption"},
+        steps=60,
+        data={"cache_image_tokens": True},
+        evaluate={"every": 30, "pictures": 8, "batch_size": 5, "wall": 3},
+    )
+    metrics = finetune(chosen)
+    assert metrics["cider"] > 2 * metrics["baseline_cider"]
+    assert metrics["images"] == 8
+    assert metrics["bleu4"] > metrics["baseline_bleu4"]
+    assert (metrics["tokeniser"], metrics["df_source"]) == ("ptb", "references of this evaluation")
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    predictions = json.loads((tmp_path / "run" / "predictions.json").read_text())
+    assert [entry["image_id"] for entry in predictions] == [f"val{number:03d}" for number in range(8)]
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log if "evaluation" in record] == [30, 60]
+    assert log[0]["loss"] > 2 * log[-2]["loss"]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    walls = [block for block in report["blocks"] if block["kind"] == "cards"]
+    assert len(walls[0]["cards"]) == 3
+
+
+@pytest.mark.parametrize("task", [{"kind": "caption"}, {"kind": "vqa", "questions": 1, "target": "sample"}])
+def test_killed_and_resumed_is_bit_equal(world, tmp_path, task, monkeypatch):
+    changes = {
+        "freeze_image_tower": False,
+        "checkpoint": {"every": 4},
+        "language_model": {"dropout": 0.2},
+        "data": {"crop_scale": [0.5, 1.0]},
+    }
+    straight = recipe(world, tmp_path / "straight", task, **changes)
+    finetune(straight)
+
+    from finetune.trainer import Finetuner
+
+    killed = recipe(world, tmp_path / "killed", task, **changes)
+    save = Finetuner.save
+
+    def save_and_die(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Finetuner, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(killed)
+    monkeypatch.setattr(Finetuner, "save", save)
+    with pytest.raises(FileExistsError, match="--resume"):
+        finetune(killed)
+    finetune(killed, resume=True)
+
+    files = sorted((tmp_path / "straight" / "checkpoints" / "step-00000008").rglob("*.safetensors"))
+    assert {file.name for file in files} >= {
+        "connector.safetensors",
+        "model.safetensors",
+        "optimizer.safetensors",
+    }
+    for file in files:
+        other = Path(str(file).replace("/straight/", "/killed/"))
+        ours, theirs = load_file(file), load_file(other)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), file
+    for name in ("predictions.json",):
+        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()
+    ]
+    assert steps == [4, 8, 8]
+
+    with pytest.raises(ValueError, match="cannot resume with another steps"):
+        finetune(recipe(world, tmp_path / "killed", task, **{**changes, "steps": 9}), resume=True)
+
+
+def test_the_frozen_tower_leaves_as_it_came(world, tmp_path):
+    finetune(recipe(world, tmp_path / "run", {"kind": "caption"}))
+    before = load_file(world / "encoder" / "open_clip_model.safetensors")
+    after = load_file(tmp_path / "run/checkpoints/step-00000008/model/encoder/open_clip_model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_recipe_parses():
+    assert {"scenes_caption", "scenes_vqa", "easy_vqa", "flickr8k_caption"} <= set(recipe_names("finetune"))
+    for name in recipe_names("finetune"):
+        load_recipe(FinetuneRecipe, "finetune", name, ["--steps", "3000", "--optim.lr", "1e-4"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stepz": 3}, "stepz: unknown key; did you mean 'steps'"),
+        ({"steps": "many"}, "steps: .*integer"),
+        ({"task": {"kind": "vqa", "prompt": "no question"}}, r"exactly one \{question\}"),
+        ({"schedule": {"warmup": 8}}, "would never reach its peak"),
+        ({"data": {"train": "x", "val": []}}, "shard list is empty"),
+        (
+            {"freeze_image_tower": False, "data": {"train": "x", "val": "x", "cache_image_tokens": True}},
+            "that trains",
+        ),
+        (
+            {"data": {"train": "x", "val": "x", "cache_image_tokens": True, "crop_scale": [0.5, 1]}},
+            "random crops",
+        ),
+        ({"language_model": {"kind": "config", "width": 100, "heads": 3}}, "not a multiple of heads"),
+    ],
+)
+def test_bad_recipes(changes, message):
+    content = {
+        "run": "r",
+        "model": {"name": "m"},
+        "task": {"kind": "caption"},
+        "data": {"train": "x", "val": "x"},
+    }
+    with pytest.raises(ValueError, match=message):
+        validate(FinetuneRecipe, {**content, "steps": 8, "schedule": {"warmup": 2}, **changes}, "test")
+
+
+def test_bad_shards(world, tmp_path):
+    with pytest.raises(ValueError, match="no shards found"):
+        finetune(recipe(world, tmp_path / "a", {"kind": "caption"}, data={"train": str(tmp_path / "none")}))
+    with ShardWriter(tmp_path / "silent") as writer:
+        writer.write(Sample("one", coloured("red", 0), "png"))
+    with pytest.raises(ValueError, match="missing_caption: 1"):
+        finetune(recipe(world, tmp_path / "b", {"kind": "caption"}, data={"train": str(tmp_path / "silent")}))
+    with pytest.raises(ValueError, match="missing_question: 1"):
+        finetune(recipe(world, tmp_path / "c", {"kind": "vqa"}, data={"train": str(tmp_path / "silent")}))
+    for name, entry in {
+        "empty": {"question": " ", "answers": ["x"]},
+        "mute": {"question": "x?", "answers": []},
+    }.items():
+        with ShardWriter(tmp_path / name) as writer:
+            writer.write(Sample("one", coloured("red", 0), "png", ["x"], {"questions": [entry]}))
+        with pytest.raises(ValueError, match="bad_question: 1"):
+            finetune(recipe(world, tmp_path / "d", {"kind": "vqa"}, data={"train": str(tmp_path / name)}))
+    with ShardWriter(tmp_path / "long") as writer:
+        writer.write(Sample("one", coloured("red", 0), "png", ["word " * 200]))
+    with pytest.raises(ValueError, match="text_too_long: 1"):
+        finetune(recipe(world, tmp_path / "e", {"kind": "caption"}, data={"train": str(tmp_path / "long")}))
+
+
+def test_the_command(world, tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(recipe(world, tmp_path / "run", {"kind": "caption"}).model_dump(mode="json")))
+    assert run_stage(main, [str(file), "--steps", "4"]) == 0
+    assert (tmp_path / "run" / "recipe.resolved.yaml").is_file()
+    assert run_stage(main, [str(file)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert run_stage(main, ["no_such_recipe"]) == 2
+    assert "scenes_caption" in capsys.readouterr().err
+    assert run_stage(main, ["--help"]) == 0
+    assert "scenes_vqa" in capsys.readouterr().out
