@@ -97,6 +97,12 @@ class Scene:
                 return "below"
         return ""
 
+    def toward(self, one: Group, other: Group, relation: str) -> bool:
+        """Whether somebody could say that relation of the two, clear or not (a diagonal is a bit of both)."""
+        a, b = one.box, other.box
+        across, down = (a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2
+        return {"left of": -across, "right of": across, "above": -down, "below": down}[relation] > 0.08
+
 
 @functools.cache
 def held_out(one: str, other: str) -> bool:

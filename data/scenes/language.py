@@ -239,7 +239,7 @@ def post(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     about = (
         phrase(rng.choice(others), rng)
         if others
-        else rng.choice(("a lot of rain", "a new week", "a long queue"))
+        else rng.choice(("the weather", "my new phone", "the new timetable"))
     )
     text = rng.choice(forms).format(a=about)
     return text[0].upper() + text[1:], label

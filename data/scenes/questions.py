@@ -85,9 +85,8 @@ def open_questions(scene: Scene, rng: random.Random) -> list[Asked]:
     for one in groups:
         for other in groups:
             relation = scene.relation(one, other) if one is not other else ""
-            if relation and all(
-                scene.relation(third, other) != relation for third in groups if third is not one
-            ):
+            thirds = [group for group in groups if group is not one and group is not other]
+            if relation and not any(scene.toward(third, other, relation) for third in thirds):
                 name, others = answer_name(one)
                 asked.append(
                     (f"what is {SAID[relation]} {the(other)}", name, others, "other", "what is where")

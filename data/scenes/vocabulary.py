@@ -177,6 +177,9 @@ THINGS = """
 2601  grey   cloud
 1F308 -      rainbow
 """
+SHAPES = """
+1F53A red    triangle
+"""
 # name: synonyms, category, the drawing and the colour it has, further colours
 REPAINTED = {
     "car": (("automobile",), "vehicle", "1F697", "red", ("blue", "green", "yellow", "purple")),
@@ -195,6 +198,7 @@ FAMILIES = {
     "heart": ((), "shape", "red 2764, orange 1F9E1, yellow 1F49B, green 1F49A, blue 1F499, purple 1F49C"),
     "circle": (("disc",), "shape", "red 1F534, yellow 1F7E1, green 1F7E2, blue 1F535, purple 1F7E3"),
     "square": ((), "shape", "red 1F7E5, orange 1F7E7, yellow 1F7E8, green 1F7E9, blue 1F7E6, purple 1F7EA"),
+    "diamond": (("rhombus",), "shape", "orange 1F536, blue 1F537"),
     "book": ((), "thing", "red 1F4D5, green 1F4D7, blue 1F4D8, orange 1F4D9"),
     "apple": ((), "fruit", "red 1F34E, green 1F34F"),
 }  # fmt: skip
@@ -229,6 +233,7 @@ def kinds() -> dict[str, Kind]:
         "plant": PLANTS,
         "clothing": CLOTHES,
         "thing": THINGS,
+        "shape": SHAPES,
     }
     for category, table in tables.items():
         for line in table.strip().splitlines():

@@ -205,6 +205,16 @@ def test_no_object_hides_another():
             assert visible > 0.85, (index, item["name"], visible)
 
 
+def test_a_mask_has_what_stays_visible():
+    scene = two(0.45, 0.5, 0.55, 0.5)  # the lemon, drawn later, covers the middle of the dog
+    dog, lemon = (drawing.decode_mask(item["mask"]) for item in drawing.draw(scene, 96)[1])
+    assert not (dog & lemon).any()
+    apart = two(0.2, 0.5, 0.8, 0.5)
+    whole_dog, whole_lemon = (drawing.decode_mask(item["mask"]) for item in drawing.draw(apart, 96)[1])
+    assert lemon.sum() == whole_lemon.sum()
+    assert 0 < dog.sum() < 0.8 * whole_dog.sum()
+
+
 def test_mask_coding():
     mask = np.zeros((3, 4), bool)
     mask[1:, 0] = mask[0, 1] = True  # by hand, down the columns: 1 zero, 3 ones, 8 zeros
@@ -402,6 +412,11 @@ def test_answers_hold_in_the_picture():
                 r"what is (to the left of|to the right of|above|below) the (.+)", text
             ):
                 relation = scene.relation(groups[answer], forms[match[2]])
+                wanted = match[1].removeprefix("to the ")
+                others = [
+                    group for group in groups.values() if group not in (groups[answer], forms[match[2]])
+                ]
+                assert not any(scene.toward(group, forms[match[2]], wanted) for group in others)
                 assert relation == match[1].removeprefix("to the ")
             elif match := re.fullmatch(r"what is (bigger|larger|smaller), the (.+) or the (.+)", text):
                 assert groups[answer].size == ("small" if match[1] == "smaller" else "big")
