@@ -76,9 +76,11 @@ class Summary:
         ]
 
     def __str__(self) -> str:
+        shards = "1 shard" if self.shards == 1 else f"{self.shards:,} shards"
+        rows = "1 row" if self.faults == 1 else f"{self.faults:,} rows"
         head = (
             f"{self.samples:,} samples, {self.captions:,} captions, {self.questions:,} questions "
-            f"in {self.shards} shard{'s' if self.shards != 1 else ''}; {self.faults:,} row{'s' if self.faults != 1 else ''} skipped"
+            f"in {shards}; {rows} skipped"
         )
         return "\n".join([head, *self.lines_of_faults()])
 
