@@ -59,8 +59,8 @@ def close(a, b, tolerance=1e-12):
         assert a[direction] == pytest.approx(b[direction], rel=tolerance, abs=tolerance)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("block", [3, 7, 64, 1000])
 def test_equals_the_float64_loop(seed, block):
     image, text, owner = draw(seed)
     close(retrieval_metrics(image, text, owner, block=block), reference(image, text, owner, (1, 5, 10)))
@@ -89,7 +89,7 @@ def test_ties_by_hand(g, t, p, k, expected):
 
 
 @given(st.integers(1, 40), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_hit_probability_is_the_hypergeometric_one(t, data):
     p = data.draw(st.integers(1, t))
     g = data.draw(st.integers(0, 10))
@@ -169,6 +169,20 @@ def test_threads_do_not_matter():
         assert retrieval_metrics(image, text, owner) == one
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_numbers():
+    image, text, owner = draw(9, images=500, dim=100)
+    text[::3] = text[0]
+    expected = retrieval_metrics(image, text, owner)
+    on_gpu = [torch.from_numpy(rows).cuda() for rows in (image, text)]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")  # TF32 must not reach the scores
+        assert retrieval_metrics(on_gpu[0], on_gpu[1], owner, block=130) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_float32_products_survive_autocast_and_lowered_precision():
