@@ -140,7 +140,7 @@ def embed_shards(
     stream = pair_stream(
         shards,
         transform=encoder.transform,
-        tokenize=encoder.tokenize,
+        tokenize=encoder.tokenizer,  # alone: loader processes must not get the towers
         batch_size=batch_size,
         captions="all",
         shuffle=False,

@@ -89,6 +89,13 @@ def test_limit_takes_the_first_samples_at_any_batch_size(found, encoder, shards,
     np.testing.assert_allclose(part.texts, found.texts[:texts], atol=1e-5)
 
 
+def test_loader_processes_change_nothing(found, encoder, shards):
+    part = embed_shards(encoder, shards, batch_size=7, workers=2)
+    assert part.keys == found.keys
+    assert np.array_equal(part.images, found.images)
+    assert np.array_equal(part.texts, found.texts)
+
+
 def test_bad_samples_are_left_out_and_the_pairs_stay_together(encoder, make_picture, tmp_path):
     good = [0, 2, 4, 5]
     with ShardWriter(tmp_path) as writer:
