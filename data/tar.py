@@ -34,7 +34,7 @@ class TruncatedError(BadTarError):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the files of each sample lie in one shard; about 60 bytes a sample.
+    """Where the files of each sample lie in one shard; about 80 bytes a sample.
 
     Attributes:
         path: The local file.
@@ -97,7 +97,7 @@ class _Building:
 def scan_shard(path: str | Path, name: str | None = None, expected: int | None = None) -> ShardIndex:
     """Index one shard by its headers; the files' contents are not read.
 
-    About 15 us a sample. Damage is reported, never raised: a shard that is cut short gives the samples that
+    About 10 us a file. Damage is reported, never raised: a shard that is cut short gives the samples that
     are whole, and a fault that counts what is lost.
 
     Args:
