@@ -93,6 +93,12 @@ class FaultLog:
             if len(examples) < EXAMPLES:
                 examples.append(record)
 
+    def summarise(self, what: str) -> None:
+        """Log the counts by cause, if there are any."""
+        if self.counts:
+            causes = ", ".join(f"{cause} {count}" for cause, count in self.counts.most_common())
+            logger.warning("%s: %d of %d samples left out (%s)", what, self.counts.total(), self.seen, causes)
+
     def judge(self, *, final: bool = False) -> None:
         """Stop when the share of faults is past the budget.
 

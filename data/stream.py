@@ -182,7 +182,10 @@ class PairStream:
             for fault in made["faults"]:
                 self.counts[fault.cause] += fault.count
             whole = step + 1 - start >= self.batches_per_epoch
-            log.judge(final=whole and number + 1 == self.batches_per_epoch)
+            ends = number + 1 == self.batches_per_epoch
+            log.judge(final=whole and ends)
+            if ends:
+                log.summarise(f"epoch {epoch}")
             yield Batch(step, epoch, made["keys"], made["indices"], made["data"])
 
     def make_batch(self, step: int, reader: ShardReader) -> dict[str, Any]:

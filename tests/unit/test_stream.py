@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import pickle
 import tarfile
 from pathlib import Path
@@ -346,7 +347,7 @@ def test_no_faults_allowed_stops_at_the_first(damaged):
         next(batches)
 
 
-def test_a_part_of_an_epoch_is_not_judged_as_if_it_were_one(damaged):
+def test_a_part_of_an_epoch_is_not_judged_as_if_it_were_one(damaged, caplog):
     stream = pair_stream(
         str(damaged),
         transform=EvalTransform(8),
@@ -355,8 +356,12 @@ def test_a_part_of_an_epoch_is_not_judged_as_if_it_were_one(damaged):
         max_faults=0.4,
         shuffle=False,
     )
-    assert [len(batch) for batch in stream.iterate(2, 4)] == [1, 0]  # 7 of 8 bad, of an epoch with 7 of 20
-    assert len(list(stream.iterate(4, 8))) == 4
+    # 7 of 8 samples are bad in what is left of the first epoch, then 7 of 20 in a whole one.
+    with caplog.at_level(logging.WARNING):
+        assert [len(batch) for batch in stream.iterate(2, 8)] == [1, 0, 6, 6, 1, 0]
+    assert "epoch 0: 7 of 8 samples left out (missing_caption 2" in caplog.text
+    assert "epoch 1: 7 of 20 samples left out (missing_caption 2" in caplog.text
+    assert sum(stream.faults.values()) == 14
 
 
 def test_a_truncated_shard_is_reported_before_the_first_batch(tmp_path, make_picture):
