@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -145,6 +146,8 @@ class ShardWriter:
         if kind is None:
             self.close()
         elif self.tar is not None:
+            with contextlib.suppress(OSError):  # on a full disk its last blocks cannot be written either
+                self.tar.close()
             self.file.close()
             self.temporary.unlink(missing_ok=True)
 

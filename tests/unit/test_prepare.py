@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_the_old_shards_and_nothing_else(
     write = ShardWriter.write
 
     def fails_late(self: ShardWriter, sample: Sample) -> None:
-        if sample.key == "k40":
+        if sample.key == "k50":
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, sample)
 
