@@ -57,7 +57,7 @@ class Group:
         """Code point of the drawing, in hex."""
         return self.kind.looks[self.colour][0]
 
-    @property
+    @functools.cached_property
     def box(self) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of them all."""
         lefts, tops, rights, bottoms = zip(

@@ -18,7 +18,7 @@ from pairstream.errors import require
 PURPOSE = "the embedded data set `scenes`"
 OVERSAMPLE = 2  # sprites are turned at twice their size and then reduced: smooth edges for little time
 VISIBLE = 64  # alpha from which a pixel counts as the object's: thin stems and strings are kept
-STEPS = 32  # sizes of a sprite, as parts of the picture's side: each is rasterised once and kept
+STEPS = 24  # sizes of a sprite, as parts of the picture's side: each is rasterised once and kept
 
 
 @functools.cache

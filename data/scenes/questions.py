@@ -131,7 +131,11 @@ def closed_questions(scene: Scene, rng: random.Random) -> list[Asked]:
 
     present = {group.kind.name for group in groups}
     seen = present | set(scene.background.shows)
-    absent = rng.sample([name for name in kinds() if not any(alike(name, other) for other in seen)], 2)
+    absent: list[str] = []
+    while len(absent) < 2:
+        name = rng.choice(list(kinds()))
+        if not any(alike(name, other) for other in (*seen, *absent)):
+            absent.append(name)
     form = rng.choice(("is there {} in the picture", "can you see {}"))
     toss(form, "is there", article(rng.choice(sorted(present))), article(absent[0]))
     if len(groups) == 1:

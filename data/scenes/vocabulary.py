@@ -188,7 +188,7 @@ REPAINTED = {
     "bucket": (("pail",), "thing", "1FAA3", "blue", ("red", "green", "yellow", "purple")),
     "shirt": (("t-shirt",), "clothing", "1F455", "blue", ("red", "green", "yellow", "purple", "pink")),
     "dress": (("gown",), "clothing", "1F457", "blue", ("red", "green", "yellow", "purple", "pink")),
-    "sock": ((), "clothing", "1F9E6", "orange", ("red", "blue", "green", "purple")),
+    "pair of socks": ((), "clothing", "1F9E6", "orange", ("red", "blue", "green", "purple")),
     "backpack": (("rucksack",), "clothing", "1F392", "red", ("blue", "green", "yellow", "purple")),
     "fish": ((), "animal", "1F41F", "blue", ("red", "green", "yellow", "purple")),
     "butterfly": ((), "animal", "1F98B", "blue", ("red", "green", "yellow", "pink")),
@@ -256,10 +256,11 @@ def kinds() -> dict[str, Kind]:
     return {kind.name: kind for kind in found}
 
 
+@functools.cache
 def alike(one: str, other: str) -> bool:
     """Whether two kinds could be mistaken in words, as a tree and a pine tree: never in one picture."""
     table = kinds()
-    return any(
+    return one == other or any(
         one in name.split() or other in known.split()
         for name in table[other].names
         for known in table[one].names
