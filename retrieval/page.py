@@ -57,6 +57,8 @@ def evaluation_report(
 def add_numbers(report: Report, metrics: dict[str, Any]) -> None:
     """Headline figures and the table with chance beside it."""
     numbers = metrics["retrieval"]
+    recalls = [name for name in numbers[DIRECTIONS[0]] if name.startswith("recall")]
+    headline = dict.fromkeys([recalls[0], recalls[-1], "median_rank"])
     report.numbers(
         [
             (
@@ -65,7 +67,7 @@ def add_numbers(report: Report, metrics: dict[str, Any]) -> None:
                 f"chance {cell(name, numbers['chance'][direction][name])}",
             )
             for direction in DIRECTIONS
-            for name in (*list(numbers[direction])[:1], *list(numbers[direction])[-4:-2])
+            for name in headline
         ]
     )
     report.heading("Numbers")
