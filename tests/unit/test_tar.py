@@ -96,6 +96,17 @@ def test_reads_what_the_system_tar_writes(tmp_path):
         assert contents(tmp_path / f"{format}.tar") == EXPECTED
 
 
+def test_gnu_headers_have_no_prefix_field(tmp_path):
+    """There GNU tar keeps access times of incremental archives."""
+    path = write_tar(tmp_path / "s.tar", {"a.jpg": b"abc"}, tarfile.GNU_FORMAT)
+    raw = bytearray(path.read_bytes())
+    raw[345:356] = b"14371573522"
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw[:512])
+    path.write_bytes(raw)
+    assert contents(path) == {"a": {"jpg": b"abc"}}
+
+
 def test_size_in_base_256(tmp_path):
     path = write_tar(tmp_path / "s.tar", {"a.jpg": b"abc", "b.jpg": b"d"})
     raw = bytearray(path.read_bytes())
