@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 import torch.nn.functional as F
 from torch import Tensor
+
+from pretrain.collectives import gather_counts, gather_rows
 
 
 def info_nce(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
@@ -74,30 +75,6 @@ def distributed_info_nce(image_features: Tensor, text_features: Tensor, logit_sc
     by_image = F.cross_entropy(logit_scale * image_features @ all_texts.T, target, reduction="sum")
     by_text = F.cross_entropy(logit_scale * text_features @ all_images.T, target, reduction="sum")
     return (by_image + by_text) * (world / (2 * sum(counts)))
-
-
-def gather_counts(rows: int, device: torch.device) -> list[int]:
-    """How many rows each rank has, in rank order."""
-    mine = torch.tensor([rows], device=device)
-    found = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, mine)
-    return [int(count) for count in found]
-
-
-def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """Concatenate the rows of all ranks in rank order; gradients flow back to where the rows came from.
-
-    Args:
-        rows: This rank's `(b_r, d)`.
-        counts: Rows of each rank.
-
-    Returns:
-        `(sum(counts), d)`, the same on every rank.
-    """
-    longest = max(counts)
-    padded = F.pad(rows, (0, 0, 0, longest - len(rows)))  # collectives want equal shapes
-    gathered = differentiable.all_gather(padded)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
 def check_features(image_features: Tensor, text_features: Tensor) -> None:

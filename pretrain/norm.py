@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+
+from pretrain.collectives import sum_over_ranks
 
 
 def global_batch_norm(layer: Any, input: Tensor) -> Tensor:
@@ -25,12 +26,12 @@ def global_batch_norm(layer: Any, input: Tensor) -> Tensor:
     """
     wide = input.to(torch.promote_types(input.dtype, torch.float32))  # bf16 cannot even hold the count
     count = torch.tensor([wide.numel() / wide.shape[1]], dtype=wide.dtype, device=wide.device)
-    total = differentiable.all_reduce(torch.cat([wide.sum((0, 2, 3)), count]))
+    total = sum_over_ranks(torch.cat([wide.sum((0, 2, 3)), count]))
     n = total[-1].detach()
     mean = total[:-1] / n  # (c,)
     centred = wide - mean.view(1, -1, 1, 1)
     # A second pass over centred values: E[x^2] - E[x]^2 would lose half the digits.
-    variance = differentiable.all_reduce(centred.square().sum((0, 2, 3))) / n  # (c,)
+    variance = sum_over_ranks(centred.square().sum((0, 2, 3))) / n  # (c,)
     if layer.running_mean is not None and layer.running_var is not None:
         with torch.no_grad():
             assert layer.num_batches_tracked is not None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 
 from data.stream import Batch, PairStream, pair_stream
@@ -29,10 +30,11 @@ from pretrain.checkpoint import (
     save_checkpoint,
     step_folder,
 )
+from pretrain.collectives import gather_counts
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.locks import apply_lock, set_training_mode
-from pretrain.losses import distributed_info_nce, gather_counts
+from pretrain.losses import distributed_info_nce
 from pretrain.norm import use_global_batch_norm
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from pretrain.recipe import Lock, PretrainRecipe
@@ -410,16 +412,14 @@ def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
     precision = recipe.precision
     if precision == "auto":
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+    for tracker in sorted(set(recipe.trackers) - {str(known) for known in get_available_trackers()}):
+        raise ImportError(f"the tracker {tracker} cannot be imported: pip install {tracker}")
     accelerator = Accelerator(
         cpu=not gpu,
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=list(recipe.trackers) or None,
         project_dir=recipe.run,
     )
-    absent = set(recipe.trackers) - {str(tracker) for tracker in accelerator.log_with}
-    if absent:
-        names = " ".join(sorted(absent))
-        raise ImportError(f"trackers: {names} cannot be imported. Install with: pip install {names}")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
