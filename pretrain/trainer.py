@@ -129,7 +129,7 @@ class Trainer:
                 hflip=recipe.data.hflip,
                 color_jitter=recipe.data.color_jitter,
             ),
-            tokenize=self.encoder.tokenize,
+            tokenize=self.encoder.tokenizer,
             captions=recipe.data.captions,
             batch_size=recipe.batch_size // self.world,
             seed=recipe.seed,
