@@ -162,14 +162,16 @@ class VisionLanguageModel(nn.Module):
         words = self.language_model.get_input_embeddings()(input_ids)  # (n, length, width)
         embeddings = torch.cat([prefix.to(words.dtype), words], dim=1)
         seen = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
-        length = input_ids.shape[1]
-        # The last image token predicts the first word, so one position more than there are words.
+        # A word is predicted one position before it stands. Columns without a label need no (costly) logits.
+        columns = (labels != IGNORED).any(dim=0).nonzero()[:, 0]
         logits = self.language_model(
-            inputs_embeds=embeddings, attention_mask=seen, logits_to_keep=length + 1, use_cache=False
-        ).logits[:, :-1]  # (n, length, vocabulary)
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+            inputs_embeds=embeddings,
+            attention_mask=seen,
+            logits_to_keep=columns + prefix.shape[1] - 1,
+            use_cache=False,
+        ).logits  # (n, columns, vocabulary)
+        expected = labels[:, columns].flatten()
+        return F.cross_entropy(logits.flatten(0, 1).float(), expected, ignore_index=IGNORED, reduction="sum")
 
     def caption(self, images: Sequence[Picture], decoding: Decoding | None = None) -> list[str]:
         """Write a caption for each picture.
@@ -364,6 +366,7 @@ def small_language_model(config: SmallLanguageModel, tokenizer: Any) -> GPT2LMHe
             n_embd=config.width,
             n_layer=config.layers,
             n_head=config.heads,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's own function in one kernel instead of eight
             resid_pdrop=config.dropout,
             embd_pdrop=config.dropout,
             attn_pdrop=config.dropout,

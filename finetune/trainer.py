@@ -81,7 +81,8 @@ class Finetuner:
         if self.main:
             clear_leftovers(self.folder.checkpoints)
         self.task = make_task(recipe.task)
-        self.step, self.history, self.saved = 0, {}, {}
+        self.step, self.samples_seen, self.history = 0, 0, {}
+        self.saved: dict[str, Tensor] = {}
         texts = self.read_texts()
         found = complete_checkpoints(self.folder.checkpoints) if resume else []
         self.model = self.restore(found[0]) if found else self.build(texts)
@@ -144,7 +145,7 @@ class Finetuner:
                 f"{checkpoint}: cannot resume with another {', '.join(changed)}: the run would not be the one that "
                 "was begun. Change it back, or start a new run with --run NAME."
             )
-        self.step, self.history = state["step"], state["history"]
+        self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
         self.folder.rewind_log(self.step)
         self.say(f"resuming at step {self.step} from {checkpoint}")
         parts = load_task_model(checkpoint / "model", device=str(self.accelerator.device))
@@ -284,13 +285,14 @@ class Finetuner:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         window.add(loss.detach(), torch.as_tensor(norm), int(pictures))
+        self.samples_seen += int(pictures)
 
     def log_window(self, window: Window, lr: float) -> dict[str, Any]:
         """Write one line of the log about the steps since the last one."""
         loss = self.accelerator.reduce(window.loss / max(window.steps, 1), reduction="mean")
         record = {
             "step": self.step,
-            "samples_seen": self.step * self.recipe.batch_size,
+            "samples_seen": self.samples_seen,
             "loss": float(loss),  # pyright: ignore[reportArgumentType]
             "lr": lr,
             "samples_per_s": window.samples / (time.monotonic() - window.began),
@@ -357,7 +359,11 @@ class Finetuner:
                 self.step,
                 write_model=lambda temporary: self.model.write_into(temporary, final=folder / "model"),
                 optimizer=self.optimizer,
-                state={"identity": self.identity(), "history": self.history, "world_size": self.world},
+                state={
+                    "identity": self.identity(),
+                    "samples_seen": self.samples_seen,
+                    "history": self.history,
+                },
                 keep=self.recipe.checkpoint.keep,
             )
         self.accelerator.wait_for_everyone()
@@ -370,6 +376,7 @@ class Finetuner:
             **numbers,
             "task": self.recipe.task.kind,
             "steps": self.step,
+            "samples_seen": self.samples_seen,
             "seconds": time.monotonic() - self.began,
             "faults": dict(self.stream.faults),
             "model": str(model),

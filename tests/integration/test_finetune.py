@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from data.shards import Sample, ShardWriter
@@ -23,11 +29,6 @@ COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), 
 
 def coloured(colour: str, seed: int) -> bytes:
     """A plain picture of a colour, a little different each time."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
     rng = np.random.default_rng(seed)
     pixels = np.clip(np.array(COLOURS[colour]) + rng.integers(-12, 12, (32, 32, 3)), 0, 255).astype(np.uint8)
     file = io.BytesIO()
@@ -271,3 +272,37 @@ def test_the_command(world, tmp_path, capsys):
     assert "scenes_caption" in capsys.readouterr().err
     assert run_stage(main, ["--help"]) == 0
     assert "scenes_vqa" in capsys.readouterr().out
+
+
+@pytest.mark.dist
+def test_two_processes_train_what_one_trains(world, tmp_path):
+    """The ranks hold unequal numbers of answer words; the loss is the mean over all of them."""
+    one = recipe(
+        world,
+        tmp_path / "one",
+        {"kind": "caption"},
+        freeze_image_tower=False,
+        language_model={"dropout": 0.0},
+    )
+    one_metrics = finetune(one)
+    two = one.model_copy(update={"run": str(tmp_path / "two"), "processes": 2})
+    file = tmp_path / "two.yaml"
+    file.write_text(json.dumps(two.model_dump(mode="json")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, "-m", "finetune", str(file)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours = load_file(tmp_path / "one/checkpoints/step-00000008/model/connector.safetensors")
+    theirs = load_file(tmp_path / "two/checkpoints/step-00000008/model/connector.safetensors")
+    for name, value in ours.items():
+        assert torch.allclose(value, theirs[name], atol=2e-4), name
+    losses = [
+        [json.loads(line).get("loss") for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-4)
+    two_metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two_metrics["images"] == one_metrics["images"] == 12
+    assert two_metrics["samples_seen"] == one_metrics["samples_seen"] == 64
