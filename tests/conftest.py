@@ -38,3 +38,76 @@ def picture(seed: int, size: tuple[int, int] = (48, 48), format: str = "JPEG") -
 def make_picture():
     """`make_picture(seed, size=(w, h), format="JPEG") -> bytes`."""
     return picture
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three shards with 40 pictures of 48 px, two captions each."""
+    from data.shards import Sample, ShardWriter
+
+    folder = tmp_path_factory.mktemp("tiny_shards")
+    words = ("red", "green", "blue", "small", "large", "round", "square", "striped")
+    with ShardWriter(folder, samples_per_shard=15) as writer:
+        for number in range(40):
+            name = f"a {words[number % 8]} {words[number // 8]} thing"
+            writer.write(
+                Sample(f"{number:04d}", picture(number), "jpg", (name, f"picture {number} of {name}"))
+            )
+    return folder
+
+
+TINY_TOWERS = {
+    "kind": "towers",
+    "embed_dim": 16,
+    "image_tower": {
+        "kind": "vit",
+        "image_size": 32,
+        "patch_size": 16,
+        "width": 16,
+        "layers": 2,
+        "head_width": 8,
+    },
+    "text_tower": {"kind": "transformer", "context_length": 8, "width": 16, "heads": 2, "layers": 2},
+}
+TINY_RESNET = {**TINY_TOWERS, "image_tower": {"kind": "resnet", "image_size": 32, "width": 8}}
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> dict[str, dict]:
+    """A recipe's `model` for the smallest ViT and ResNet dual encoders."""
+    return {"vit": TINY_TOWERS, "resnet": TINY_RESNET}
+
+
+@pytest.fixture
+def tiny_recipe(tiny_shards: Path, tmp_path: Path):
+    """`tiny_recipe(steps=6, **keys) -> dict`: the plain content of a pretraining recipe of seconds."""
+
+    def make(**keys) -> dict:
+        content = {
+            "run": str(tmp_path / "run"),
+            "model": TINY_TOWERS,
+            "data": {"train": str(tiny_shards), "workers": 0, "hflip": 0.5, "color_jitter": 0.2},
+            "batch_size": 8,
+            "steps": 6,
+            "schedule": {"warmup": 2},
+            "optim": {"lr": 1e-3},
+            "log_every": 1,
+            "checkpoint": {"every": 2},
+        }
+        return {**content, **keys}
+
+    return make
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its set-up for the life of a process; a test that makes a Trainer starts without one."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset():
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+    reset()
+    yield reset
+    reset()
