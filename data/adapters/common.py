@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -53,7 +53,7 @@ class Row:
 
 
 class Counted:
-    """An iterable whose length is known beforehand, so that progress can be shown.
+    """An iterator whose length is known beforehand, so that progress can be shown.
 
     Args:
         total: Samples and skipped rows that `items` will give.
@@ -61,10 +61,13 @@ class Counted:
     """
 
     def __init__(self, total: int, items: Iterable[Sample | Skipped]):
-        self.total, self.items = total, items
+        self.total, self.items = total, iter(items)
 
-    def __iter__(self) -> Iterator[Sample | Skipped]:
-        return iter(self.items)
+    def __iter__(self) -> Counted:
+        return self
+
+    def __next__(self) -> Sample | Skipped:
+        return next(self.items)
 
     def __length_hint__(self) -> int:
         return self.total

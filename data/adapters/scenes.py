@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
 from typing import Any
 
+from data.adapters.common import Counted
 from data.scenes.compose import SPLITS, Scene, compose
 from data.scenes.draw import PURPOSE, draw, drawings
 from data.scenes.language import captions, post
@@ -21,7 +21,7 @@ ATTRIBUTION = (
 SMALLEST = 48  # pixels; below it the smaller objects are no longer legible
 
 
-def samples(split: str, *, seed: int = 0, count: int | None = None, size: int = 96) -> Iterator[Sample]:
+def samples(split: str, *, seed: int = 0, count: int | None = None, size: int = 96) -> Counted:
     """Pictures of one to three kinds of objects, with captions, questions, masks and, for faces, a post.
 
     Sample `i` depends on (seed, split, i, size) alone: a longer set begins with the shorter one.
@@ -33,8 +33,8 @@ def samples(split: str, *, seed: int = 0, count: int | None = None, size: int = 
         count: Number of samples; 6,000, 500 and 600 when None.
         size: Side of the square pictures in pixels.
 
-    Yields:
-        JPEG samples with five captions. Their JSON has `questions`, `objects` (with `box` and `mask`),
+    Returns:
+        An iterator over JPEG samples with five captions. Their JSON has `questions`, `objects` (with `box` and `mask`),
         `background`, `relation`, `licence`, `attribution`, and for scenes with a face `label` and `text`.
 
     Raises:
@@ -56,7 +56,8 @@ def samples(split: str, *, seed: int = 0, count: int | None = None, size: int = 
     drawings()
     for module in ("emoji", "resvg_py"):
         require(module, "data", PURPOSE)
-    return (sample(split, seed, index, size) for index in range(count or SPLITS[split]))
+    total = count or SPLITS[split]
+    return Counted(total, (sample(split, seed, index, size) for index in range(total)))
 
 
 def sample(split: str, seed: int, index: int, size: int) -> Sample:
