@@ -93,7 +93,8 @@ def build_named(config: OpenClipModel) -> Built:
                 f"model {name!r} has no weights {pretrained!r}{nearest(pretrained, tags)}; "
                 f"open_clip has: {', '.join(tags) or 'none'}"
             )
-    with nullcontext() if pretrained else quiet():  # what open_clip says about real weights matters
+    # What open_clip says about real weights matters.
+    with nullcontext() if pretrained or name.startswith("hf-hub:") else quiet():
         model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=bool(pretrained))
         tokenizer = open_clip.get_tokenizer(name)
     model_cfg = open_clip.get_model_config(name)
