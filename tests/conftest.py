@@ -78,6 +78,27 @@ def tiny_models() -> dict[str, dict]:
     return {"vit": TINY_TOWERS, "resnet": TINY_RESNET}
 
 
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers with dropout, and its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "thing", "picture", "of", "red", "small"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.2,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def tiny_recipe(tiny_shards: Path, tmp_path: Path):
     """`tiny_recipe(steps=6, **keys) -> dict`: the plain content of a pretraining recipe of seconds."""

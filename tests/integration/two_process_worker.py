@@ -1,0 +1,86 @@
+"""One rank of test_two_processes.py: gradients of one batch, then whole trainings; torchrun starts two of it.
+
+Argument: a folder with job.json. Rank 0 leaves NAME.safetensors for each case there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from open_clip.loss import ClipLoss
+from safetensors.torch import load_file, save_file
+
+from pretrain.encoder import build_encoder
+from pretrain.locks import set_training_mode
+from pretrain.losses import distributed_info_nce
+from pretrain.norm import use_global_batch_norm
+from pretrain.recipe import PretrainRecipe, TowersModel
+from pretrain.trainer import DualEncoder, Trainer
+
+
+def one_backward(
+    case: dict, batch: dict[str, torch.Tensor], accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    """Loss, gradients and batch statistics of a batch whose rows lie on the ranks as case["rows"] says."""
+    torch.manual_seed(0)
+    encoder = build_encoder(TowersModel.model_validate(case["model"]), device="cpu")
+    use_global_batch_norm(encoder.model)
+    network = DualEncoder(encoder).to(getattr(torch, case["dtype"]))
+    wrapped = accelerator.prepare(network)
+    set_training_mode(encoder.model)
+    rank, rows = accelerator.process_index, case["rows"]
+    mine = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+    images, texts, scale = wrapped(batch["images"][mine], batch["tokens"][mine])
+    if case["loss"] == "ours":
+        loss = distributed_info_nce(images, texts, scale)
+    else:
+        loss = ClipLoss(rank=rank, world_size=accelerator.num_processes, **case["loss"])(images, texts, scale)
+    accelerator.backward(loss)
+    mean: Any = accelerator.reduce(loss.detach(), reduction="mean")
+    found = {"loss": mean.reshape(1)}
+    for name, parameter in encoder.model.named_parameters():
+        found[f"gradient|{name}"] = parameter.grad
+    for name, buffer in encoder.model.named_buffers():
+        if "running" in name:
+            found[f"buffer|{name}"] = buffer
+    accelerator.free_memory()
+    return {name: value.detach().contiguous().clone() for name, value in found.items()}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "job.json").read_text())
+    refusals = {}
+    for name, content in job["refused"].items():
+        try:
+            Trainer(PretrainRecipe.model_validate(content))
+        except ValueError as error:
+            refusals[name] = str(error)
+    accelerator = Accelerator(cpu=True)
+    for case in job["cases"]:
+        batch = load_file(folder / f"batch-{case['images']}.safetensors")
+        found = one_backward(case, batch, accelerator)
+        if accelerator.is_main_process:
+            save_file(found, folder / f"{case['name']}.safetensors")
+    for name, content in job["trainings"].items():
+        trainer = Trainer(PretrainRecipe.model_validate(content))
+        trainer.train()
+        # What rank 1 has must be what rank 0 saves.
+        for value in trainer.model.state_dict().values():
+            both = [torch.empty_like(value) for _ in range(2)]
+            dist.all_gather(both, value)
+            assert torch.equal(*both), f"{name}: the ranks have drifted apart"
+    if accelerator.is_main_process:
+        (folder / "refusals.json").write_text(json.dumps(refusals))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

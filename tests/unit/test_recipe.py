@@ -1,0 +1,148 @@
+"""Recipes: every one that is carried parses, and a fault names its file, its key and the nearest valid one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pairstream.recipe import dump_recipe, find_recipe, load_recipe
+from pretrain.recipe import Lock, PretrainRecipe
+
+ROOT = Path(__file__).resolve().parents[2]
+CARRIED = sorted([*ROOT.glob("*/recipes/*.yaml")])
+
+
+def kind_of(path: Path):
+    """The recipe class of the stage that carries a file."""
+    stage = path.parent.parent.name
+    return stage, getattr(import_module(f"{stage}.recipe"), f"{stage.capitalize()}Recipe")
+
+
+@pytest.mark.parametrize("path", CARRIED, ids=[f"{path.parent.parent.name}/{path.stem}" for path in CARRIED])
+def test_every_carried_recipe_parses_and_resolves_to_itself(path, tmp_path):
+    stage, kind = kind_of(path)
+    recipe = load_recipe(kind, stage, path.stem)
+    dump_recipe(recipe, tmp_path / "recipe.resolved.yaml")
+    assert load_recipe(kind, stage, str(tmp_path / "recipe.resolved.yaml")) == recipe
+    changed = load_recipe(kind, stage, path.stem, ["--run", "elsewhere", "--optim.lr", "3e-3"])
+    assert (changed.run, changed.optim.lr) == ("elsewhere", 3e-3)
+    same = {"run": recipe.run, "optim": recipe.optim}
+    assert changed.model_copy(update=same) == recipe  # an override changes nothing else
+
+
+@pytest.fixture
+def write(tmp_path, tiny_recipe):
+    """`write(**keys) -> str`: the path of a recipe file."""
+
+    def make(**keys) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(tiny_recipe(**keys)))
+        return str(path)
+
+    return make
+
+
+def load(path: str, *words: str) -> PretrainRecipe:
+    return load_recipe(PretrainRecipe, "pretrain", path, words)
+
+
+FAULTS = {
+    "unknown key": ({"batchsize": 4}, r"mine.yaml: batchsize: unknown key; did you mean 'batch_size'\?"),
+    "unknown nested key": ({"optim": {"lrr": 1}}, r"optim.lrr: unknown key; did you mean 'lr'\?"),
+    "unknown key far from all": (
+        {"optim": {"zzz": 1}},
+        r"optim.zzz: unknown key; valid here: betas, clip_norm",
+    ),
+    "unknown key in a tower": (
+        {"model": {"kind": "towers", "image_tower": {"kind": "resnet", "widht": 8}}},
+        r"widht: unknown key; did you mean 'width'\?",
+    ),
+    "unknown key in a list": (
+        {"evaluate": [{"use": "a:B", "evry": 3}]},
+        r"evaluate.0.evry: unknown key; did you mean 'every'\?",
+    ),
+    "wrong type": ({"steps": "many"}, r"steps: .*valid integer.* \(got 'many'\)"),
+    "wrong kind": ({"model": {"kind": "tower"}}, r"model: .*'tower'.*'towers', 'open_clip'"),
+    "missing key": ({"data": {}}, r"data.train: Field required"),
+    "empty shard list": ({"data": {"train": []}}, r"data.train: the shard list is empty"),
+    "warm-up too long": ({"schedule": {"warmup": 6}}, r"schedule.warmup \(6\) must be below steps \(6\)"),
+    "batch of one": ({"batch_size": 1}, r"batch_size: .*greater than or equal to 2 \(got 1\)"),
+    "negative rate": ({"optim": {"lr": -1}}, r"optim.lr: .*greater than 0"),
+    "no clipping by zero": ({"optim": {"clip_norm": 0}}, r"optim.clip_norm: .*greater than 0"),
+    "late lock": ({"locks": [{"step": 2}]}, r"locks must begin at step 0 and go upwards, got steps \[2\]"),
+    "patches": (
+        {"model": {"kind": "towers", "image_tower": {"kind": "vit", "image_size": 60, "patch_size": 16}}},
+        "image_size 60 is not a multiple of patch_size 16",
+    ),
+    "heads": (
+        {"model": {"kind": "towers", "text_tower": {"kind": "transformer", "width": 10, "heads": 4}}},
+        "width 10 is not a multiple of heads 4",
+    ),
+    "head width": (
+        {"model": {"kind": "towers", "image_tower": {"kind": "vit", "width": 100}}},
+        "width 100 is not a multiple of head_width 64",
+    ),
+    "resnet size": (
+        {"model": {"kind": "towers", "image_tower": {"kind": "resnet", "image_size": 40}}},
+        "image_size 40 is not a multiple of 32",
+    ),
+    "evaluator": (
+        {"evaluate": [{"use": "retrieval.evaluator"}]},
+        r"evaluate.0.use: expected an import string",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_with_its_key(write, name):
+    keys, said = FAULTS[name]
+    with pytest.raises(ValueError, match=said):
+        load(write(**keys))
+
+
+def test_all_faults_come_in_one_message(write):
+    with pytest.raises(ValueError, match=r"(?s)steps: .*\n.*optim.lrr: "):
+        load(write(steps="many", optim={"lrr": 1}))
+
+
+def test_overrides_change_nested_keys_and_lists_stay(write):
+    path = write(
+        locks=[Lock().model_dump()], evaluate=[{"use": "a:B", "options": {"data": "x", "k": [1, 5]}}]
+    )
+    recipe = load(path, "--optim.lr", "2e-3", "--data.workers", "3", "--model.image-tower.layers", "5")
+    assert (recipe.optim.lr, recipe.data.workers) == (2e-3, 3)
+    assert recipe.model.image_tower.layers == 5  # pyright: ignore
+    assert recipe.evaluate == load(path).evaluate
+
+
+def test_an_override_that_makes_a_recipe_impossible_is_refused(write, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load(write(), "--schedule.warmup", "9")
+    assert stopped.value.code == 2
+    assert "schedule.warmup (9) must be below steps (6)" in capsys.readouterr().err
+
+
+def test_an_unknown_override_names_the_nearest(write, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load(write(), "--optim.lrr", "1")
+    assert stopped.value.code == 2
+    assert "--optim.lr" in capsys.readouterr().err
+
+
+def test_what_is_no_recipe_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match=r"a.yaml: expected a recipe \(a mapping of keys\), got list"):
+        load(str(tmp_path / "a.yaml"))
+    (tmp_path / "b.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match=r"b\.yaml: not a YAML recipe"):
+        load(str(tmp_path / "b.yaml"))
+    with pytest.raises(FileNotFoundError, match=r"no recipe 'flickr8k_cpuu': .*did you mean 'flickr8k_cpu'"):
+        find_recipe("pretrain", "flickr8k_cpuu")
+
+
+def test_recipes_are_frozen(write):
+    with pytest.raises(ValueError, match="frozen"):
+        load(write()).steps = 3  # pyright: ignore
