@@ -88,17 +88,12 @@ def read_sample(index: ShardIndex, sample: int, number: int, reader: ShardReader
     return RawSample(index.key(sample), index.name, number, image, extension, record, text)
 
 
-def shard_names(shards: Shards) -> list[str]:
-    """`expand_shards` for paths as well as strings."""
-    return expand_shards([str(shards)] if isinstance(shards, str | Path) else map(str, shards))
-
-
 def index_shards(shards: Shards, *, cache_dir: str | Path | None = None) -> list[ShardIndex]:
     """Index all shards of a specification, fetching those that are URLs; see `PairStream` for the
     arguments."""
     promised: dict[Path, dict[str, Any]] = {}
     indices = []
-    for name in shard_names(shards):
+    for name in expand_shards(shards):
         path = local_shard(name, cache_dir)
         if path.parent not in promised:
             promised[path.parent] = read_manifest(path.parent / MANIFEST)

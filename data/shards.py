@@ -119,12 +119,7 @@ class ShardWriter:
         self.tar.close()
         self.file.close()
         fsync_path(self.temporary)
-        with self.temporary.open("rb") as file:
-            digest = (
-                hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else ""
-            )
-            if not digest:  # Python 3.10
-                digest = hashlib.sha256(file.read()).hexdigest()
+        digest = hashlib.sha256(self.temporary.read_bytes()).hexdigest()
         size = self.temporary.stat().st_size
         self.temporary.replace(self.path)
         self.shards[self.path.name] = {"samples": self.in_shard, "bytes": size, "sha256": digest}
@@ -152,7 +147,7 @@ class ShardWriter:
             self.temporary.unlink(missing_ok=True)
 
 
-def expand_shards(shards: str | Iterable[str]) -> list[str]:
+def expand_shards(shards: str | Path | Iterable[str | Path]) -> list[str]:
     """Names of the shards that a specification means, in a fixed order.
 
     Args:
@@ -163,9 +158,9 @@ def expand_shards(shards: str | Iterable[str]) -> list[str]:
         Sorted paths of a glob or folder, otherwise the given order; no duplicates.
 
     Raises:
-        ValueError: Nothing was given, or nothing matches.
+        ValueError: Nothing was given, nothing matches, or a shard that is named does not exist.
     """
-    words = [shards] if isinstance(shards, str) else list(shards)
+    words = [shards] if isinstance(shards, str | Path) else list(shards)
     if not words:
         raise ValueError("the shard list is empty: expected at least one path, glob or URL of .tar files")
     found: list[str] = []
@@ -177,8 +172,12 @@ def expand_shards(shards: str | Iterable[str]) -> list[str]:
                 found += sorted(str(path) for path in Path(name).glob("*.tar"))
             elif Path(name).is_file():
                 found.append(name)
-            else:
+            elif any(sign in name for sign in "*?["):
                 found += sorted(glob.glob(name))  # noqa: PTH207 - the pattern may be absolute
+            else:
+                raise ValueError(
+                    f"no shards at {name}: expected a .tar file, a folder of them, a glob or a URL"
+                )
     if not found:
         raise ValueError(f"no shards found: {', '.join(map(str, words))} matches no .tar file")
     return list(dict.fromkeys(found))

@@ -139,7 +139,7 @@ def test_large_pictures_are_faults_as_in_training(sound):
     [
         (["data", "chekc"], "no command 'chekc': expected one of prepare, check; did you mean 'check'?"),
         (["data", "check"], "the shard list is empty"),
-        (["data", "check", "/nowhere/at/all"], "no shards found: /nowhere/at/all"),
+        (["data", "check", "/nowhere/at/all"], "no shards at /nowhere/at/all"),
     ],
 )
 def test_user_errors_are_one_message_and_exit_code_2(words, message, capsys):
