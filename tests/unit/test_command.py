@@ -1,0 +1,49 @@
+"""The words after `pairstream STAGE`."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from pairstream.command import read_training_command
+from pretrain.recipe import PretrainRecipe
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_recipe) -> str:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tiny_recipe()))
+    return str(tmp_path / "mine.yaml")
+
+
+def read(*words: str):
+    return read_training_command("pretrain", PretrainRecipe, words)
+
+
+def test_a_recipe_its_overrides_and_the_flags(recipe):
+    command = read(recipe, "--steps", "9", "--resume")
+    assert command is not None
+    assert (command.recipe.steps, command.resume, command.overwrite) == (9, True, False)
+    command = read("--overwrite", recipe)
+    assert command is not None
+    assert (command.recipe.steps, command.resume, command.overwrite) == (6, False, True)
+
+
+def test_help_without_and_with_a_recipe(recipe, capsys):
+    assert read("--help") is None
+    assert "usage: pairstream pretrain RECIPE" in (said := capsys.readouterr().out)
+    assert "flickr8k_cpu" in said
+    with pytest.raises(SystemExit) as stopped:
+        read(recipe, "--help")
+    assert stopped.value.code == 0
+    assert "--optim.lr" in capsys.readouterr().out
+
+
+def test_no_recipe_and_both_flags_are_refused(recipe):
+    with pytest.raises(ValueError, match=r"which recipe\? One of .*flickr8k_cpu.*, or a YAML file"):
+        read()
+    with pytest.raises(ValueError, match="which recipe"):
+        read("--steps", "3")
+    with pytest.raises(ValueError, match="--resume continues a run and --overwrite replaces it"):
+        read(recipe, "--resume", "--overwrite")
+    with pytest.raises(FileNotFoundError, match="no recipe 'absent'"):
+        read("absent")
