@@ -303,9 +303,12 @@ class VisionLanguageModel(nn.Module):
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of padding after a finished text, where it does no harm
         written = self.language_model.generate(
             inputs_embeds=embeddings, attention_mask=seen, generation_config=config
         )
+        logging.set_verbosity(verbosity)
         self.train(training)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [text.strip() for text in texts]
@@ -366,6 +369,8 @@ def small_language_model(config: SmallLanguageModel, tokenizer: Any) -> GPT2LMHe
             n_embd=config.width,
             n_layer=config.layers,
             n_head=config.heads,
+            # GPT-2's own 0.02 suits its width of 768; narrow models then learn to see only after many hundred steps.
+            initializer_range=config.width**-0.5,
             activation_function="gelu_pytorch_tanh",  # GPT-2's own function in one kernel instead of eight
             resid_pdrop=config.dropout,
             embd_pdrop=config.dropout,
