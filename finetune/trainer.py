@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ from pretrain.checkpoint import (
     step_folder,
 )
 from pretrain.encoder import load_encoder
+from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from pretrain.trainer import Window, make_accelerator, mix, peak_memory_mb
 
 TOKENIZER_SAMPLES = 100_000  # samples whose texts the tokenizer and the baselines are made from
 
@@ -68,8 +69,7 @@ class Finetuner:
     def __init__(self, recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = False):
         self.recipe = recipe
         self.began = time.monotonic()
-        # It reads the keys that both kinds of recipe have.
-        self.accelerator = make_accelerator(recipe)  # pyright: ignore[reportArgumentType]
+        self.accelerator = make_accelerator(recipe)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         if recipe.batch_size % self.world:
@@ -77,26 +77,38 @@ class Finetuner:
                 f"batch_size {recipe.batch_size} (over all ranks) cannot be split over {self.world} processes: "
                 f"take a multiple of {self.world}"
             )
-        self.folder = RunFolder(recipe.run, resume=resume, overwrite=overwrite, writes=self.main)
-        if self.main:
-            clear_leftovers(self.folder.checkpoints)
         self.task = make_task(recipe.task)
         self.step, self.samples_seen, self.history = 0, 0, {}
         self.saved: dict[str, Tensor] = {}
         texts = self.read_texts()
-        found = complete_checkpoints(self.folder.checkpoints) if resume else []
-        self.model = self.restore(found[0]) if found else self.build(texts)
-        if resume and not found:
-            self.say(f"nothing to resume in {self.folder.path}: starting at step 0")
+        found = complete_checkpoints(Path(recipe.run) / "checkpoints") if resume else []
+        state: dict[str, Any] = {}
+        if found:
+            state, self.saved = read_training_state(found[0])
+        self.model = self.restore(found[0], state) if found else self.build(texts)
         self.optimizer = build_optimizer(
             self.model.named_parameters(), recipe.optim, lr_scale={"image_tower.": recipe.tower_lr}
         )
         load_optimizer_state(self.optimizer, self.saved)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.kept = self.keep_image_tokens() if recipe.data.cache_image_tokens else None
         self.stream = self.open_train()
+        if found:
+            self.stream.counts = Counter(state["faults"])
+        self.open_val()  # shards that cannot be read are told now, not after the last step
+        # Not before all else has been found good: `overwrite` deletes.
+        self.folder = RunFolder(recipe.run, resume=resume, overwrite=overwrite, writes=self.main)
+        if self.main:
+            clear_leftovers(self.folder.checkpoints)
+        if resume:
+            self.folder.rewind_log(self.step)
+            self.say(
+                f"resuming at step {self.step} from {found[0]}"
+                if found
+                else f"nothing to resume in {self.folder.path}: starting at step 0"
+            )
         if self.main and self.step == 0:
             self.folder.write_recipe(recipe)
+        self.kept = self.keep_image_tokens() if recipe.data.cache_image_tokens else None
 
     def read_texts(self) -> list[Any]:
         """All training texts, for the tokenizer and the baselines; the pictures are not decoded."""
@@ -136,9 +148,8 @@ class Finetuner:
             language_model = small_language_model(config, tokenizer)
         return build_task_model(recipe, encoder, language_model, tokenizer)
 
-    def restore(self, checkpoint: Path) -> VisionLanguageModel:
-        """The model as a checkpoint has it, and the state of the run."""
-        state, self.saved = read_training_state(checkpoint)
+    def restore(self, checkpoint: Path, state: dict[str, Any]) -> VisionLanguageModel:
+        """The model as a checkpoint has it; the run's step and history are set from its state."""
         changed = [key for key, value in self.identity().items() if state["identity"].get(key) != value]
         if changed:
             raise ValueError(
@@ -146,8 +157,6 @@ class Finetuner:
                 "was begun. Change it back, or start a new run with --run NAME."
             )
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
-        self.folder.rewind_log(self.step)
-        self.say(f"resuming at step {self.step} from {checkpoint}")
         parts = load_task_model(checkpoint / "model", device=str(self.accelerator.device))
         model = build_task_model(self.recipe, parts.encoder, parts.language_model, parts.tokenizer)
         model.connector.load_state_dict(parts.connector.state_dict())
@@ -170,6 +179,7 @@ class Finetuner:
     def open_train(self) -> PairStream:
         """The training batches of this rank."""
         recipe, encoder = self.recipe, self.model.encoder
+        cached = recipe.data.cache_image_tokens
         crop = recipe.data.crop_scale
         transform = (
             encoder.transform if crop == (1.0, 1.0) else TrainTransform(encoder.image_size, scale=crop)
@@ -180,11 +190,26 @@ class Finetuner:
                 recipe.task,
                 self.model.tokenizer,
                 room=self.model.context - self.model.prefix_length,
-                transform=None if self.kept is not None else transform,
+                transform=None if cached else transform,
             ),
-            TrainCollate(self.model.tokenizer.pad_token_id, encoder.image_size, pictures=self.kept is None),
+            TrainCollate(self.model.tokenizer.pad_token_id, encoder.image_size, pictures=not cached),
             batch_size=recipe.batch_size // self.world,
             seed=recipe.seed,
+            rank=self.rank,
+            world_size=self.world,
+            workers=recipe.data.workers,
+            max_faults=recipe.data.max_faults,
+        )
+
+    def open_val(self) -> PairStream:
+        """The validation pictures of this rank, in the order of the shards."""
+        recipe, encoder = self.recipe, self.model.encoder
+        return PairStream(
+            recipe.data.val,
+            EvalLoad(recipe.task, encoder.transform, shown=recipe.evaluate.wall),
+            EvalCollate(encoder.image_size),
+            batch_size=recipe.evaluate.batch_size,
+            shuffle=False,
             rank=self.rank,
             world_size=self.world,
             workers=recipe.data.workers,
@@ -246,17 +271,19 @@ class Finetuner:
                 set_learning_rate(self.optimizer, lr)
                 self.train_step(batch, wrapped, optimizer, window)
                 self.step += 1
+                saves = self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps
+                if saves:
+                    self.mean_loss(window)  # before anything is kept of a run that has diverged
                 if self.step % recipe.log_every == 0 or self.step == recipe.steps:
                     record = self.log_window(window, lr)
                     window = Window(self.accelerator.device)
-                    bar.advance(
-                        0, note=f"loss {record['loss']:.3f}, {record['samples_per_s']:.0f} pictures/s"
-                    )
+                    loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
+                    bar.advance(0, note=f"loss {loss}, {record['samples_per_s']:.0f} pictures/s")
                 bar.advance()
                 every = recipe.evaluate.every
                 if every and self.step % every == 0 and self.step < recipe.steps:
                     self.evaluate()
-                if self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps:
+                if saves:
                     self.save()
                 waited = time.monotonic()
         return self.finish()
@@ -287,13 +314,22 @@ class Finetuner:
         window.add(loss.detach(), torch.as_tensor(norm), int(pictures))
         self.samples_seen += int(pictures)
 
+    def mean_loss(self, window: Window) -> float | None:
+        """`Window.mean_loss`, with what can be done about a run that has diverged."""
+        return window.mean_loss(
+            self.accelerator,
+            self.step,
+            f"The last checkpoint in {self.folder.checkpoints} is from before; begin a new run with a lower "
+            "--optim.lr or a longer --schedule.warmup.",
+        )
+
     def log_window(self, window: Window, lr: float) -> dict[str, Any]:
         """Write one line of the log about the steps since the last one."""
-        loss = self.accelerator.reduce(window.loss / max(window.steps, 1), reduction="mean")
+        loss = self.mean_loss(window)
         record = {
             "step": self.step,
             "samples_seen": self.samples_seen,
-            "loss": float(loss),  # pyright: ignore[reportArgumentType]
+            "loss": loss,
             "lr": lr,
             "samples_per_s": window.samples / (time.monotonic() - window.began),
             "data_wait_s": window.waiting / max(window.steps, 1),
@@ -301,11 +337,6 @@ class Finetuner:
             "memory_mb": peak_memory_mb(self.accelerator.device),
             "faults": dict(self.stream.faults),
         }
-        if window.steps and not math.isfinite(record["loss"]):
-            raise ValueError(
-                f"the loss is {record['loss']} at step {self.step}. The last checkpoint in {self.folder.checkpoints} "
-                "is intact; start a new run with a lower --optim.lr or a longer --schedule.warmup."
-            )
         self.folder.log(record)
         if self.accelerator.trackers:
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
@@ -318,18 +349,7 @@ class Finetuner:
         Returns:
             The numbers, and the judged pictures in the order of the shards.
         """
-        recipe, encoder = self.recipe, self.model.encoder
-        stream = PairStream(
-            recipe.data.val,
-            EvalLoad(recipe.task, encoder.transform, shown=recipe.evaluate.wall),
-            EvalCollate(encoder.image_size),
-            batch_size=recipe.evaluate.batch_size,
-            shuffle=False,
-            rank=self.rank,
-            world_size=self.world,
-            workers=recipe.data.workers,
-            max_faults=recipe.data.max_faults,
-        )
+        recipe, stream = self.recipe, self.open_val()
         pictures = min(recipe.evaluate.pictures or stream.samples, stream.samples)
         batches = -(-pictures // stream.global_batch)
         rows: list[Row] = []
@@ -363,6 +383,7 @@ class Finetuner:
                     "identity": self.identity(),
                     "samples_seen": self.samples_seen,
                     "history": self.history,
+                    "faults": self.stream.faults,
                 },
                 keep=self.recipe.checkpoint.keep,
             )

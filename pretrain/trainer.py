@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import resource
 import sys
 import time
 from collections import Counter
@@ -13,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 
 from data.stream import Batch, PairStream, pair_stream
@@ -34,6 +29,7 @@ from pretrain.collectives import gather_counts
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.locks import apply_lock, set_training_mode
+from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.losses import distributed_info_nce
 from pretrain.norm import use_global_batch_norm
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
@@ -273,21 +269,13 @@ class Trainer:
         return sum(counts)
 
     def mean_loss(self, window: Window) -> float | None:
-        """The mean loss of a window over steps and ranks; None for a window without a step.
-
-        Raises:
-            ValueError: It, or the last gradient, is not finite.
-        """
-        if not window.steps:
-            return None
-        loss = float(self.accelerator.reduce(window.loss / window.steps, reduction="mean"))  # pyright: ignore
-        if not (math.isfinite(loss) and math.isfinite(float(window.norm))):
-            raise ValueError(
-                f"the loss is {loss} and the gradient norm {float(window.norm)} at step {self.step}: training has "
-                f"diverged. The last checkpoint in {self.folder.checkpoints} is from before; begin a new run from "
-                "it (--model.name) with a lower --optim.lr or a longer --schedule.warmup."
-            )
-        return loss
+        """`Window.mean_loss`, with what can be done about a run that has diverged."""
+        return window.mean_loss(
+            self.accelerator,
+            self.step,
+            f"The last checkpoint in {self.folder.checkpoints} is from before; begin a new run from it "
+            "(--model.name) with a lower --optim.lr or a longer --schedule.warmup.",
+        )
 
     def log_window(self, window: Window, batch: Batch, lr: float) -> dict[str, Any]:
         """Write one line of the log about the steps since the last one."""
@@ -382,71 +370,3 @@ class Trainer:
         """Tell the user, once."""
         if self.main:
             print(text, file=sys.stderr, flush=True)
-
-
-class Window:
-    """Sums over the steps between two lines of the log; tensors, so that no step waits for the device."""
-
-    def __init__(self, device: torch.device):
-        self.loss = torch.zeros((), device=device)
-        self.norm = torch.zeros((), device=device)
-        self.steps = self.samples = 0
-        self.waiting = 0.0
-        self.began = time.monotonic()
-
-    def add(self, loss: Tensor, norm: Tensor, samples: int) -> None:
-        self.loss += loss
-        self.norm = norm
-        self.steps += 1
-        self.samples += samples
-
-
-def make_accelerator(recipe: PretrainRecipe) -> Accelerator:
-    """Accelerate's view of the machine, with the number of processes checked.
-
-    Raises:
-        ValueError: The launcher's world size is not what Accelerate or the recipe has, or the set-up shards
-            the model, which this trainer does not do.
-    """
-    gpu = torch.cuda.is_available()
-    precision = recipe.precision
-    if precision == "auto":
-        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
-    for tracker in sorted(set(recipe.trackers) - {str(known) for known in get_available_trackers()}):
-        raise ImportError(f"the tracker {tracker} cannot be imported: pip install {tracker}")
-    accelerator = Accelerator(
-        cpu=not gpu,
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        log_with=list(recipe.trackers) or None,
-        project_dir=recipe.run,
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}: "
-            "each would train alone on all of the data. Start with `torchrun --nproc-per-node N -m pretrain ...`."
-        )
-    if recipe.processes and recipe.processes != launched:
-        raise ValueError(
-            f"the recipe asks for {recipe.processes} processes, {launched} started. "
-            f"Start with `torchrun --nproc-per-node {recipe.processes} -m pretrain ...`"
-        )
-    kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise ValueError(
-            f"Accelerate is set up for {kind}; this trainer takes one process or plain data parallel"
-        )
-    return accelerator
-
-
-def mix(seed: int, step: int, rank: int) -> int:
-    """A seed for one step of one rank, unrelated to its neighbours'."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()
-    return int.from_bytes(digest, "little")
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process so far, in MB: of the GPU on a GPU, resident otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

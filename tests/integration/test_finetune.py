@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from finetune.model import load_task_model
 from finetune.recipe import FinetuneRecipe
 from pairstream.cli import run_stage
 from pairstream.recipe import load_recipe, recipe_names, validate
+from pretrain.checkpoint import complete_checkpoints
 from pretrain.encoder import build_encoder
 from pretrain.recipe import TextTransformer, TowersModel, ViT
 
@@ -193,6 +196,82 @@ def test_killed_and_resumed_is_bit_equal(world, tmp_path, task, monkeypatch):
 
     with pytest.raises(ValueError, match="cannot resume with another steps"):
         finetune(recipe(world, tmp_path / "killed", task, **{**changes, "steps": 9}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"name": "local-dir:nowhere"}}, "no folder"),
+        ({"data": {"train": "nowhere"}}, "no shards"),
+        ({"data": {"val": "nowhere"}}, "no shards"),
+        ({"connector": {"kind": "mlp", "merge": 3}}, "merge"),
+    ],
+    ids=["model", "train", "val", "connector"],
+)
+def test_an_overwrite_that_cannot_work_leaves_the_old_run(world, tmp_path, changes, message):
+    earlier = tmp_path / "run/checkpoints/step-00000007"
+    earlier.mkdir(parents=True)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        finetune(recipe(world, tmp_path / "run", {"kind": "caption"}, **changes), overwrite=True)
+    assert earlier.is_dir()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_its_log_anew(world, tmp_path, capsys):
+    chosen = recipe(world, tmp_path / "run", {"kind": "caption"}, steps=4, log_every=2)
+    finetune(chosen)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    finetune(chosen, resume=True)
+    assert "nothing to resume" in capsys.readouterr().err
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [2, 4, 4]  # the last is the evaluation
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_nothing_is_kept_of_a_run_that_has_diverged(world, tmp_path, monkeypatch, broken):
+    """Step 3 breaks, long before the next line of the log; the checkpoint of step 4 would be NaN."""
+    from finetune.model import VisionLanguageModel
+
+    exact, calls = VisionLanguageModel.forward, []
+
+    def breaks(self, **inputs):
+        calls.append(None)
+        loss = exact(self, **inputs)
+        if broken == "loss":
+            return loss * (math.nan if len(calls) == 3 else 1.0)
+        return loss + (torch.sqrt(loss - loss) if len(calls) == 4 else 0)  # sqrt has no slope at 0
+
+    monkeypatch.setattr(VisionLanguageModel, "forward", breaks)
+    chosen = recipe(
+        world, tmp_path / "run", {"kind": "caption"}, log_every=20, checkpoint={"every": 2, "keep": 9}
+    )
+    said = {"loss": "the loss is nan", "gradient": r"the loss is \d.* and the gradient norm (nan|inf)"}[
+        broken
+    ]
+    with pytest.raises(ValueError, match=said + ".* at step 4: training has diverged"):
+        finetune(chosen)
+    kept = complete_checkpoints(tmp_path / "run/checkpoints")
+    assert [path.name for path in kept] == ["step-00000002"]
+    assert all(
+        bool(value.isfinite().all()) for value in load_file(kept[0] / "model/connector.safetensors").values()
+    )
+
+
+def test_fault_counts_are_carried_over_a_resume(world, tmp_path):
+    with ShardWriter(tmp_path / "faulty") as writer:
+        for number in range(16):
+            picture = b"no picture" if number == 3 else coloured("red", number)
+            writer.write(Sample(f"{number}", picture, "png", ["all red"]))
+    chosen = recipe(
+        world,
+        tmp_path / "run",
+        {"kind": "caption"},
+        steps=6,
+        data={"train": str(tmp_path / "faulty"), "max_faults": 0.5},
+        checkpoint={"every": 3, "keep": 3},
+    )
+    assert finetune(chosen)["faults"] == {"undecodable_image": 3}  # once an epoch
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
+    assert finetune(chosen, resume=True)["faults"] == {"undecodable_image": 3}
 
 
 def test_the_frozen_tower_leaves_as_it_came(world, tmp_path):

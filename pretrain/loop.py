@@ -1,0 +1,130 @@
+"""What training loops share: the processes, the sums of a log line, the seed of a step."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import resource
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from torch import Tensor
+
+
+class Launch(Protocol):
+    """The keys of a recipe that say how it is launched; recipes of both training stages have them."""
+
+    @property
+    def run(self) -> str: ...
+    @property
+    def processes(self) -> int | None: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def trackers(self) -> Sequence[str]: ...
+
+
+class Window:
+    """Sums over the steps between two lines of the log; tensors, so that no step waits for the device."""
+
+    def __init__(self, device: torch.device):
+        self.loss = torch.zeros((), device=device)
+        self.norm = torch.zeros((), device=device)
+        self.steps = self.samples = 0
+        self.waiting = 0.0
+        self.began = time.monotonic()
+
+    def add(self, loss: Tensor, norm: Tensor, samples: int) -> None:
+        """Count one step in: its loss, its gradient norm, and the samples of all ranks."""
+        self.loss += loss
+        self.norm = norm
+        self.steps += 1
+        self.samples += samples
+
+    def mean_loss(self, accelerator: Accelerator, step: int, advice: str) -> float | None:
+        """The mean loss over steps and ranks; None for a window without a step.
+
+        Every rank must call it. It waits for the device.
+
+        Args:
+            accelerator: Of the run.
+            step: Optimiser steps taken, for the message.
+            advice: What the user can do about a run that has diverged.
+
+        Raises:
+            ValueError: It, or the last gradient, is not finite.
+        """
+        if not self.steps:
+            return None
+        loss = float(accelerator.reduce(self.loss / self.steps, reduction="mean"))  # pyright: ignore
+        norm = float(self.norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(
+                f"the loss is {loss} and the gradient norm {norm} at step {step}: training has diverged. {advice}"
+            )
+        return loss
+
+
+def make_accelerator(recipe: Launch) -> Accelerator:
+    """Accelerate's view of the machine, with the number of processes checked.
+
+    Raises:
+        ValueError: The launcher's world size is not what Accelerate or the recipe has, or the set-up shards
+            the model or accumulates gradients, which the trainers do not do.
+        ImportError: A tracker is not installed.
+    """
+    gpu = torch.cuda.is_available()
+    precision = recipe.precision
+    if precision == "auto":
+        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+    for tracker in sorted(set(recipe.trackers) - {str(known) for known in get_available_trackers()}):
+        raise ImportError(f"the tracker {tracker} cannot be imported: pip install {tracker}")
+    accelerator = Accelerator(
+        cpu=not gpu,
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=list(recipe.trackers) or None,
+        project_dir=recipe.run,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher started {launched} processes but Accelerate sees {accelerator.num_processes}: each "
+            "would train alone on all of the data. Start with `torchrun --nproc-per-node N -m STAGE RECIPE`."
+        )
+    if recipe.processes and recipe.processes != launched:
+        raise ValueError(
+            f"the recipe asks for {recipe.processes} processes, {launched} started. "
+            f"Start with `torchrun --nproc-per-node {recipe.processes} -m STAGE RECIPE`."
+        )
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ValueError(
+            f"Accelerate is set up for {kind}; this trainer takes one process or plain data parallel"
+        )
+    parts = accelerator.gradient_accumulation_steps
+    if parts != 1:
+        raise ValueError(
+            f"Accelerate is set up for {parts} gradient accumulation steps: it would divide every gradient by "
+            f"{parts}, while each batch here is a whole step. Nor could parts be added up, since a contrastive loss "
+            "compares all pairs of its batch. Set ACCELERATE_GRADIENT_ACCUMULATION_STEPS to 1 (or leave it out) "
+            "and choose batch_size instead."
+        )
+    return accelerator
+
+
+def mix(seed: int, step: int, rank: int) -> int:
+    """A seed for one step of one rank, unrelated to its neighbours'."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process so far, in MB: of the GPU on a GPU, resident otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
