@@ -48,12 +48,21 @@ def timm_groups(trunk: Any) -> Groups:
 
 
 def text_groups(model: Any) -> tuple[Groups, Sequence[Part]]:
-    """The text tower's layer groups from input to output, and its projection."""
+    """The text tower's layer groups from input to output, and its projection.
+
+    Raises:
+        ValueError: A transformers text tower whose layers are not where BERT has them.
+    """
     text = getattr(model, "text", model)
     if isinstance(text, HFTextEncoder):
         backbone: Any = text.transformer
-        layers = [[layer] for layer in backbone.encoder.layer]
-        return [[backbone.embeddings], *layers], [text.proj]
+        layers = getattr(getattr(backbone, "encoder", None), "layer", None)
+        if layers is None or not hasattr(backbone, "embeddings"):
+            raise ValueError(
+                f"cannot lock parts of a text tower {type(backbone).__name__}: expected the layers of a BERT "
+                "(`embeddings`, `encoder.layer`); use text_groups: all"
+            )
+        return [[backbone.embeddings], *([layer] for layer in layers)], [text.proj]
     blocks: list[list[Part]] = [[block] for block in text.transformer.resblocks]
     embedding: list[Part] = [text.token_embedding, text.positional_embedding]
     return [embedding, *blocks[:-1], [*blocks[-1], text.ln_final]], present([text.text_projection])
@@ -73,7 +82,7 @@ def apply_lock(model: Any, lock: Lock) -> None:
         lock: How many of each tower's last groups train.
 
     Raises:
-        ValueError: A tower has fewer groups than are to train.
+        ValueError: A tower has fewer groups than are to train, or layers that are not known.
     """
     for groups, wanted, tower in (
         (image_groups, lock.image_groups, "image_groups"),

@@ -66,6 +66,27 @@ def test_an_unknown_image_tower_can_only_train_as_a_whole():
         apply_lock(model, Lock(image_groups=1))
 
 
+def test_a_text_tower_that_is_no_bert_can_only_train_as_a_whole(tiny_models, tiny_bert):
+    transformers = pytest.importorskip("transformers")
+    text = {"kind": "transformers", "name": str(tiny_bert), "context_length": 8}
+    content = {**tiny_models["vit"], "text_tower": text}
+    model = build_encoder(TowersModel.model_validate(content), device="cpu").model
+    config = transformers.DistilBertConfig(vocab_size=11, dim=16, hidden_dim=32, n_layers=1, n_heads=2)
+    for tower in (
+        transformers.DistilBertModel(config),  # its layers are in transformer.layer
+        transformers.T5EncoderModel(  # encoder.block
+            transformers.T5Config(vocab_size=11, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+    ):
+        model.text.transformer = tower  # pyright: ignore
+        with pytest.raises(
+            ValueError, match=f"parts of a text tower {type(tower).__name__}: .* text_groups: all"
+        ):
+            apply_lock(model, Lock(text_groups=1))
+        apply_lock(model, Lock(image_groups=0))
+        assert all(parameter.requires_grad for parameter in tower.parameters())
+
+
 def test_batch_norms_of_locked_parts_keep_their_statistics():
     layers = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.Dropout())
     for parameter in layers[0].parameters():
