@@ -86,8 +86,29 @@ def load_recipe(kind: type[RecipeT], stage: str, name: str, overrides: Sequence[
 def override(recipe: RecipeT, words: Sequence[str], source: str = "the recipe") -> RecipeT:
     """Apply command-line words to a recipe; see `load_recipe`."""
     import tyro
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-    try:
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def unchecked(info: StructTypeInfo) -> StructConstructorSpec | None:
+        """Leave the checks to `validate` below: tyro would report a broken rule in words of its own, and exit."""
+        if not (isinstance(info.type, type) and issubclass(info.type, Config)):
+            return None
+        fields = []
+        for name, field in info.type.model_fields.items():
+            default = tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
+            if isinstance(info.default, info.type):
+                default = getattr(info.default, name)
+            fields.append(StructFieldSpec(name, field.annotation, default, field.description))  # pyright: ignore
+
+        def construct(**values: Any) -> Any:
+            return info.type.model_construct(**values)
+
+        construct.__doc__ = info.type.__doc__  # what --help says of these keys
+        return StructConstructorSpec(construct, tuple(fields))
+
+    with registry:
         changed = tyro.cli(
             type(recipe),
             default=recipe,
@@ -95,8 +116,6 @@ def override(recipe: RecipeT, words: Sequence[str], source: str = "the recipe") 
             prog=source,
             config=(tyro.conf.AvoidSubcommands,),
         )
-    except ValidationError as error:
-        raise ValueError(explain(type(recipe), error, f"{source} with {' '.join(words)}")) from error
     return validate(type(recipe), changed.model_dump(mode="json"), f"{source} with {' '.join(words)}")
 
 

@@ -118,11 +118,25 @@ def test_overrides_change_nested_keys_and_lists_stay(write):
     assert recipe.evaluate == load(path).evaluate
 
 
-def test_an_override_that_makes_a_recipe_impossible_is_refused(write, capsys):
-    with pytest.raises(SystemExit) as stopped:
+def test_an_override_that_makes_a_recipe_impossible_is_refused(write):
+    """Rules between keys and bounds of nested ones have the message that a recipe file would get."""
+    with pytest.raises(
+        ValueError, match=r"yaml with --schedule.warmup 9: .*schedule.warmup \(9\) must be below"
+    ):
         load(write(), "--schedule.warmup", "9")
-    assert stopped.value.code == 2
-    assert "schedule.warmup (9) must be below steps (6)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"yaml with --optim.lr -1: optim.lr: .*greater than 0 \(got -1.0\)"):
+        load(write(), "--optim.lr", "-1")
+
+
+def test_help_lists_the_keys_with_their_meaning_and_value(write, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load(write(), "--help")
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "All of a pretraining run." in said
+    assert "AdamW without decay on gains" in said
+    assert "(default: 0.001)" in said
+    assert "model_construct" not in said
 
 
 def test_an_unknown_override_names_the_nearest(write, capsys):
