@@ -58,6 +58,11 @@ def write_text(path: Path, content: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a folder aside and let it appear under its name only when it is complete.
 
+    Replacing an older folder takes two renames, since a rename onto a folder that is not empty is refused and
+    Python has no exchange of two names. Between the two there is no folder at `path`: a process killed just then
+    leaves the old one beside it as `.tmp-old-NAME-PID` and the new one, complete, as `.tmp-NAME-PID`. A new name
+    for each version, as checkpoints have, avoids that.
+
     Args:
         path: The folder's final name; an older folder there is replaced.
 
