@@ -8,14 +8,13 @@ import re
 from data.scenes.compose import Group, Scene
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
-IRREGULAR = {"sheep": "sheep", "fish": "fish", "mouse": "mice", "die": "dice", "loaf": "loaves", "leaf": "leaves",
-             "party": "parties", "octopus": "octopuses", "firefly": "fireflies"}  # fmt: skip
+IRREGULAR = {"fish": "fish"}
 # what follows these words says more about the head noun before them
 TAILS = (" of ", " with ")
 
 
 def plural(noun: str) -> str:
-    """`slice of pizza` -> `slices of pizza`, `box` -> `boxes`, `sheep` -> `sheep`."""
+    """`slice of pizza` -> `slices of pizza`, `dress` -> `dresses`, `fish` -> `fish`."""
     cut = min((at for tail in TAILS if (at := noun.find(tail)) >= 0), default=len(noun))
     head, tail = noun[:cut], noun[cut:]
     before, _, word = head.rpartition(" ")
@@ -31,13 +30,12 @@ def plural(noun: str) -> str:
 
 
 def article(phrase: str) -> str:
-    """`a dog`, `an owl`, `a unicorn`."""
-    vowel = re.match(r"[aeiou]", phrase) and not re.match(r"uni|use|one|eu", phrase)
-    return f"{'an' if vowel else 'a'} {phrase}"
+    """`a cow`, `an umbrella`; no word of a scene begins as `unicorn` does."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def counted(count: int, noun: str, *, adjectives: str = "") -> str:
-    """`a big dog`, `two dogs`; `noun` is singular.
+    """`a big cow`, `two cows`; `noun` is singular.
 
     Args:
         count: At least 1.
@@ -60,7 +58,7 @@ def phrase(group: Group, rng: random.Random, *, sure: bool = False) -> str:
         sure: Say the colour and the size wherever there is one.
 
     Returns:
-        Such as `a small red balloon` or `three puppies`.
+        Such as `a small red balloon` or `three piglets`.
     """
     noun = group.kind.name if rng.random() < 0.65 else rng.choice(group.kind.names)
     words = []

@@ -32,7 +32,7 @@ SAID = {"left of": "to the left of", "right of": "to the right of", "above": "ab
 
 
 def the(group: Group) -> str:
-    """`the dog`, `the dogs`."""
+    """`the cow`, `the cows`."""
     return f"the {group.kind.name if group.count == 1 else plural(group.kind.name)}"
 
 

@@ -24,7 +24,6 @@ COLOUR_SYNONYMS = {
     "pink": ("rose",),
     "purple": ("violet",),
     "brown": ("dark brown",),
-    "black": ("dark grey",),
     "white": ("off white",),
     "grey": ("gray",),
 }
@@ -203,7 +202,7 @@ def kinds() -> dict[str, Kind]:
 
 @functools.cache
 def alike(one: str, other: str) -> bool:
-    """Whether two kinds could be mistaken in words, as a tree and a pine tree: never in one picture."""
+    """Whether two kinds could be mistaken in words, as a heart and a face with heart eyes: never in one picture."""
     table = kinds()
     return one == other or any(
         one in name.split() or other in known.split()
