@@ -32,7 +32,10 @@ def models(tiny_models) -> dict[str, dict]:
     """Three image towers: layer norm, torch's batch norm, timm's batch norm with activation."""
     timm = {"kind": "timm", "name": "test_efficientnet", "image_size": 64}
     # At 32 px the last stage normalises over eight values, and a float32 rounding error can grow a thousandfold.
-    resnet = {**tiny_models["resnet"], "image_tower": {**tiny_models["resnet"]["image_tower"], "image_size": 64}}
+    resnet = {
+        **tiny_models["resnet"],
+        "image_tower": {**tiny_models["resnet"]["image_tower"], "image_size": 64},
+    }
     return {**tiny_models, "resnet": resnet, "timm": {**tiny_models["vit"], "image_tower": timm}}
 
 
