@@ -62,7 +62,8 @@ def text_groups(model: Any) -> tuple[Groups, Sequence[Part]]:
                 f"cannot lock parts of a text tower {type(backbone).__name__}: expected the layers of a BERT "
                 "(`embeddings`, `encoder.layer`); use text_groups: all"
             )
-        return [[backbone.embeddings], *([layer] for layer in layers)], [text.proj]
+        end = [layers[-1], *present([getattr(backbone, "pooler", None)])]
+        return [[backbone.embeddings], *([layer] for layer in layers[:-1]), end], [text.proj]
     blocks: list[list[Part]] = [[block] for block in text.transformer.resblocks]
     embedding: list[Part] = [text.token_embedding, text.positional_embedding]
     return [embedding, *blocks[:-1], [*blocks[-1], text.ln_final]], present([text.text_projection])

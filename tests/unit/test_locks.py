@@ -18,13 +18,14 @@ def models(tiny_models, tiny_bert) -> dict:
         "image_tower": {"kind": "timm", "name": "test_efficientnet", "image_size": 64},
         "text_tower": {"kind": "transformers", "name": str(tiny_bert), "context_length": 8},
     }
+    pooler = {**tiny_models["vit"], "text_tower": {**timm["text_tower"], "pooler": "cls_pooler"}}
     return {
         name: build_encoder(TowersModel.model_validate(content), device="cpu").model
-        for name, content in {**tiny_models, "timm": timm}.items()
+        for name, content in {**tiny_models, "timm": timm, "pooler": pooler}.items()
     }
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet", "timm"])
+@pytest.mark.parametrize("kind", ["vit", "resnet", "timm", "pooler"])
 def test_groups_and_projection_cover_each_tower_once(models, kind):
     """A parameter in no group would train while its tower is locked."""
     model = models[kind]
