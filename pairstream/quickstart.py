@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pairstream.atomic import write_text
+from pairstream.recipe import find_recipe
 from pairstream.report import Report
 from pairstream.run import finite
 
@@ -31,23 +32,22 @@ def stages(out: Path = HOME, *, tiny: bool = False) -> list[Stage]:
     """The commands, in order.
 
     Args:
-        out: The folder of everything; the recipes know the default one, another is passed on as overrides.
+        out: The folder of everything; for another than the default, copies of the recipes are written there.
         tiny: A few pictures and steps: it proves that the path is open and says nothing about quality.
 
     Returns:
         What `quickstart` runs.
     """
-    train, test = str(out / "shards/train"), str(out / "shards/test")
-    pretrain, caption, vqa = (str(out / name) for name in ("pretrain", "caption", "vqa"))
+    pairs, test, pretrain = (str(out / name) for name in ("shards/train", "shards/test", "pretrain"))
     counts = ("48", "24") if tiny else ("6000", "600")
-    first: tuple[str, ...] = ()
-    later: tuple[str, ...] = ()
-    if out != HOME:
-        first = ("--run", pretrain, "--data.train", train)
-        later = ("--model.name", pretrain, "--data.train", train, "--data.val", test)
-    if tiny:
-        short = ("--steps", "4", "--schedule.warmup", "1", "--batch-size", "8")
-        first, later = (*first, *short), (*later, *short)
+    short = ("--steps", "4", "--schedule.warmup", "1", "--batch-size", "8") if tiny else ()
+
+    def train(stage: str, name: str) -> tuple[str, ...]:
+        if out != HOME:  # the recipes name the default folder: run copies that name this one
+            content = find_recipe(stage, name).read_text(encoding="utf-8").replace(str(HOME), str(out))
+            write_text(out / f"{name}.yaml", content)
+            name = str(out / f"{name}.yaml")
+        return (stage, name, "--overwrite", *short)
 
     def scenes(split: str, folder: str, count: str) -> tuple[str, ...]:
         return (
@@ -63,14 +63,11 @@ def stages(out: Path = HOME, *, tiny: bool = False) -> list[Stage]:
             "--overwrite",
         )
 
-    def with_run(words: Sequence[str], run: str) -> tuple[str, ...]:
-        return (*words, *(("--run", run) if out != HOME else ()))
-
     return [
         Stage(
             "shards",
             "compose pictures with captions and questions, and pack them into shards",
-            scenes("train", train, counts[0]),
+            scenes("train", pairs, counts[0]),
         ),
         Stage(
             "held out",
@@ -80,17 +77,17 @@ def stages(out: Path = HOME, *, tiny: bool = False) -> list[Stage]:
         Stage(
             "pretrain",
             "train an image and a text tower to agree, from random weights",
-            ("pretrain", "scenes_cpu", "--overwrite", *first),
+            train("pretrain", "scenes_cpu"),
         ),
         Stage(
             "caption",
             "teach a small language model to describe what the image tower sees",
-            with_run(("finetune", "scenes_caption", "--overwrite", *later), caption),
+            train("finetune", "scenes_caption"),
         ),
         Stage(
             "vqa",
             "teach it to answer questions about pictures",
-            with_run(("finetune", "scenes_vqa", "--overwrite", *later), vqa),
+            train("finetune", "scenes_vqa"),
         ),
         Stage(
             "retrieval",
