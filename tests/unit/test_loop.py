@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -72,3 +75,26 @@ def test_step_seeds_differ_between_steps_and_ranks():
     seeds = {mix(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
     assert len(seeds) == 600
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
+def test_freed_memory_is_kept():
+    program = """
+import resource, sys, torch
+from pretrain.loop import keep_freed_memory
+assert sys.argv[1] == "as it is" or keep_freed_memory()
+for turn in range(6):
+    block = torch.ones(16 * 2**20)  # 64 MiB
+    del block
+    if turn == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def faults(how: str) -> int:
+        run = subprocess.run(
+            [sys.executable, "-c", program, how], capture_output=True, text=True, check=True
+        )
+        return int(run.stdout)
+
+    assert 4 * faults("kept") < faults("as it is")  # 65,536 small pages, or 128 huge ones
