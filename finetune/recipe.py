@@ -34,7 +34,10 @@ Connector = Annotated[Linear | Mlp, Field(discriminator="kind")]
 
 
 class SmallLanguageModel(Config):
-    """A GPT-2-shaped language model with random weights, and a byte-level BPE vocabulary of the training texts."""
+    """A GPT-2-shaped language model with random weights, and a byte-level BPE vocabulary of the training texts.
+
+    The vocabulary is made from all texts of the shards, captions and questions, whatever the task.
+    """
 
     kind: Literal["config"] = "config"
     width: int = Field(default=256, ge=8)
@@ -63,7 +66,18 @@ class PretrainedLanguageModel(Config):
     """Train only the connector (and the image tower, unless it is frozen as well)."""
 
 
-LanguageModel = Annotated[SmallLanguageModel | PretrainedLanguageModel, Field(discriminator="kind")]
+class ContinuedLanguageModel(Config):
+    """Go on from a task model: `model.name` names it, and its connector, language model and tokenizer are taken as well.
+
+    Questions are learnt several times faster by a model that can already name what it sees.
+    """
+
+    kind: Literal["continued"] = "continued"
+
+
+LanguageModel = Annotated[
+    SmallLanguageModel | PretrainedLanguageModel | ContinuedLanguageModel, Field(discriminator="kind")
+]
 
 
 class CaptionTask(Config):
@@ -157,7 +171,10 @@ class FinetuneRecipe(Config):
     run: str
     """The run folder, such as `runs/scenes_caption`."""
     model: OpenClipModel
-    """The dual encoder: a run or checkpoint folder, an open_clip name, `local-dir:` or `hf-hub:`."""
+    """The dual encoder: a run or checkpoint folder, an open_clip name, `local-dir:` or `hf-hub:`.
+
+    A folder of `finetune` means the encoder of its task model.
+    """
     task: Task
     data: Data
     connector: Connector = Mlp()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,14 +83,24 @@ def read_questions(sample: RawSample) -> list[Question]:
     return questions
 
 
+class TextRow(NamedTuple):
+    """The texts of a sample: those the task is about, and those of other tasks, which the vocabulary should hold too."""
+
+    judged_by: list[Any]
+    others: list[str]
+
+
 @dataclass(frozen=True)
 class TextLoad:
-    """All texts of a sample, for the tokenizer and the baselines: captions, or questions."""
+    """All texts of a sample, for the tokenizer and the baselines."""
 
     task: Task
 
-    def __call__(self, sample: RawSample, rng: np.random.Generator) -> list[str] | list[Question]:
-        return read_captions(sample) if isinstance(self.task, CaptionTask) else read_questions(sample)
+    def __call__(self, sample: RawSample, rng: np.random.Generator) -> TextRow:
+        if isinstance(self.task, CaptionTask):
+            questions = read_questions(sample) if sample.record.get("questions") else []
+            return TextRow(read_captions(sample), [text for q in questions for text in (q.text, q.majority)])
+        return TextRow(read_questions(sample), sample.captions())
 
 
 @dataclass(frozen=True)

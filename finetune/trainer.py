@@ -22,10 +22,20 @@ from finetune.model import (
     load_task_model,
     pretrained_language_model,
     small_language_model,
+    task_folder,
 )
-from finetune.recipe import FinetuneRecipe, PretrainedLanguageModel
+from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLanguageModel
 from finetune.report import write_report
-from finetune.samples import EvalCollate, EvalLoad, ImageCollate, ImageLoad, TextLoad, TrainCollate, TrainLoad
+from finetune.samples import (
+    EvalCollate,
+    EvalLoad,
+    ImageCollate,
+    ImageLoad,
+    TextLoad,
+    TextRow,
+    TrainCollate,
+    TrainLoad,
+)
 from finetune.tasks import Row, make_task
 from finetune.text import IGNORED, train_tokenizer, wrap_tokenizer
 from pairstream.atomic import write_text
@@ -110,7 +120,7 @@ class Finetuner:
             self.folder.write_recipe(recipe)
         self.kept = self.keep_image_tokens() if recipe.data.cache_image_tokens else None
 
-    def read_texts(self) -> list[Any]:
+    def read_texts(self) -> list[TextRow]:
         """All training texts, for the tokenizer and the baselines; the pictures are not decoded."""
         limit = -(-TOKENIZER_SAMPLES // 256)
         stream = PairStream(
@@ -125,12 +135,14 @@ class Finetuner:
         texts = [
             row for batch in stream.iterate(0, min(stream.batches_per_epoch, limit)) for row in batch["rows"]
         ]
-        self.task.learn(texts)
+        self.task.learn(row.judged_by for row in texts)
         return texts
 
-    def build(self, texts: list[Any]) -> VisionLanguageModel:
+    def build(self, texts: list[TextRow]) -> VisionLanguageModel:
         """The model at step 0."""
         recipe, config = self.recipe, self.recipe.language_model
+        if isinstance(config, ContinuedLanguageModel):
+            return self.go_on_from(task_folder(recipe.model.name))
         encoder = load_encoder(
             recipe.model.name, pretrained=recipe.model.pretrained, device=str(self.accelerator.device)
         )
@@ -138,7 +150,7 @@ class Finetuner:
         if isinstance(config, PretrainedLanguageModel):
             language_model, tokenizer = pretrained_language_model(config.name)
         else:
-            corpus = (text for row in texts for text in self.task.corpus(row))
+            corpus = (text for row in texts for text in (*self.task.corpus(row.judged_by), *row.others))
             made = [
                 train_tokenizer(corpus, config.vocabulary).backend_tokenizer.to_str() if self.main else ""
             ]
@@ -157,7 +169,20 @@ class Finetuner:
                 "was begun. Change it back, or start a new run with --run NAME."
             )
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
-        parts = load_task_model(checkpoint / "model", device=str(self.accelerator.device))
+        return self.go_on_from(checkpoint / "model")
+
+    def go_on_from(self, folder: Path) -> VisionLanguageModel:
+        """The model of the recipe with all weights of a saved one.
+
+        Raises:
+            ValueError: Its connector is another.
+        """
+        parts = load_task_model(folder, device=str(self.accelerator.device))
+        if parts.connector_config != self.recipe.connector:
+            raise ValueError(
+                f"{folder} has the connector {parts.connector_config.model_dump()}, the recipe "
+                f"{self.recipe.connector.model_dump()}: a model that goes on keeps its own, so give that as `connector`"
+            )
         model = build_task_model(self.recipe, parts.encoder, parts.language_model, parts.tokenizer)
         model.connector.load_state_dict(parts.connector.state_dict())
         return model

@@ -228,8 +228,8 @@ def load_encoder(model: str | Path, *, pretrained: str | None = None, device: st
     """Load a dual encoder from wherever it is.
 
     Args:
-        model: A checkpoint folder, `local-dir:PATH`, a run folder (its newest checkpoint), a name of
-            open_clip's, or `hf-hub:ORG/REPO`.
+        model: A checkpoint folder, `local-dir:PATH`, a run folder of `pretrain` (its newest checkpoint) or of
+            `finetune` (the encoder of its newest task model), a name of open_clip's, or `hf-hub:ORG/REPO`.
         pretrained: open_clip's tag of weights, for a name.
         device: A torch device, or `auto`.
 
@@ -269,8 +269,9 @@ def checkpoint_folder(name: str) -> Path | None:
         return None
     steps = sorted((path / "checkpoints").glob("step-*"), reverse=True)
     for candidate in (path, path / "model", *(step / "model" for step in steps)):
-        if (candidate / CONFIG).is_file():
-            return candidate
+        for folder in (candidate, candidate / "encoder"):  # the latter is a task model's
+            if (folder / CONFIG).is_file():
+                return folder
     raise ValueError(
         f"{path}: no checkpoint there: expected {CONFIG}, or checkpoints/step-*/model in a run folder"
     )

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from data.shards import Sample, ShardWriter
 from finetune.cli import main
 from finetune.model import load_task_model
-from finetune.recipe import FinetuneRecipe
+from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, Linear
 from pairstream.cli import run_stage
 from pairstream.recipe import load_recipe, recipe_names, validate
 from pretrain.checkpoint import complete_checkpoints
-from pretrain.encoder import build_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.encoder import build_encoder, load_encoder
+from pretrain.recipe import OpenClipModel, TextTransformer, TowersModel, ViT
 
 COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (245, 245, 245)}
 
@@ -76,20 +76,13 @@ def world(tmp_path_factory) -> Path:
 
 
 def recipe(world: Path, run: Path, task: dict, **changes) -> FinetuneRecipe:
+    small = {"kind": "config", "width": 32, "layers": 1, "heads": 2, "context": 48, "vocabulary": 300}
     content = {
         "run": str(run),
         "model": {"name": str(world / "encoder")},
         "task": task,
         "data": {"train": str(world / "train"), "val": str(world / "val"), **changes.pop("data", {})},
-        "language_model": {
-            "kind": "config",
-            "width": 32,
-            "layers": 1,
-            "heads": 2,
-            "context": 48,
-            "vocabulary": 300,
-        }
-        | changes.pop("language_model", {}),
+        "language_model": small | changes.pop("language_model", {}),
         "batch_size": 8,
         "steps": 8,
         "optim": {"lr": 1e-2},
@@ -279,6 +272,40 @@ def test_the_frozen_tower_leaves_as_it_came(world, tmp_path):
     before = load_file(world / "encoder" / "open_clip_model.safetensors")
     after = load_file(tmp_path / "run/checkpoints/step-00000008/model/encoder/open_clip_model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_going_on_from_a_captioner(world, tmp_path):
+    caption = recipe(world, tmp_path / "caption", {"kind": "caption"}, freeze_image_tower=False, tower_lr=1.0)
+    finetune(caption)
+    captioner = load_task_model(tmp_path / "caption", device="cpu")
+    assert (
+        "what" in captioner.tokenizer.tokenize(" what colour is it?")[0]
+    )  # its vocabulary knows the questions
+    going_on = recipe(
+        world,
+        tmp_path / "vqa",
+        {"kind": "vqa"},
+        model={"name": str(tmp_path / "caption")},
+        steps=1,
+        schedule={"warmup": 0},
+        optim={"lr": 1e-12},
+    ).model_copy(update={"language_model": ContinuedLanguageModel()})
+    finetune(going_on)
+    answerer = load_task_model(tmp_path / "vqa", device="cpu")
+    assert answerer.task.kind == "vqa"
+    before, after = captioner.state_dict(), answerer.state_dict()
+    assert before.keys() == after.keys()
+    for name, value in before.items():  # all parts came along, the trained image tower among them
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    assert load_encoder(tmp_path / "caption", device="cpu").fingerprint == captioner.encoder.fingerprint
+    other = going_on.model_copy(update={"run": str(tmp_path / "other"), "connector": Linear()})
+    with pytest.raises(
+        ValueError, match=r"has the connector .*'mlp'.* the recipe .*'linear'.* keeps its own"
+    ):
+        finetune(other)
+    nothing = going_on.model_copy(update={"model": OpenClipModel(name=str(world / "encoder"))})
+    with pytest.raises(FileNotFoundError, match="no task model in"):
+        finetune(nothing)
 
 
 def test_every_recipe_parses():

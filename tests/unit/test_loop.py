@@ -92,9 +92,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
     def faults(how: str) -> int:
-        run = subprocess.run(
-            [sys.executable, "-c", program, how], capture_output=True, text=True, check=True
-        )
+        run = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True)
         return int(run.stdout)
 
     assert 4 * faults("kept") < faults("as it is")  # 65,536 small pages, or 128 huge ones
