@@ -67,7 +67,7 @@ class PretrainedLanguageModel(Config):
 
 
 class ContinuedLanguageModel(Config):
-    """Go on from a task model: `model.name` names it, and its connector, language model and tokenizer are taken as well.
+    """Go on from the task model that `model.name` names: its connector, language model and tokenizer come along.
 
     Questions are learnt several times faster by a model that can already name what it sees.
     """

@@ -84,7 +84,7 @@ def read_questions(sample: RawSample) -> list[Question]:
 
 
 class TextRow(NamedTuple):
-    """The texts of a sample: those the task is about, and those of other tasks, which the vocabulary should hold too."""
+    """The texts of a sample: those the task is about, and others, which the vocabulary should hold as well."""
 
     judged_by: list[Any]
     others: list[str]

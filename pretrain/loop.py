@@ -123,8 +123,8 @@ def make_accelerator(recipe: Launch) -> Accelerator:
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, for steps on CPU that need the same again and again.
 
-    glibc hands every block over 32 MiB back to the system when it is freed, and the next step pays for fresh pages: 13 %
-    of the CPU time of a small ResNet at 64 px, 38 % of an EfficientNet at 160 px. Resident memory rose by 5 %.
+    glibc hands every block over 32 MiB back to the system when it is freed, and the next step pays for fresh pages:
+    15 % of the CPU time of a small ResNet at 64 px, 39 % of an EfficientNet at 160 px. Resident memory rose by 5 %.
 
     Returns:
         Whether the C library could be told; only glibc can.
