@@ -25,11 +25,13 @@ class PairLoad:
         transform: A picture uint8 (3, H, W) to uint8 (3, h, w).
         captions: `random` (one, drawn anew each epoch), `first` or `all`.
         max_pixels: Larger pictures are faults.
+        word_dropout: Share of a caption's words that are left out, drawn anew each epoch; one always stays.
     """
 
     transform: EvalTransform | TrainTransform
     captions: str = "random"
     max_pixels: int = MAX_PIXELS
+    word_dropout: float = 0.0
 
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
         texts = sample.captions()  # before the picture: a missing caption then costs no decoding
@@ -39,7 +41,21 @@ class PairLoad:
             texts = [texts[rng.integers(len(texts))]]
         elif self.captions == "first":
             texts = texts[:1]
+        if self.word_dropout:
+            texts = [drop_words(text, self.word_dropout, rng) for text in texts]
         return self.transform(decode_image(sample.image, max_pixels=self.max_pixels), rng), texts
+
+
+def drop_words(text: str, share: float, rng: np.random.Generator) -> str:
+    """Leave out each word of a text with a probability, but never all of them.
+
+    Example:
+        >>> drop_words("a dog runs on the beach", 0.5, np.random.default_rng(0))
+        'a the beach'
+    """
+    words = text.split()
+    kept = [word for word, draw in zip(words, rng.random(len(words)), strict=True) if draw >= share]
+    return " ".join(kept) if kept else text
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,7 @@ def pair_stream(
     batch_size: int,
     captions: str = "random",
     max_pixels: int = MAX_PIXELS,
+    word_dropout: float = 0.0,
     **options: Any,
 ) -> PairStream:
     """The stream of pictures and tokens that a dual encoder is trained and measured on.
@@ -257,6 +258,7 @@ def pair_stream(
         batch_size: Samples per rank and batch.
         captions: `random` draws one caption per picture and epoch, `first` takes the first, `all` gives all.
         max_pixels: Pictures with more pixels are `too_large_image` faults.
+        word_dropout: Share of each caption's words that is left out at random.
         options: The other arguments of `PairStream`: seed, shuffle, rank, world_size, workers, max_faults,
             cache_dir.
 
@@ -277,6 +279,6 @@ def pair_stream(
     """
     if captions not in CAPTIONS:
         raise ValueError(f"captions {captions!r}: expected one of {', '.join(CAPTIONS)}")
-    load = PairLoad(transform, captions, max_pixels)
+    load = PairLoad(transform, captions, max_pixels, word_dropout)
     collate = PairCollate(tokenize, transform.size, captions)
     return PairStream(shards, load, collate, batch_size=batch_size, **options)

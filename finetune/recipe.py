@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pairstream.recipe import Config
-from pretrain.recipe import AdamW, Checkpoints, Cosine, OpenClipModel
+from pretrain.recipe import AdamW, Checkpoints, Cosine, OpenClipModel, Optimizer
 
 
 class Linear(Config):
@@ -187,7 +187,7 @@ class FinetuneRecipe(Config):
     """Pictures in a step, over all ranks together."""
     steps: int = Field(ge=1)
     """Optimiser steps."""
-    optim: AdamW = AdamW(lr=1e-3, weight_decay=0.05)
+    optim: Optimizer = AdamW(lr=1e-3, weight_decay=0.05)
     schedule: Cosine = Cosine(warmup=50)
     decoding: Decoding = Decoding()
     evaluate: Evaluation = Evaluation()

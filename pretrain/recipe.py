@@ -183,6 +183,8 @@ class Data(Config):
     """Probability of mirroring; captions that say left or right forbid it."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     """Strength of random brightness, contrast and saturation."""
+    word_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each caption's words that is left out at random; holds back learning small sets by heart."""
     max_faults: float = Field(default=0.01, ge=0, le=1)
     """Share of bad samples past which the run stops."""
 
@@ -217,6 +219,20 @@ class AdamW(Config):
     weight_decay: float = Field(default=0.2, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; None leaves gradients as they are."""
+
+
+class MuonConfig(AdamW):
+    """Muon for the weights of linear and convolution layers, AdamW with the same `lr` for everything else.
+
+    Learns more from each sample at more time a step; see `pretrain.muon`.
+    """
+
+    kind: Literal["muon"] = "muon"  # pyright: ignore[reportIncompatibleVariableOverride]
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Share of the earlier gradients in Muon's direction."""
+
+
+Optimizer = Annotated[AdamW | MuonConfig, Field(discriminator="kind")]
 
 
 class Cosine(Config):
@@ -266,7 +282,7 @@ class PretrainRecipe(Config):
     """Pairs in a step, over all ranks together; each is contrasted with all others."""
     steps: int = Field(ge=1)
     """Optimiser steps."""
-    optim: AdamW = AdamW()
+    optim: Optimizer = AdamW()
     schedule: Cosine = Cosine()
     locks: tuple[Lock, ...] = ()
     """Phases of locked towers in the order of their steps; none trains everything throughout."""

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.faults import Fault
+from data.pairs import drop_words
 from data.samples import RawSample
 from data.shards import Sample, ShardWriter
 from data.stream import Batch, PairStream, pair_stream
@@ -425,3 +426,34 @@ def test_a_manifest_that_is_not_ours_is_ignored(tmp_path):
     for content in ["not json", "[1]", json.dumps({"shards": 3}), json.dumps({"shards": {"0.tar": {}}})]:
         (tmp_path / "manifest.json").write_text(content)
         assert key_stream(shards, batch_size=2).samples == 3
+
+
+def test_words_are_left_out_at_random_but_never_all_of_them():
+    words = [str(number) for number in range(1000)]
+    kept = drop_words(" ".join(words), 0.3, np.random.default_rng(0)).split()
+    assert 640 < len(kept) < 760
+    assert kept == [word for word in words if word in set(kept)]  # in their order
+    assert drop_words("alone", 0.999, np.random.default_rng(0)) == "alone"
+
+
+def test_word_dropout_is_drawn_anew_each_epoch_and_the_same_for_a_seed(tmp_path, make_picture):
+    caption = " ".join(f"w{number}" for number in range(20))
+    with ShardWriter(tmp_path / "shards") as writer:
+        for number in range(4):
+            writer.write(Sample(f"{number}", make_picture(seed=number), "jpg", [caption]))
+
+    def texts(epoch: int) -> list[str]:
+        options = {
+            "transform": TrainTransform(16),
+            "tokenize": tokenize,
+            "batch_size": 4,
+            "word_dropout": 0.5,
+        }
+        stream = pair_stream(str(tmp_path / "shards"), seed=3, **options)
+        return [text for batch in stream.epoch(epoch) for text in batch["texts"]]
+
+    first, second = texts(0), texts(1)
+    assert first == texts(0)
+    assert first != second
+    assert len(set(first)) == 4  # each sample draws its own
+    assert all(0 < len(text.split()) < 20 for text in first)
