@@ -183,6 +183,9 @@ class Data(Config):
     """Probability of mirroring; captions that say left or right forbid it."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     """Strength of random brightness, contrast and saturation."""
+    scaled_decode: bool = False
+    """Decode large JPEGs at half, quarter or eighth size where the crop stays as large as the model's input:
+    up to twice as fast from 1024 px, pixels differ by up to 2.5 of 255 on average."""
     max_faults: float = Field(default=0.01, ge=0, le=1)
     """Share of bad samples past which the run stops."""
 

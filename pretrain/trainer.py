@@ -127,6 +127,7 @@ class Trainer:
             ),
             tokenize=self.encoder.tokenizer,
             captions=recipe.data.captions,
+            scaled_decode=recipe.data.scaled_decode,
             batch_size=recipe.batch_size // self.world,
             seed=recipe.seed,
             shuffle=recipe.data.shuffle,
