@@ -146,7 +146,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    return (height, width) if space in ("YCbCr", "Gray", "RGB") else None
+    return (int(height), int(width)) if space in ("YCbCr", "Gray", "RGB") else None
 
 
 def _has_exif(data: bytes) -> bool:
