@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check format lock clean
+.PHONY: help install quickstart test test-all check format peers lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,10 +39,16 @@ format: $(STAMP)  ## let ruff format and mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+peers: $(STAMP)  ## set up .peers, the rivals' own environment for benchmarks/data_loading.py
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@grep -v '^webdataset==' constraints.txt > $(PEERS)/constraints.txt  # open_clip's loader needs an older one
+	VIRTUAL_ENV=$(PEERS) $(BIN)/uv pip install --quiet --compile-bytecode -c $(PEERS)/constraints.txt \
+	  open_clip_torch clip-benchmark pandas torch webdataset==0.2.86
+
 lock:  ## refresh the pins in constraints.txt
 	@test -x $(BIN)/uv || ($(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv)
 	$(BIN)/uv pip compile --quiet --universal --upgrade --all-extras --no-annotate --no-header \
 	  --no-emit-index-url --no-emit-find-links pyproject.toml -o constraints.txt
 
-clean:  ## remove the environment and caches (runs/ stays)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove the environments and caches (runs/ stays)
+	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache .hypothesis

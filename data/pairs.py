@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data.faults import Fault
-from data.pictures import MAX_PIXELS
+from data.pictures import MAX_PIXELS, Picture
 from data.samples import RawSample
 from data.transforms import EvalTransform, TrainTransform, decode_image
 
@@ -26,12 +26,23 @@ class PairLoad:
         captions: `random` (one, drawn anew each epoch), `first` or `all`.
         max_pixels: Larger pictures are faults.
         word_dropout: Share of a caption's words that are left out, drawn anew each epoch; one always stays.
+        scaled_decode: Decode large JPEGs at a reduced size (`TrainTransform.load`).
+
+    Raises:
+        ValueError: `scaled_decode` with an evaluation transform, whose pixels are meant to be exact.
     """
 
     transform: EvalTransform | TrainTransform
     captions: str = "random"
     max_pixels: int = MAX_PIXELS
     word_dropout: float = 0.0
+    scaled_decode: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scaled_decode and not isinstance(self.transform, TrainTransform):
+            raise ValueError(
+                f"scaled_decode is for TrainTransform, got {type(self.transform).__name__}: leave it out"
+            )
 
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
         texts = sample.captions()  # before the picture: a missing caption then costs no decoding
@@ -43,6 +54,8 @@ class PairLoad:
             texts = texts[:1]
         if self.word_dropout:
             texts = [drop_words(text, self.word_dropout, rng) for text in texts]
+        if self.scaled_decode and isinstance(self.transform, TrainTransform):
+            return self.transform.load(Picture(sample.image, max_pixels=self.max_pixels), rng), texts
         return self.transform(decode_image(sample.image, max_pixels=self.max_pixels), rng), texts
 
 

@@ -128,6 +128,7 @@ class Trainer:
             tokenize=self.encoder.tokenizer,
             captions=recipe.data.captions,
             word_dropout=recipe.data.word_dropout,
+            scaled_decode=recipe.data.scaled_decode,
             batch_size=recipe.batch_size // self.world,
             seed=recipe.seed,
             shuffle=recipe.data.shuffle,

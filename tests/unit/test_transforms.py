@@ -1,5 +1,6 @@
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from data.faults import Fault
+from data.pictures import Picture
 from data.transforms import EvalTransform, TrainTransform, decode_image
 
 
@@ -128,12 +130,117 @@ def test_what_cannot_be_decoded(data):
     assert caught.value.cause == "undecodable_image"
 
 
-def test_pillow_takes_over_without_torchvisions_decoder(monkeypatch):
-    data = encode(ramp(), "JPEG", quality=95)
-    fast = decode_image(data)
-    monkeypatch.setattr("data.transforms._decode_jpeg", lambda _: None)
-    assert torch.equal(decode_image(data), as_tensor(Image.open(io.BytesIO(data))))
-    assert distance(decode_image(data), fast) < 1
+def test_the_fast_decoder_gives_pillows_pixels(monkeypatch):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    files = [
+        encode(image, "JPEG", quality=quality, subsampling=subsampling, progressive=progressive)
+        for image in (ramp(), noise, noise.convert("L"))
+        for quality in (50, 95)
+        for subsampling in (0, 1, 2)
+        for progressive in (False, True)
+    ]
+    fast = [decode_image(data) for data in files]
+    calls = []
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: calls.append(1) or bad())
+    for data, decoded in zip(files, fast, strict=True):
+        assert torch.equal(decode_image(data), as_tensor(Image.open(io.BytesIO(data))))
+        assert distance(decode_image(data), decoded) < 0.02
+    assert len(calls) == 2 * len(files)
+
+
+def bad():
+    raise ValueError("no JPEG after all")
+
+
+def test_the_size_is_that_of_the_upright_picture():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for options in ({}, {"exif": exif}):
+        picture = Picture(encode(ramp(40, 24), "JPEG", **options))
+        assert (picture.height, picture.width) == ((24, 40) if not options else (40, 24))
+        assert picture.pixels().shape == (picture.height, picture.width, 3)
+
+
+def test_exif_that_does_not_turn_the_picture_costs_nothing():
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    data = encode(ramp(), "JPEG", exif=exif)
+    assert torch.equal(decode_image(data), decode_image(encode(ramp(), "JPEG")))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_jpeg_is_a_fault_exactly_where_pillow_gives_up(seed):
+    """Flipped, cut, doubled and overwritten bytes: the fast decoder must neither add nor hide a fault."""
+    rng = np.random.default_rng(seed)
+    whole = encode(Image.effect_noise((60, 50), 80).convert("RGB"), "JPEG", quality=60, progressive=seed == 3)
+    verdicts = []
+    for number in range(60):
+        data = bytearray(whole)
+        at = int(rng.integers(2, 700 if number % 2 else len(data)))
+        kind = number % 4
+        if kind == 0:
+            data[at] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            data[at : at + 4] = rng.integers(0, 256, 4, dtype=np.uint8).tobytes()
+        elif kind == 2:
+            del data[at : at + int(rng.integers(1, 2000))]
+        else:
+            data[at:at] = data[at : at + 30]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                expected = as_tensor(Image.open(io.BytesIO(bytes(data))))
+        except Exception:
+            expected = None
+        try:
+            decoded = decode_image(bytes(data))
+        except Fault:
+            decoded = None
+        assert (decoded is None) == (expected is None), (number, kind, at)
+        if decoded is not None and expected is not None:
+            assert distance(decoded, expected) < 0.02
+        verdicts.append(decoded is None)
+    assert 5 < sum(verdicts) < 55
+
+
+@pytest.mark.parametrize(
+    ("reduction", "shape"),
+    [(1, (301, 403)), (1.99, (301, 403)), (2, (151, 202)), (5, (76, 101)), (99, (38, 51))],
+)
+def test_a_reduced_jpeg_is_the_picture_made_smaller(reduction, shape):
+    picture = Picture(encode(ramp(403, 301), "JPEG", quality=95))
+    pixels = picture.pixels(reduction)
+    assert pixels.shape == (*shape, 3)
+    whole = Image.fromarray(picture.pixels()).resize(shape[::-1], Image.Resampling.BOX)
+    assert np.abs(pixels.astype(float) - np.asarray(whole)).mean() < 1.5
+
+
+def test_other_formats_and_turned_pictures_are_decoded_in_full():
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for data in (encode(ramp(400, 300)), encode(ramp(400, 300), "JPEG", exif=exif)):
+        assert Picture(data).pixels(4).shape == (300, 400, 3)
+    cmyk = Picture(encode(ramp(400, 300).convert("CMYK"), "JPEG"))
+    assert cmyk.pixels(4).shape == (300, 400, 3)
+
+
+def test_loading_scaled_takes_the_same_crop_and_random_numbers():
+    data = encode(ramp(800, 600), "JPEG", quality=95)
+    transform = TrainTransform(64, scale=(0.3, 1), hflip=0.5, grayscale=0.2)
+    for seed in range(10):
+        one, two = np.random.default_rng(seed), np.random.default_rng(seed)
+        whole, reduced = transform(decode_image(data), one), transform.load(Picture(data), two)
+        assert reduced.shape == (3, 64, 64)
+        assert reduced.is_contiguous()
+        assert distance(whole, reduced) < 1.5
+        assert one.random() == two.random()
+
+
+def test_a_crop_smaller_than_the_result_is_never_decoded_smaller():
+    data = encode(ramp(100, 90), "JPEG", quality=95)
+    transform = TrainTransform(64)
+    whole = transform(decode_image(data), np.random.default_rng(0))
+    assert torch.equal(transform.load(Picture(data), np.random.default_rng(0)), whole)
 
 
 @pytest.mark.parametrize("size", [32, (32, 32), (24, 48)])
