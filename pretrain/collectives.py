@@ -42,6 +42,11 @@ class StackOverRanks(torch.autograd.Function):
         return SumOverRanks.forward(ctx, gradient)[dist.get_rank()]
 
 
+def several_ranks() -> bool:
+    """Whether there are other ranks than this one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, with gradients: torch's own differentiable one is deprecated."""
     return SumOverRanks.apply(value)  # pyright: ignore[reportReturnType]
