@@ -49,9 +49,7 @@ class StackOverRanks(torch.autograd.Function):
 
 def several_ranks() -> bool:
     """Whether there are other ranks than this one, and they count (see `as_one_process`)."""
-    return (
-        not _alone.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    )
+    return not _alone.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager

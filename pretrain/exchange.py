@@ -1,8 +1,9 @@
 """How one rank's rows meet the columns of all ranks: alone, round a ring, or gathered.
 
-A tour takes `luggage` (what every rank needs to see of a rank's columns) and `carried` (what every rank adds
-to, which begins as its neutral element), calls `visit(first, luggage, carried)` for the columns of every rank, and returns this rank's own carried
-part with everybody's additions. `first` is the column of this rank's row 0, None where it is not among them.
+A tour takes `luggage` (what every rank needs to see of a rank's columns) and `carried` (what every rank adds to,
+which begins as its neutral element), calls `visit(first, luggage, carried)` for the columns of every rank, and
+returns this rank's own carried part with everybody's additions. `first` is the column of this rank's row 0, None
+where it is not among them.
 """
 
 from __future__ import annotations

@@ -92,7 +92,9 @@ def global_info_nce(
         log_g = (logits - pair).masked_fill(is_own, -torch.inf).logsumexp(1) - math.log(count - 1)
         with torch.no_grad():
             before = past[indices].to(log_g.dtype)
-            moved = torch.logaddexp(before + math.log1p(-gamma), log_g + math.log(gamma)) if gamma < 1 else log_g
+            moved = (
+                torch.logaddexp(before + math.log1p(-gamma), log_g + math.log(gamma)) if gamma < 1 else log_g
+            )
             now = torch.where(before.isnan(), log_g, moved)
             past[indices] = now.to(past.dtype)
             bottom = torch.logaddexp(now, torch.full_like(now, log_floor))

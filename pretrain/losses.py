@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain import blocks
 from pretrain.collectives import sum_over_ranks
-from pretrain.exchange import Alone, Exchange, Gather, open_exchange
+from pretrain.exchange import Alone, Exchange, open_exchange
 
 DENSE_LOGITS = 1 << 20
 """With `tile=None`, matrices up to this size are held whole: 4 MiB in float32."""
@@ -260,9 +260,7 @@ class Sigmoid(torch.autograd.Function):
 
         def visit(first: int | None, luggage: tuple[Tensor, ...], carried: Tensor) -> None:
             by_column = carried if wanted else None
-            blocks.add_sigmoid(
-                images, luggage[0], scale, bias, totals, by_image, by_column, first, sides
-            )
+            blocks.add_sigmoid(images, luggage[0], scale, bias, totals, by_image, by_column, first, sides)
 
         empty = torch.zeros_like(texts) if wanted else texts.new_zeros(len(texts), 1)
         by_text = exchange.tour((texts,), empty, visit, "sum")
@@ -295,7 +293,9 @@ def apply_sigmoid(
     return Sigmoid.apply(images, texts, scale, bias, tile, exchange)  # pyright: ignore[reportReturnType]
 
 
-def widen(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def widen(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """All in float32, or in float64 where the features are; the scale as a scalar (FSDP holds it as `(1,)`)."""
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     return image_features.to(dtype), text_features.to(dtype), logit_scale.to(dtype).reshape(())

@@ -57,9 +57,7 @@ def teachers(mine: slice) -> list[soft_targets.Teacher]:
     generator = torch.Generator().manual_seed(5)
     made = []
     for width in (4, 7):
-        rows = F.normalize(
-            torch.randn(2, ROWS, width, generator=generator, dtype=torch.float64), dim=-1
-        )
+        rows = F.normalize(torch.randn(2, ROWS, width, generator=generator, dtype=torch.float64), dim=-1)
         made.append(soft_targets.Teacher(rows[0, mine], rows[1, mine], torch.tensor(5.0 + width)))
     return made
 
@@ -80,11 +78,13 @@ def cases(rank: int, world: int) -> dict[str, tuple[str, Callable]]:
         for tile in (None, 3):
             for exchange in ("gather", "ring"):
                 options = {"tile": tile, "exchange": exchange}
-                found[f"info_nce {exchange} {tile} {split}"] = split, with_bias(
-                    lambda a, b, s, _, o=options: losses.distributed_info_nce(a, b, s, **o)
+                found[f"info_nce {exchange} {tile} {split}"] = (
+                    split,
+                    with_bias(lambda a, b, s, _, o=options: losses.distributed_info_nce(a, b, s, **o)),
                 )
-                found[f"sigmoid {exchange} {tile} {split}"] = split, (
-                    lambda a, b, s, bias, _, o=options: losses.distributed_sigmoid_loss(a, b, s, bias, **o)
+                found[f"sigmoid {exchange} {tile} {split}"] = (
+                    split,
+                    (lambda a, b, s, bias, _, o=options: losses.distributed_sigmoid_loss(a, b, s, bias, **o)),
                 )
         found |= {
             f"{name} {split}": (split, with_bias(loss))
@@ -149,7 +149,10 @@ class Largest(TorchDispatchMode):
 def count(world: int) -> dict[str, dict]:
     """Visits, messages and the largest tensor of each exchange with four rows on every rank."""
     told = {}
-    for name, loss in (("info_nce", losses.distributed_info_nce), ("sigmoid", losses.distributed_sigmoid_loss)):
+    for name, loss in (
+        ("info_nce", losses.distributed_info_nce),
+        ("sigmoid", losses.distributed_sigmoid_loss),
+    ):
         for kind in (Ring, Gather):
             torch.manual_seed(dist.get_rank())
             rows = [F.normalize(torch.randn(4, 8), dim=-1).requires_grad_() for _ in range(2)]
@@ -160,9 +163,9 @@ def count(world: int) -> dict[str, dict]:
                 visits: list = []
                 tours.append(visits)
 
-                def noted(first, columns, found):
-                    visits.append([first, columns[0].tolist()])
-                    visit(first, columns, found)
+                def noted(own, columns, found, *, visits=visits, visit=visit):
+                    visits.append([own, columns[0].tolist()])
+                    visit(own, columns, found)
 
                 return tour(self, luggage, carried, noted, merge)
 

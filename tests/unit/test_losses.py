@@ -262,7 +262,7 @@ def test_unequal_shapes_are_refused_by_the_sigmoid_loss(loss):
 
 def test_a_tile_and_an_exchange_that_cannot_be_are_refused():
     rows = torch.eye(4)
-    with pytest.raises(ValueError, match="a tile of at least 1 row, or None .*, got 0"):
+    with pytest.raises(ValueError, match=r"a tile of at least 1 row, or None .*, got 0"):
         info_nce(rows, rows, torch.tensor(1.0), tile=0)
     with pytest.raises(ValueError, match="expected exchange 'gather' or 'ring', got 'star'"):
         open_exchange("star", 4, rows.device)  # pyright: ignore[reportArgumentType]
