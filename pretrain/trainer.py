@@ -36,6 +36,7 @@ from pretrain.objectives import Features, build_objective
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from pretrain.recipe import Lock, PretrainRecipe
 from pretrain.report import flatten, model_card, write_report
+from pretrain.selfcheck import check_gradients
 from pretrain.towers import read_checkpoint
 
 # What `tower_lr` leaves alone, by the names open_clip's models give their parameters.
@@ -184,6 +185,18 @@ class Trainer:
         """What must not change when a run is resumed."""
         recipe = self.recipe.model_dump(mode="json", exclude=FREE)
         return {**recipe, "samples": self.stream.samples}
+
+    def check_gradients(self) -> None:
+        """Compare the gradient that these processes get with that of one process; see `pretrain.selfcheck`.
+
+        Raises:
+            ValueError: They differ.
+        """
+        lock = next((lock for lock in reversed(self.recipe.locks) if lock.step <= self.step), Lock())
+        apply_lock(self.model, lock)
+        parts = check_gradients(DualEncoder(self.encoder), self.encoder, self.objective, self.accelerator)
+        told = ", ".join(f"{part} {cosine:.6f}, {ratio:.6f}" for part, (cosine, ratio) in parts.items())
+        self.say(f"gradients are those of one process (cosine, ratio of lengths): {told}")
 
     def train(self) -> dict[str, Any]:
         """Run to the last step.
