@@ -39,20 +39,21 @@ def everyone(rows: Tensor) -> Everyone:
     return Everyone(gathered, sum(counts[: dist.get_rank()]), len(counts) / sum(counts))
 
 
-def soft_targets(row_ids: Tensor, column_ids: Tensor) -> Tensor:
+def soft_targets(row_ids: Tensor, column_ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Equal shares for all columns with a row's id.
 
     Args:
         row_ids: int64 `(n,)`.
         column_ids: int64 `(m,)`.
+        dtype: Of the result.
 
     Returns:
-        float32 `(n, m)`, rows that sum to one.
+        `(n, m)`, rows that sum to one.
 
     Raises:
         ValueError: A row without a column of its id.
     """
-    positives = (row_ids[:, None] == column_ids[None, :]).float()  # (n, m)
+    positives = (row_ids[:, None] == column_ids[None, :]).to(dtype)  # (n, m)
     counts = positives.sum(1, keepdim=True)
     if not bool((counts > 0).all()):
         raise ValueError(
@@ -105,7 +106,7 @@ def multi_positive_info_nce(
         (images, image_ids, all_texts.rows, all_text_ids, all_images.weight),
         (texts, text_ids, all_images.rows, all_image_ids, all_texts.weight),
     ):
-        target = soft_targets(ids, column_ids).to(rows.dtype)
+        target = soft_targets(ids, column_ids, rows.dtype)
         total = total + F.cross_entropy(scale * rows @ columns.T, target, reduction="sum") * (weight / 2)
     return total
 

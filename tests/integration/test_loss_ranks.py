@@ -40,7 +40,7 @@ def left(tmp_path_factory) -> Path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=400,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
