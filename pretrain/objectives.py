@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +45,7 @@ def build_objective(config: Loss, encoder: Encoder) -> Objective:
     """
     if isinstance(config, SigmoidConfig):
         add_logit_bias(encoder, config)
-        options: dict[str, Any] = {"tile": config.tile, "exchange": config.exchange}
-        return lambda features, images, tokens: distributed_sigmoid_loss(*features, **options)
+        return lambda features, images, tokens: sigmoid_of(config, features)
     if getattr(encoder.model, "logit_bias", None) is not None:
         encoder.model.logit_bias.requires_grad_(False)
     if isinstance(config, MultiPositiveConfig):
@@ -66,6 +64,12 @@ def info_nce_of(config: InfoNCEConfig, features: Features) -> Tensor:
     if config.label_smoothing:
         loss = loss + config.label_smoothing * smoothing_term(*features[:3])
     return loss
+
+
+def sigmoid_of(config: SigmoidConfig, features: Features) -> Tensor:
+    """The sigmoid loss as the recipe has it."""
+    images, texts, scale, bias = features
+    return distributed_sigmoid_loss(images, texts, scale, bias, tile=config.tile, exchange=config.exchange)
 
 
 def add_logit_bias(encoder: Encoder, config: SigmoidConfig) -> None:
@@ -115,12 +119,12 @@ class Distillation:
             teacher.model.requires_grad_(False)
 
     def __call__(self, features: Features, images: Tensor, tokens: Tensor) -> Tensor:
-        student = features[:3]
-        loss = (1 - self.config.weight) * distributed_info_nce(*student)
+        image_features, text_features, scale = features[:3]
+        loss = (1 - self.config.weight) * distributed_info_nce(image_features, text_features, scale)
         said = [
             Teacher(
                 teacher.encode_images(images), teacher.encode_texts(tokens), teacher.model.logit_scale.exp()
             )
             for teacher in self.teachers
         ]
-        return loss + self.config.weight * distillation_loss(*student, said)
+        return loss + self.config.weight * distillation_loss(image_features, text_features, scale, said)

@@ -52,8 +52,8 @@ def check_gradients(
     wrapped = network
     if accelerator.num_processes > 1:
         # As Accelerate wraps it, but without autocast: bf16 rounds differently for another number of rows.
-        index = accelerator.device.index
-        wrapped = DistributedDataParallel(network, device_ids=None if index is None else [index])
+        device = accelerator.device
+        wrapped = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     objective(wrapped(images, tokens), images, tokens).backward()
     came = take_gradients(network)
     if accelerator.num_processes > 1:
