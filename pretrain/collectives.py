@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -42,8 +47,25 @@ class StackOverRanks(torch.autograd.Function):
         return SumOverRanks.forward(ctx, gradient)[dist.get_rank()]
 
 
+def several_ranks() -> bool:
+    """Whether there are other ranks than this one, and they count (see `as_one_process`)."""
+    return not _alone.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def as_one_process() -> Iterator[None]:
+    """Let losses and sums of this rank forget the others, for a reference that each computes by itself."""
+    before = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(before)
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, with gradients: torch's own differentiable one is deprecated."""
+    if not several_ranks():
+        return value
     return SumOverRanks.apply(value)  # pyright: ignore[reportReturnType]
 
 

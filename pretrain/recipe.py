@@ -199,6 +199,61 @@ class Data(Config):
         return value
 
 
+class InfoNCEConfig(Config):
+    """CLIP's loss: each image finds its text among all of the batch, and each text its image."""
+
+    kind: Literal["info_nce"] = "info_nce"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each label that is spread evenly over the batch."""
+    tile: int | None = Field(default=None, ge=1)
+    """Side of a block of logits; None chooses."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How texts reach all ranks: all at once, or passed on so that memory does not grow with the ranks."""
+
+
+class SigmoidConfig(Config):
+    """SigLIP's loss: each combination of image and text is a yes-or-no question."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    init_scale: float = Field(default=10.0, gt=0)
+    """First logit scale (exponentiated) of a model without a logit_bias; one that has it keeps its own."""
+    init_bias: float = -10.0
+    """First logit_bias of such a model."""
+    tile: int | None = Field(default=None, ge=1)
+    """Side of a block of logits; None chooses."""
+    exchange: Literal["gather", "ring"] = "ring"
+
+
+class MultiPositiveConfig(Config):
+    """InfoNCE in which equal captions in a batch are all positives, for sets with repeated captions."""
+
+    kind: Literal["multi_positive"] = "multi_positive"
+
+
+class HardNegativesConfig(Config):
+    """InfoNCE in which negatives count the more, the more they look like the positive."""
+
+    kind: Literal["hard_negatives"] = "hard_negatives"
+    beta: float = Field(default=0.2, ge=0)
+    """Sharpness of the weights; 0 is InfoNCE."""
+
+
+class DistillationConfig(Config):
+    """InfoNCE and agreement with the softmax of teachers over the same batch."""
+
+    kind: Literal["distillation"] = "distillation"
+    teachers: tuple[str, ...] = Field(min_length=1)
+    """Checkpoints, run folders or names of open_clip's with the student's image size and tokenizer."""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of the agreement; the rest is InfoNCE."""
+
+
+Loss = Annotated[
+    InfoNCEConfig | SigmoidConfig | MultiPositiveConfig | HardNegativesConfig | DistillationConfig,
+    Field(discriminator="kind"),
+]
+
+
 class Lock(Config):
     """Which parts train, from a step on. Batch statistics of a locked part stay as they are."""
 
@@ -283,6 +338,9 @@ class PretrainRecipe(Config):
     data: Data
     batch_size: int = Field(default=256, ge=2)
     """Pairs in a step, over all ranks together; each is contrasted with all others."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Pairs that a rank holds activations of at a time (GradCache); None holds those of its whole batch."""
+    loss: Loss = InfoNCEConfig()
     steps: int = Field(ge=1)
     """Optimiser steps."""
     optim: Optimizer = AdamW()

@@ -28,18 +28,20 @@ from pretrain.checkpoint import (
 from pretrain.collectives import gather_counts
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
+from pretrain.gradcache import cached_backward, require_row_by_row
 from pretrain.locks import apply_lock, set_training_mode
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
-from pretrain.losses import distributed_info_nce
 from pretrain.norm import use_global_batch_norm
+from pretrain.objectives import Features, build_objective
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from pretrain.recipe import Lock, PretrainRecipe
 from pretrain.report import flatten, model_card, write_report
+from pretrain.selfcheck import check_gradients
 from pretrain.towers import read_checkpoint
 
 # What `tower_lr` leaves alone, by the names open_clip's models give their parameters.
 NOT_TOWERS = (
-    "model.logit_scale",
+    *("model.logit_scale", "model.logit_bias"),
     *("model.visual.head", "model.visual.proj", "model.visual.attnpool"),
     *("model.text_projection", "model.text.text_projection", "model.text.proj"),
 )
@@ -54,18 +56,23 @@ FREE: Any = {
 
 
 class DualEncoder(nn.Module):
-    """What is wrapped for several processes: pixels and tokens in, unit-norm features and logit_scale out."""
+    """What is wrapped for several processes: pixels and tokens in, unit-norm features and logit_scale out.
+
+    And logit_bias, of a model that has one.
+    """
 
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.model = encoder.model
         self.normalize = encoder.normalize
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 `(b, 3, h, w)` and int64 `(b, context)` to two `(b, d)` and the exponentiated scale."""
+    def forward(self, images: Tensor, tokens: Tensor) -> Features:
+        """uint8 `(b, 3, h, w)` and int64 `(b, context)` to two `(b, d)`, the exponentiated scale and any bias."""
         image_features = self.model.encode_image(self.normalize(images), normalize=True)  # (b, d)
         text_features = self.model.encode_text(tokens, normalize=True)  # (b, d)
-        return image_features, text_features, self.model.logit_scale.exp()
+        bias = getattr(self.model, "logit_bias", None)
+        scalars = (self.model.logit_scale.exp(), *(() if bias is None else (bias,)))
+        return image_features, text_features, *scalars
 
 
 class Trainer:
@@ -93,6 +100,12 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.encoder = build_encoder(recipe.model, device=self.accelerator.device)
         self.model: Any = self.encoder.model
+        self.objective = build_objective(recipe.loss, self.encoder)
+        if recipe.micro_batch:
+            for lock in recipe.locks or (Lock(),):
+                apply_lock(self.model, lock)
+                set_training_mode(self.model)
+                require_row_by_row(self.model)
         use_global_batch_norm(self.model)
         self.evaluators: list[tuple[int, Evaluator]] = [
             (config.every, load_evaluator(config)) for config in recipe.evaluate
@@ -175,6 +188,18 @@ class Trainer:
         recipe = self.recipe.model_dump(mode="json", exclude=FREE)
         return {**recipe, "samples": self.stream.samples}
 
+    def check_gradients(self) -> None:
+        """Compare the gradient that these processes get with that of one process; see `pretrain.selfcheck`.
+
+        Raises:
+            ValueError: They differ.
+        """
+        lock = next((lock for lock in reversed(self.recipe.locks) if lock.step <= self.step), Lock())
+        apply_lock(self.model, lock)
+        parts = check_gradients(DualEncoder(self.encoder), self.encoder, self.objective, self.accelerator)
+        told = ", ".join(f"{part} {cosine:.6f}, {ratio:.6f}" for part, (cosine, ratio) in parts.items())
+        self.say(f"gradients are those of one process (cosine, ratio of lengths): {told}")
+
     def train(self) -> dict[str, Any]:
         """Run to the last step.
 
@@ -256,12 +281,8 @@ class Trainer:
         if sum(counts) < 2 or min(counts) == 0:
             return 0
         set_training_mode(self.model)
-        with self.accelerator.autocast():
-            image_features, text_features, logit_scale = wrapped(
-                images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
-            )
-        loss = distributed_info_nce(image_features.float(), text_features.float(), logit_scale.float())
-        self.accelerator.backward(loss)
+        inputs = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+        loss = self.backward(wrapped, inputs)
         norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -269,6 +290,27 @@ class Trainer:
             self.model.logit_scale.clamp_(0, math.log(self.recipe.max_logit_scale))
         window.add(loss.detach(), torch.as_tensor(norm), sum(counts))
         return sum(counts)
+
+    def backward(self, wrapped: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        """Leave the global batch's gradients in the parameters; returns the loss."""
+
+        def network(*part: Tensor) -> Features:
+            with self.accelerator.autocast():
+                features = wrapped(*part)
+            return tuple(feature.float() for feature in features)
+
+        if self.recipe.micro_batch is None:
+            loss = self.objective(network(*inputs), *inputs)
+            self.accelerator.backward(loss)
+            return loss
+        return cached_backward(
+            network,
+            inputs,
+            lambda features: self.objective(features, *inputs),
+            micro_batch=self.recipe.micro_batch,
+            backward=self.accelerator.backward,
+            no_sync=lambda: self.accelerator.no_sync(wrapped),
+        )
 
     def mean_loss(self, window: Window) -> float | None:
         """`Window.mean_loss`, with what can be done about a run that has diverged."""

@@ -81,6 +81,14 @@ def trainings(models, odd_shards) -> Callable[[Path], dict[str, dict]]:
         phases = [{"image_groups": 0, "text_groups": 0}, {"step": 3, "image_groups": 2, "text_groups": "all"}]
         return {
             "vit": {**base, "run": str(folder / "vit"), "model": models["vit"]},
+            # Two processes in parts of two rows and round a ring; one process with the whole batch.
+            "sigmoid": {
+                **base,
+                "run": str(folder / "sigmoid"),
+                "model": models["vit"],
+                "loss": {"kind": "sigmoid", "tile": 2},
+                "micro_batch": 2,
+            },
             "phases": {**base, "run": str(folder / "phases"), "model": models["resnet"], "locks": phases},
         }
 
@@ -114,7 +122,8 @@ def two(tmp_path_factory, models, batches, trainings) -> Path:
         "odd batch": {**recipe, "run": str(folder / "no"), "batch_size": 7},
         "other processes": {**recipe, "run": str(folder / "no"), "processes": 3},
     }
-    job = {"cases": cases, "trainings": trainings(folder), "refused": refused}
+    checked = {**trainings(folder)["sigmoid"], "run": str(folder / "checked")}
+    job = {"cases": cases, "trainings": trainings(folder), "refused": refused, "checked": checked}
     (folder / "job.json").write_text(json.dumps(job))
     for size, batch in batches.items():
         save_file(batch, folder / f"batch-{size}.safetensors")
@@ -198,14 +207,14 @@ def test_open_clip_with_gathered_gradients_is_what_we_do_by_default(two, models,
     compare(load_file(two / "gathered.safetensors"), expected, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["vit", "phases"])
+@pytest.mark.parametrize("name", ["vit", "phases", "sigmoid"])
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_trained_weights_are_those_of_one_process(two, trainings, tmp_path, name):
     """Six real steps over an epoch's end with uneven ranks, augmentation on; within 1e-4 of the distance trained.
 
     AdamW divides by the gradient's own size, so that rounding of small gradients is not small in its steps.
     """
-    trainer = Trainer(PretrainRecipe.model_validate(trainings(tmp_path)[name]))
+    trainer = Trainer(PretrainRecipe.model_validate({**trainings(tmp_path)[name], "micro_batch": None}))
     start = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.train()
     expected = trainer.model.state_dict()
@@ -232,3 +241,5 @@ def test_what_does_not_fit_the_number_of_processes_is_refused(two):
         in refused["odd batch"]
     )
     assert "the recipe asks for 3 processes, 2 started" in refused["other processes"]
+    for part in ("image tower", "text tower", "logit_scale", "logit_bias"):
+        assert f"{part}: cosine 1.0000, length x 0.5000" in refused["halved gradients"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pretrain.checkpoint
 import pretrain.encoder
+import pretrain.objectives
 import pretrain.trainer
 from pairstream.run import RunFolder
 from pretrain.recipe import PretrainRecipe
@@ -65,7 +66,7 @@ def goes(path: Path, target: Path) -> bool:
 
 
 PLACES = {
-    "backward": lambda n: strike(pretrain.trainer, "distributed_info_nce", n),
+    "backward": lambda n: strike(pretrain.objectives, "distributed_info_nce", n),
     "half of the optimizer's step": lambda n: strike(
         pretrain.trainer.torch.optim.AdamW, "step", n, instead=after
     ),

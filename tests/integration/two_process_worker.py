@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from open_clip.loss import ClipLoss
 from safetensors.torch import load_file, save_file
 
+from pretrain.collectives import several_ranks
 from pretrain.encoder import build_encoder
 from pretrain.locks import set_training_mode
 from pretrain.losses import distributed_info_nce
@@ -62,6 +63,14 @@ def main() -> None:
             Trainer(PretrainRecipe.model_validate(content))
         except ValueError as error:
             refusals[name] = str(error)
+    checked = Trainer(PretrainRecipe.model_validate(job["checked"]))
+    checked.check_gradients()
+    exact = checked.objective
+    checked.objective = lambda *inputs: exact(*inputs) * (1 if several_ranks() else 2)
+    try:
+        checked.check_gradients()
+    except ValueError as error:
+        refusals["halved gradients"] = str(error)
     accelerator = Accelerator(cpu=True)
     for case in job["cases"]:
         batch = load_file(folder / f"batch-{case['images']}.safetensors")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import pretrain.trainer as module
+import pretrain.objectives as module
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.encoder import load_encoder
 from pretrain.recipe import Lock, PretrainRecipe
@@ -164,9 +164,9 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(train, tmp_path, m
     """The loss turns NaN at step 3; nothing of it may be saved, however seldom the log is written."""
     exact, calls = module.distributed_info_nce, []
 
-    def breaks(*features):
+    def breaks(*features, **options):
         calls.append(None)
-        return exact(*features) * (math.nan if len(calls) >= 3 else 1.0)
+        return exact(*features, **options) * (math.nan if len(calls) >= 3 else 1.0)
 
     monkeypatch.setattr(module, "distributed_info_nce", breaks)
     with pytest.raises(
@@ -183,10 +183,10 @@ def test_a_gradient_that_is_not_finite_stops_before_a_save(train, tmp_path, monk
     """The loss of the last step is fine, its gradient is not: the weights are NaN already."""
     exact, calls = module.distributed_info_nce, []
 
-    def breaks(images, texts, scale):
+    def breaks(images, texts, scale, **options):
         calls.append(None)
         kink = torch.sqrt((images - images.detach()).sum())  # sqrt has no slope at 0
-        return exact(images, texts, scale) + (kink if len(calls) == 2 else 0)
+        return exact(images, texts, scale, **options) + (kink if len(calls) == 2 else 0)
 
     monkeypatch.setattr(module, "distributed_info_nce", breaks)
     with pytest.raises(ValueError, match=r"gradient norm (nan|inf) at step 2"):
