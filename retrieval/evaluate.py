@@ -12,7 +12,7 @@ from pairstream import __version__
 from pretrain.encoder import Encoder
 from retrieval.embed import Embeddings, embed_shards
 from retrieval.index import Index
-from retrieval.metrics import DIRECTIONS, Ranks, chance, checked_cutoffs, retrieval_ranks
+from retrieval.metrics import DIRECTIONS, Ranking, chance, checked_cutoffs, retrieval_ranks, summary
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Evaluation:
     metrics: dict[str, Any]
     embeddings: Embeddings
     index: Index
-    ranks: tuple[Ranks, Ranks]
+    ranks: tuple[Ranking, Ranking]
 
 
 def evaluate(
@@ -90,7 +90,7 @@ def evaluate(
         "dim": found.images.shape[1],
         "faults": found.faults,
         "retrieval": {
-            **{name: each.summary(ks) for name, each in zip(DIRECTIONS, ranks, strict=True)},
+            **{name: summary(each, ks) for name, each in zip(DIRECTIONS, ranks, strict=True)},
             "chance": chance(found.image_of_text, len(found.images), ks),
         },
         "definition": "recall@k: share of queries with a right answer among the first k; ties by expectation",
@@ -110,7 +110,8 @@ def evaluate(
 def result_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of results: each direction above its chance."""
     numbers = metrics["retrieval"]
-    names = [name for name in numbers[DIRECTIONS[0]] if name != "tied_queries"]
+    names = [name for name in numbers[DIRECTIONS[0]] if name.startswith("recall")]
+    names += ["median_rank", "mean_rank", "mrr"]
     header = ["direction", *(name.replace("_", " ") for name in names)]
     rows = []
     for direction in DIRECTIONS:
@@ -124,4 +125,4 @@ def result_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def cell(name: str, value: float) -> str:
     """`0.2143` for a share, `7` or `12.5` for a rank."""
-    return f"{value:.4f}" if name.startswith("recall") else f"{value:,.1f}".removesuffix(".0")
+    return f"{value:,.1f}".removesuffix(".0") if name.endswith("rank") else f"{value:.4f}"

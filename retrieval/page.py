@@ -97,7 +97,7 @@ def add_run(report: Report, run: str | Path) -> None:
 def add_walls(report: Report, evaluation: Evaluation, queries: int) -> None:
     """Queries with their best results from FAISS, right ones marked, in both directions."""
     found, index = evaluation.embeddings, evaluation.index
-    by_image, by_text = evaluation.ranks
+    by_image, by_text = (each.best() for each in evaluation.ranks)
     text_queries = spaced(len(found.texts), queries)
     image_queries = spaced(len(found.images), queries)
     text_scores, text_rows = top_k(index.images, found.texts[text_queries], SHOWN)
