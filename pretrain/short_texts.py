@@ -24,11 +24,11 @@ def text_features(model: Any, tokens: Tensor) -> Tensor:
     Returns:
         `(n, embed_dim)`, not normalised.
     """
-    tower: Any = model if isinstance(model, CLIP) else getattr(model, "text", None)
+    tower = text_tower(model)
     if not len(tokens) or not reads_at_the_end(tower):
         return model.encode_text(tokens)
-    pool = tower.text_pool_type if isinstance(tower, CLIP) else tower.pool_type
-    eos = getattr(tower, "text_eos_id" if isinstance(tower, CLIP) else "eos_id", None)
+    pool, eos = (getattr(tower, f"text_{name}", getattr(tower, name, None)) for name in ("pool_type", "eos_id"))
+    assert isinstance(pool, str)
     ends = tokens if pool == "argmax" else (tokens == eos).int()
     length = int(ends.argmax(1).max()) + 1
     tokens = tokens[:, :length]
@@ -40,6 +40,11 @@ def text_features(model: Any, tokens: Tensor) -> Tensor:
     if projection is None:
         return x
     return projection(x) if isinstance(projection, nn.Module) else x @ projection
+
+
+def text_tower(model: Any) -> Any:
+    """The module that has the text tower's parts: CLIP itself, or a CustomTextCLIP's `text`."""
+    return model if isinstance(model, CLIP) else getattr(model, "text", None)
 
 
 def reads_at_the_end(tower: Any) -> bool:

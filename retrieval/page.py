@@ -79,6 +79,14 @@ def add_numbers(report: Report, metrics: dict[str, Any]) -> None:
         caption="recall@k is the share of queries with a right answer among the first k; ranks are those of the "
         f"first right answer. Queries that a tie leaves open, counted by expectation: {ties:,}.",
     )
+    if metrics["diagnostics"]:
+        report.table(
+            ["of the embedding spaces", "value"],
+            [[name.replace("_", " "), value] for name, value in metrics["diagnostics"].items()],
+            caption="alignment: mean squared distance of a text and its picture; uniformity: log mean exp(-2 d²); "
+            "modality gap: distance of the means; anisotropy: mean cosine of two rows; effective rank of "
+            f"{metrics['dim']} dimensions.",
+        )
     if metrics["faults"]:
         report.table(
             ["samples left out, by cause", "count"], [list(row) for row in metrics["faults"].items()]
