@@ -27,7 +27,9 @@ def text_features(model: Any, tokens: Tensor) -> Tensor:
     tower = text_tower(model)
     if not len(tokens) or not reads_at_the_end(tower):
         return model.encode_text(tokens)
-    pool, eos = (getattr(tower, f"text_{name}", getattr(tower, name, None)) for name in ("pool_type", "eos_id"))
+    pool, eos = (
+        getattr(tower, f"text_{name}", getattr(tower, name, None)) for name in ("pool_type", "eos_id")
+    )
     assert isinstance(pool, str)
     ends = tokens if pool == "argmax" else (tokens == eos).int()
     length = int(ends.argmax(1).max()) + 1

@@ -55,7 +55,7 @@ def eval_(
     if run is not None and out is None:
         raise ValueError("--run adds a training run's curves to the report: give --out for the report, too")
     from pretrain.encoder import load_encoder
-    from retrieval.evaluate import evaluate, result_rows
+    from retrieval.evaluate import evaluate, interval_rows, result_rows
 
     encoder = load_encoder(model, pretrained=pretrained, device=device)
     result = evaluate(
@@ -79,6 +79,8 @@ def eval_(
     for row in rows:
         table.add_row(*row, style="dim" if row[0].startswith(" ") else "")
     Console().print(table)
+    for direction, *intervals in interval_rows(metrics):
+        print(f"{metrics['intervals']['level']:.0%} intervals, {direction}: " + "  ".join(intervals))
     if metrics["faults"]:
         print("left out: " + ", ".join(f"{count} {cause}" for cause, count in metrics["faults"].items()))
     if json is not None:

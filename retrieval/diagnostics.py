@@ -64,7 +64,7 @@ def diagnostics(
     owner = checked_owner(image_of_text, len(images), len(texts)).to(images.device)
     for name, rows in sides.items():
         if len(rows) < 2:
-            raise ValueError(f"{name}: expected two or more rows to compare, got {len(rows)}")
+            raise ValueError(f"{name}: expected two or more rows to compare, got one")
     distance = torch.zeros((), dtype=torch.float64, device=images.device)
     for part in texts.parts():
         distance += (unit(texts, part) - unit(images, owner[part])).square().sum()

