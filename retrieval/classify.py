@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from pretrain.encoder import Encoder
 from retrieval.classification import ClassificationCount, multilabel_map
 from retrieval.classifier import Classifier, build_classifier
 from retrieval.embed import evaluating
-from retrieval.labelled import LabelledPictures, class_numbers, readable
+from retrieval.labelled import Label, LabelledPictures, class_numbers, readable
 from retrieval.prompts import Templates
 from retrieval.provenance import encoder_facts, text_hash, versions
 
@@ -84,6 +84,42 @@ def classify(
         workers=workers,
         max_faults=max_faults,
     )
+    with evaluating(encoder):
+        classifier = chosen_classifier(encoder, pictures, classes, templates, classifier, show=show)
+        built = time.perf_counter()
+        with ProgressBar("classify", pictures.steps, show=show) as bar:
+            found = count_batches(embedded(encoder, pictures, bar), classifier)
+    if found is None:
+        raise ValueError(
+            f"none of the first {pictures.wanted} samples of {', '.join(pictures.names)} can be used: {pictures.faults}"
+        )
+    numbers, data_hash = found
+    metrics = {
+        **encoder_facts(encoder),
+        "data": pictures.names,
+        "data_hash": data_hash,
+        "limit": limit,
+        "faults": pictures.faults,
+        **classification_facts(numbers, classifier),
+        "seconds": {
+            "classifier": round(built - began, 3),
+            "pictures": round(time.perf_counter() - built, 3),
+        },
+        "versions": versions(),
+    }
+    return Classification(metrics, classifier)
+
+
+def chosen_classifier(
+    encoder: Encoder,
+    pictures: LabelledPictures,
+    classes: Sequence[str] | None,
+    templates: Templates | None,
+    classifier: Classifier | None,
+    *,
+    show: bool = False,
+) -> Classifier:
+    """The classifier that is given, or one of the names that are given or that the folders have."""
     if classifier is not None:
         if classes is not None or templates is not None:
             raise ValueError("a saved classifier has its classes and templates: give either it or them")
@@ -100,55 +136,59 @@ def classify(
             f"{pictures.names[0]}: {len(pictures.folders)} class folders, but {len(names)} classes: "
             "expected one name for each folder, in alphabetical order of the folders"
         )
-    with evaluating(encoder):
-        if classifier is None:
-            classifier = build_classifier(encoder, names, templates or ["a photo of a {}."], show=show)
-        built = time.perf_counter()
-        count = ClassificationCount(classifier.weights, names)
-        kept: list[np.ndarray] = []
-        labels: list[list[int]] = []
-        keys: list[str] = []
-        several = False
-        with ProgressBar("classify", pictures.steps, show=show) as bar:
-            for batch in pictures.batches():
-                rows = encoder.encode_images(batch.images).cpu()
-                numbers = [
-                    class_numbers(label, names, key)
-                    for label, key in zip(batch.labels, batch.keys, strict=True)
-                ]
-                listed = any(isinstance(label, list) for label in batch.labels)
-                if listed and not several and keys:
-                    raise ValueError(
-                        f"sample {batch.keys[0]!r} has a list of labels, earlier ones have one label"
-                    )
-                several = several or listed
-                if several:
-                    kept.append(rows.numpy())
-                else:
-                    count.add(rows, [each[0] for each in numbers])
-                labels += numbers
-                keys += batch.keys
-                bar.advance(note=f"{len(keys)} pictures")
+    return classifier or build_classifier(encoder, names, templates or ["a photo of a {}."], show=show)
+
+
+Embedded: TypeAlias = Iterable[tuple[np.ndarray, Sequence[Label], Sequence[str]]]
+
+
+def embedded(encoder: Encoder, pictures: LabelledPictures, bar: ProgressBar) -> Embedded:
+    """Rows, labels and keys, batch by batch."""
+    done = 0
+    for batch in pictures.batches():
+        rows = encoder.encode_images(batch.images).cpu().numpy()
+        done += len(batch.keys)
+        bar.advance(note=f"{done} pictures")
+        yield rows, batch.labels, batch.keys
+
+
+def count_batches(batches: Embedded, classifier: Classifier) -> tuple[dict[str, Any], str] | None:
+    """The numbers of embedded pictures, and the hash of their keys and labels; None where there are none.
+
+    Raises:
+        ValueError: A label outside the classes, or lists of labels beside single ones.
+    """
+    count = ClassificationCount(classifier.weights, classifier.names)
+    kept: list[np.ndarray] = []
+    labels: list[list[int]] = []
+    keys: list[str] = []
+    several: bool | None = None
+    for rows, found, names in batches:
+        for label, key in zip(found, names, strict=True):
+            if several is not None and isinstance(label, list) != several:
+                raise ValueError(f"sample {key!r}: expected a list of labels for all pictures or for none")
+            several = isinstance(label, list)
+        numbers = [
+            class_numbers(label, classifier.names, key) for label, key in zip(found, names, strict=True)
+        ]
+        if several:
+            kept.append(rows)
+        else:
+            count.add(rows, [each[0] for each in numbers])
+        labels += numbers
+        keys += names
     if not keys:
-        raise ValueError(
-            f"none of the first {pictures.wanted} samples of {', '.join(pictures.names)} can be used: {pictures.faults}"
-        )
+        return None
     numbers = multilabel_map(np.concatenate(kept), classifier.weights, labels) if several else count.result()
-    metrics = {
-        **encoder_facts(encoder),
-        "data": pictures.names,
-        "data_hash": text_hash([*keys, *(repr(each) for each in labels)]),
-        "limit": limit,
-        "faults": pictures.faults,
+    return numbers, text_hash([*keys, *(repr(each) for each in labels)])
+
+
+def classification_facts(numbers: dict[str, Any], classifier: Classifier) -> dict[str, Any]:
+    """The numbers with what the classifier was made of."""
+    return {
         "classification": numbers,
-        "classes_hash": text_hash(names),
+        "classes_hash": text_hash(classifier.names),
         "templates_hash": classifier.templates_hash,
         "prompts": classifier.prompts,
         "ties": TIES,
-        "seconds": {
-            "classifier": round(built - began, 3),
-            "pictures": round(time.perf_counter() - built, 3),
-        },
-        "versions": versions(),
     }
-    return Classification(metrics, classifier)

@@ -1,4 +1,4 @@
-"""`pairstream retrieval eval | compare | classify | embed | index | search`."""
+"""`pairstream retrieval eval | compare | classify | suite | embed | index | search`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pairstream.atomic import write_text
 from pairstream.run import finite
-from retrieval.commands import classify, compare
+from retrieval.commands import classify, compare, suite
 
 
 def eval_(
@@ -210,6 +210,7 @@ COMMANDS: dict[str, Any] = {
     "eval": eval_,
     "compare": compare,
     "classify": classify,
+    "suite": suite,
     "embed": embed,
     "index": index,
     "search": search,

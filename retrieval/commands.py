@@ -1,9 +1,9 @@
-"""`pairstream retrieval compare | classify`."""
+"""`pairstream retrieval compare | classify | suite`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -132,6 +132,63 @@ def classify(
         print(f"classifier: {result.classifier.save(save)}")
     if json is not None:
         write_result(json, result.metrics)
+
+
+def suite(
+    recipe: tyro.conf.Positional[str],
+    /,
+    *,
+    model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction],
+    pretrained: str | None = None,
+    out: Path | None = None,
+    quick: bool = False,
+    no_cache: bool = False,
+    device: str = "auto",
+) -> None:
+    """Measure several models on a table of tasks, and write one JSON for each and a page.
+
+    Args:
+        recipe: A YAML file of tasks, or the name of a carried one.
+        model: A checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO. Give it again for more.
+        pretrained: open_clip's tag of weights, for a name.
+        out: The folder of results instead of the recipe's.
+        quick: Only the first samples of each task (`quick_limit` of the recipe).
+        no_cache: Embed anew, and keep nothing.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    if not model:
+        raise ValueError("give at least one --model")
+    from pairstream.recipe import dump_recipe, load_recipe
+    from pretrain.encoder import load_encoder
+    from retrieval.recipe import SuiteRecipe
+    from retrieval.suite import chances, folder_names, headline, run_task, write_result
+    from retrieval.suite_page import suite_report
+
+    content = load_recipe(SuiteRecipe, "retrieval", recipe)
+    place = Path(content.out) if out is None else out
+    if (place / "log.jsonl").exists():
+        raise FileExistsError(f"{place} holds a training run, whose report would be lost: give another --out")
+    cache = None if no_cache or content.cache is None else Path(content.cache).expanduser()
+    names = folder_names(model)
+    results = []
+    for name, source in zip(names, model, strict=True):
+        encoder = load_encoder(source, pretrained=pretrained, device=device)
+        each = []
+        for task in content.tasks:
+            result = run_task(encoder, task, content, quick=quick, cache=cache, show=True)
+            write_result(place, name, result)
+            each.append(result)
+            kept = " (embeddings from the cache)" if result.from_cache else ""
+            numbers = headline(result.metrics)
+            by_chance = chances(result.metrics)
+            words = "  ".join(
+                f"{key} {value:.4f}" + (f" (chance {by_chance[key]:.4f})" if key in by_chance else "")
+                for key, value in numbers.items()
+            )
+            print(f"{name}, {task.name}: {words}{kept}")
+        results.append(each)
+    dump_recipe(content, place / "recipe.resolved.yaml")
+    print(f"report: {suite_report(names, results).write(place)}")
 
 
 def classification_table(metrics: dict[str, Any]) -> Table:
