@@ -27,7 +27,7 @@ class RawSample:
             epochs.
         image: The encoded picture.
         extension: `jpg`, `jpeg`, `png` or `webp`.
-        record: The sample's JSON; empty when it has none.
+        record: The sample's JSON; empty when it has none. `KEY.cls` is its `label` where the JSON has none.
         text: Content of `KEY.txt`; None when there is none.
     """
 
@@ -84,6 +84,9 @@ def read_sample(index: ShardIndex, sample: int, number: int, reader: ShardReader
             text = reader.read(index, *members["txt"]).decode("utf-8")
         except UnicodeDecodeError as error:
             raise Fault("bad_text", f"KEY.txt is not UTF-8: {error}") from error
+    if "cls" in members and "label" not in record:  # WebDataset's own way to say it
+        written = reader.read(index, *members["cls"]).decode("utf-8", "replace").strip()
+        record["label"] = int(written) if written.isdecimal() else written
     image = reader.read(index, *members[extension])
     return RawSample(index.key(sample), index.name, number, image, extension, record, text)
 

@@ -22,6 +22,7 @@ from data.transforms import EvalTransform, decode_image
 from pairstream.atomic import new_folder, write_text
 from pretrain.checkpoint import save_tensors
 from pretrain.recipe import Model, OpenClipModel, TowersModel
+from pretrain.short_texts import text_features
 from pretrain.towers import CONFIG, WEIGHTS, Built, build_named, build_towers, read_checkpoint
 
 
@@ -119,7 +120,7 @@ class Encoder:
         """
         tokens = texts if isinstance(texts, Tensor) else self.tokenize(texts)
         self.model.eval()
-        return F.normalize(self.model.encode_text(tokens.to(self.device)).float(), dim=-1)
+        return F.normalize(text_features(self.model, tokens.to(self.device)).float(), dim=-1)
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 `(b, 3, h, w)` to the normalised float input of the image tower, on the device."""

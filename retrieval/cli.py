@@ -1,4 +1,4 @@
-"""`pairstream retrieval eval | embed | index | search`."""
+"""`pairstream retrieval eval | compare | classify | suite | embed | index | search`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pairstream.atomic import write_text
 from pairstream.run import finite
+from retrieval.commands import classify, compare, suite
 
 
 def eval_(
@@ -26,6 +27,7 @@ def eval_(
     limit: int | None = None,
     workers: int = 0,
     max_faults: float = 0.01,
+    folds: int | None = None,
     device: str = "auto",
 ) -> None:
     """Measure zero-shot retrieval in both directions, beside chance.
@@ -34,13 +36,15 @@ def eval_(
         model: A checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO.
         data: Shards: folders, files, globs, braces or URLs.
         pretrained: open_clip's tag of weights, for a name.
-        json: Also write the numbers to this file.
+        json: Also write the numbers to this file, and the places of all queries to NAME.queries.safetensors
+            beside it, for `retrieval compare`.
         out: Also write metrics.json, report.json and report.html into this folder.
         run: A pretraining run folder whose curves the report shows.
         batch_size: Pictures at a time.
         limit: Only the first so many samples; recall over fewer is higher.
         workers: Loader processes; 0 decodes in this one.
         max_faults: Share of bad samples past which the work stops.
+        folds: Also the mean over so many consecutive parts (5 of 1,000 pictures for COCO-1k).
         device: auto, cpu, cuda or cuda:N.
     """
     if out is not None and (out / "log.jsonl").exists():
@@ -51,7 +55,7 @@ def eval_(
     if run is not None and out is None:
         raise ValueError("--run adds a training run's curves to the report: give --out for the report, too")
     from pretrain.encoder import load_encoder
-    from retrieval.evaluate import evaluate, result_rows
+    from retrieval.evaluate import evaluate, interval_rows, result_rows
 
     encoder = load_encoder(model, pretrained=pretrained, device=device)
     result = evaluate(
@@ -61,6 +65,7 @@ def eval_(
         limit=limit,
         workers=workers,
         max_faults=max_faults,
+        folds=folds,
         show=True,
     )
     metrics = result.metrics
@@ -74,14 +79,18 @@ def eval_(
     for row in rows:
         table.add_row(*row, style="dim" if row[0].startswith(" ") else "")
     Console().print(table)
+    for direction, *intervals in interval_rows(metrics):
+        print(f"{metrics['intervals']['level']:.0%} intervals, {direction}: " + "  ".join(intervals))
     if metrics["faults"]:
         print("left out: " + ", ".join(f"{count} {cause}" for cause, count in metrics["faults"].items()))
     if json is not None:
+        result.write_queries(json)
         write_json(json, metrics)
     if out is not None:
         from retrieval.page import evaluation_report
 
         report = evaluation_report(result, run=run)
+        result.write_queries(out / "metrics.json")
         write_json(out / "metrics.json", metrics)
         print(f"report: {report.write(out)}")
 
@@ -197,7 +206,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
-COMMANDS: dict[str, Any] = {"eval": eval_, "embed": embed, "index": index, "search": search}
+COMMANDS: dict[str, Any] = {
+    "eval": eval_,
+    "compare": compare,
+    "classify": classify,
+    "suite": suite,
+    "embed": embed,
+    "index": index,
+    "search": search,
+}
 
 
 def main(argv: list[str]) -> int | None:

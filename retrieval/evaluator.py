@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pairstream.recipe import load_recipe
 from pretrain.encoder import Encoder
 from retrieval.embed import embed_shards
 from retrieval.metrics import checked_cutoffs, retrieval_metrics
+from retrieval.recipe import SuiteRecipe
 
 
 class RetrievalEvaluator:
@@ -64,5 +66,39 @@ class RetrievalEvaluator:
             f"{direction}/{name}": value
             for direction, numbers in metrics.items()
             for name, value in numbers.items()
-            if name != "tied_queries"
+            if name.startswith(("recall", "median", "mean"))
+        }
+
+
+class SuiteEvaluator:
+    """A suite in its quick form inside pretraining; a recipe names it `retrieval.evaluator:SuiteEvaluator`.
+
+    Nothing is cached: the weights change from one time to the next.
+
+    Args:
+        recipe: A suite's YAML file.
+        quick: Only the first samples of each task (`quick_limit` of the recipe).
+
+    Raises:
+        FileNotFoundError: No such recipe.
+        ValueError: A recipe that is not valid.
+    """
+
+    def __init__(self, recipe: str, *, quick: bool = True):
+        self.recipe, self.quick = load_recipe(SuiteRecipe, "retrieval", recipe), quick
+
+    def run(self, encoder: Encoder) -> dict[str, float]:
+        """Measure.
+
+        Returns:
+            `TASK/NUMBER` for the headline numbers of each task.
+        """
+        from retrieval.suite import headline, run_task
+
+        return {
+            f"{task.name}/{name.replace(' ', '_')}": value
+            for task in self.recipe.tasks
+            for name, value in headline(
+                run_task(encoder, task, self.recipe, quick=self.quick).metrics
+            ).items()
         }

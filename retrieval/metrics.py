@@ -1,57 +1,31 @@
-"""Image-text retrieval: exact ranks of the right answers, streamed in blocks, and the numbers made of them."""
+"""Image-text retrieval numbers: exact, streamed, honest about ties, and beside what chance would give."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from retrieval.ranking import Ranking, Ranks, rank_pairs
+from retrieval.rows import Rows
+
+__all__ = [
+    "DIRECTIONS",
+    "Ranking",
+    "Ranks",
+    "chance",
+    "checked_cutoffs",
+    "fold_metrics",
+    "relevance_metrics",
+    "retrieval_metrics",
+    "retrieval_ranks",
+    "summary",
+]
+
 DIRECTIONS = ("image_to_text", "text_to_image")
-# An exact score: unit rows rounded to multiples of 2^-26 and multiplied as whole numbers in float64. Every
-# partial sum of a dot product is then a whole number below 2^53, so nothing is rounded: the score depends on
-# its two rows alone, not on block size, position, threads or device, and equal rows tie exactly. The grid
-# moves a score by about 4e-9, a float32 product by about 1e-7.
-GRID = 2.0**26
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where the best right answer of each query stands; all int64 of shape `(queries,)`.
-
-    Attributes:
-        above: Wrong candidates that score higher than the best right one.
-        tied: Candidates with exactly its score, itself included.
-        right: The right ones among `tied`.
-        gallery: Number of candidates.
-    """
-
-    above: torch.Tensor
-    tied: torch.Tensor
-    right: torch.Tensor
-    gallery: int
-
-    def expected(self) -> torch.Tensor:
-        """Rank of the first right answer, 1-based, in expectation over the orders of tied candidates."""
-        return 1 + self.above + (self.tied - self.right) / (self.right + 1).double()
-
-    def hits(self, k: int) -> torch.Tensor:
-        """Probability `(queries,)` float64 that a right answer is among the first `k`."""
-        slots = (min(k, self.gallery) - self.above).clamp(min=0)  # places left for the tied candidates
-        return 1 - misses(self.tied, self.right, slots)
-
-    def summary(self, ks: Sequence[int]) -> dict[str, float]:
-        """The numbers that are reported."""
-        expected = self.expected()
-        return {
-            **{f"recall@{k}": float(self.hits(k).mean()) for k in ks},
-            "median_rank": float(np.median(expected.numpy())),
-            "mean_rank": float(expected.mean()),
-            "tied_queries": int((self.tied > self.right).sum()),
-        }
+BLOCK = 1024
 
 
 def retrieval_metrics(
@@ -60,15 +34,16 @@ def retrieval_metrics(
     image_of_text: Any,
     ks: Sequence[int] = (1, 5, 10),
     *,
-    block: int = 1024,
+    block: int = BLOCK,
 ) -> dict[str, dict[str, float]]:
-    """Recall@k and ranks of cosine retrieval in both directions.
+    """Recall@k, ranks and graded numbers of cosine retrieval in both directions.
 
-    recall@k is the CLIP paper's: the share of queries with at least one right answer among the first k, not
-    the share of right answers found. Ties are counted by expectation, so a model that scores everything
-    alike gets exactly `chance` in recall and mean rank. The result depends neither on the order of the
-    gallery nor on `block`. Time is O(images x texts x dim); memory beside the arguments is
-    about `40 * block**2 + 16 * block * dim` bytes.
+    recall@k is the CLIP paper's: the share of queries with at least one right answer among the first k;
+    true_recall@k is the share of right answers found. Ties are counted by expectation, so a model that scores
+    everything alike gets exactly `chance` in everything but median_rank. The result depends neither on the
+    order of the gallery nor on `block`. Time is O(images x texts x dim), with one cheap pass over the scores
+    for each caption of an image; memory beside the arguments is about
+    `40 * block**2 + 16 * block * dim` bytes.
 
     Args:
         image_embeddings: `(images, dim)` floats, numpy or torch on any device; normalised here.
@@ -78,9 +53,7 @@ def retrieval_metrics(
         block: Rows of both sides in one product.
 
     Returns:
-        `{"image_to_text": {...}, "text_to_image": {...}}`, each with `recall@K` for every K, `median_rank`
-        and `mean_rank` of the first right answer (1-based; the median of an even number of queries is the
-        mean of the middle two) and `tied_queries`, the number of queries whose result a tie leaves open.
+        `{"image_to_text": {...}, "text_to_image": {...}}`, each as `summary` gives it.
 
     Raises:
         ValueError: Shapes that do not fit, an empty side, NaN, infinity or a row of zeros, an index out of
@@ -96,125 +69,168 @@ def retrieval_metrics(
     """
     ks = checked_cutoffs(ks)
     ranks = retrieval_ranks(image_embeddings, text_embeddings, image_of_text, block=block)
-    return {name: each.summary(ks) for name, each in zip(DIRECTIONS, ranks, strict=True)}
+    return {name: summary(each, ks) for name, each in zip(DIRECTIONS, ranks, strict=True)}
 
 
 def retrieval_ranks(
-    image_embeddings: Any, text_embeddings: Any, image_of_text: Any, *, block: int = 1024
-) -> tuple[Ranks, Ranks]:
-    """The ranks behind `retrieval_metrics`, query by query.
+    image_embeddings: Any,
+    text_embeddings: Any,
+    image_of_text: Any,
+    *,
+    block: int = BLOCK,
+    over_ranks: bool = False,
+) -> tuple[Ranking, Ranking]:
+    """The places behind `retrieval_metrics`, of every right answer of every query.
 
     Args:
         image_embeddings: `(images, dim)` floats.
         text_embeddings: `(texts, dim)` floats.
         image_of_text: `(texts,)` integers.
         block: Rows of both sides in one product.
+        over_ranks: Share the work among the processes of torch.distributed; every one of them holds all rows
+            and gets the same result as one process alone.
 
     Returns:
-        Ranks of the images as queries for texts, and of the texts as queries for images (on the CPU).
+        Rankings of the texts for the images, and of the images for the texts (on the CPU).
 
     Raises:
         ValueError: As `retrieval_metrics`.
         TypeError: As `retrieval_metrics`.
     """
-    if block < 1:
-        raise ValueError(f"block must be at least 1 row, got {block}")
     images = Rows(image_embeddings, "image_embeddings", block)
     texts = Rows(text_embeddings, "text_embeddings", block)
-    if images.dim != texts.dim:
-        raise ValueError(
-            f"image_embeddings have {images.dim} dimensions, text_embeddings {texts.dim}: "
-            "expected both from the same model"
-        )
-    owner = checked_owner(image_of_text, len(images), len(texts)).to(images.device)
-
-    right = torch.empty(len(texts), dtype=torch.float64, device=images.device)  # score of each text's image
-    for part in texts.parts():
-        right[part] = (texts.take(part) * images.take(owner[part])).sum(1)
-    best = torch.full((len(images),), -torch.inf, dtype=torch.float64, device=images.device)
-    best.scatter_reduce_(0, owner, right, "amax")
-    best_right = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    best_right.index_add_(0, owner, (right == best[owner]).long())
-
-    above_image, tied_image = (torch.zeros_like(best_right) for _ in range(2))
-    above_text, tied_text = (torch.zeros_like(owner) for _ in range(2))
-    numbers = torch.arange(len(images), device=images.device)
-    with plain_float32(images.device):
-        for rows in images.parts():
-            image_rows = images.take(rows)
-            image_rough = rough(image_rows)
-            for columns in texts.parts():
-                text_rows = texts.take(columns)
-                scores = image_rough @ rough(text_rows).T  # (image block, text block), float32
-                mine, yours = owner[columns], numbers[rows]
-                here = ((mine >= rows.start) & (mine < rows.stop)).nonzero()[:, 0]
-                scores[mine[here] - rows.start, here] = -2.0  # only wrong candidates are counted below
-                above, tied = tally(scores, best[rows], image_rows, text_rows, yours, mine)
-                above_image[rows] += above
-                tied_image[rows] += tied
-                above, tied = tally(scores.T, right[columns], text_rows, image_rows, mine, yours)
-                above_text[columns] += above
-                tied_text[columns] += tied
-    one = torch.ones_like(owner)
-    return (
-        Ranks(above_image.cpu(), (tied_image + best_right).cpu(), best_right.cpu(), len(texts)),
-        Ranks(above_text.cpu(), (tied_text + one).cpu(), one.cpu(), len(images)),
-    )
+    owner = checked_owner(image_of_text, len(images), len(texts))
+    return rank_pairs(images, texts, owner, torch.arange(len(texts)), over_ranks=over_ranks)
 
 
-def tally(
-    scores: torch.Tensor,
-    level: torch.Tensor,
-    queries: torch.Tensor,
-    candidates: torch.Tensor,
-    query_owner: torch.Tensor,
-    candidate_owner: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count wrong candidates above a level and level with it: in float32 where that is safe, else exactly.
+def relevance_metrics(
+    query_embeddings: Any,
+    gallery_embeddings: Any,
+    relevant: Any,
+    ks: Sequence[int] = (1, 5, 10),
+    *,
+    block: int = BLOCK,
+) -> dict[str, float]:
+    """The same numbers for any set of right answers, in one direction: several images of a text, say.
+
+    Sets with judged pairs, such as ECCV Caption, have queries with many right answers in both directions and
+    a gallery that is larger than the answers.
 
     Args:
-        scores: `(q, c)` float32 products of the unit rows, right candidates at -2.
-        level: `(q,)` exact score of each query's best right candidate.
-        queries: `(q, dim)` rows on the grid.
-        candidates: `(c, dim)` rows on the grid.
-        query_owner: `(q,)` image of each query.
-        candidate_owner: `(c,)` image of each candidate.
+        query_embeddings: `(queries, dim)` floats; each has at least one right answer.
+        gallery_embeddings: `(candidates, dim)` floats.
+        relevant: `(pairs, 2)` integers: a query and a candidate that is right for it.
+        ks: Cut-offs.
+        block: Rows of both sides in one product.
 
     Returns:
-        Two int64 tensors of shape `(q,)`.
+        As `summary`.
+
+    Raises:
+        ValueError: Shapes that do not fit, a pair that is out of range or given twice, a query without a
+            right answer, and as `retrieval_metrics`.
+        TypeError: As `retrieval_metrics`.
+
+    Reference:
+        Chun et al. 2022, ECCV Caption (mAP@R, R-precision).
     """
-    # Bound on a float32 product of unit rows: dim roundings of a sum whose terms add up to at most 1 in
-    # absolute value, and the rounding of the rows.
-    doubt = (1.5 * queries.shape[1] + 16) * 2.0**-24
-    rough_level = (level / GRID**2)[:, None]
-    flags = torch.empty_like(scores)  # counting floats is several times faster than counting booleans
-    above = torch.gt(scores, (rough_level + doubt).float(), out=flags).sum(1).long()
-    close = torch.ge(scores, (rough_level - doubt).float(), out=flags).sum(1).long() - above
-    tied = torch.zeros_like(above)
-    doubtful = close.nonzero()[:, 0]
-    if len(doubtful):
-        exact = queries[doubtful] @ candidates.T
-        exact[query_owner[doubtful, None] == candidate_owner] = -torch.inf
-        above[doubtful] = (exact > level[doubtful, None]).sum(1)
-        tied[doubtful] = (exact == level[doubtful, None]).sum(1)
-    return above, tied
+    ks = checked_cutoffs(ks)
+    queries = Rows(query_embeddings, "query_embeddings", block)
+    gallery = Rows(gallery_embeddings, "gallery_embeddings", block)
+    pairs = checked_pairs(relevant, len(queries), len(gallery))
+    ranking, _ = rank_pairs(queries, gallery, pairs[:, 0], pairs[:, 1], directions=(True, False))
+    return summary(ranking, ks)
 
 
-def rough(rows: torch.Tensor) -> torch.Tensor:
-    """Rows on the grid as float32 unit rows."""
-    return (rows * (1 / GRID)).float()
+def fold_metrics(
+    image_embeddings: Any,
+    text_embeddings: Any,
+    image_of_text: Any,
+    folds: int = 5,
+    ks: Sequence[int] = (1, 5, 10),
+    *,
+    block: int = BLOCK,
+) -> dict[str, dict[str, float]]:
+    """The mean over consecutive parts of the images, each with its own texts alone: COCO-1k is 5 of 1,000.
+
+    Fewer candidates make higher numbers: compare only with numbers over the same folds.
+
+    Args:
+        image_embeddings: `(images, dim)` floats.
+        text_embeddings: `(texts, dim)` floats.
+        image_of_text: `(texts,)` integers.
+        folds: Parts of equal size; they must divide the images.
+        ks: Cut-offs.
+        block: Rows of both sides in one product.
+
+    Returns:
+        As `retrieval_metrics`; counts are summed, everything else is the mean of the folds.
+
+    Raises:
+        ValueError: The images cannot be cut into that many equal parts, and as `retrieval_metrics`.
+        TypeError: As `retrieval_metrics`.
+    """
+    images = len(image_embeddings)
+    if folds < 1 or images % folds:
+        raise ValueError(f"folds: expected a number that divides the {images} images, got {folds}")
+    owner = checked_owner(image_of_text, images, len(text_embeddings))
+    size = images // folds
+    found = []
+    for start in range(0, images, size):
+        texts = ((owner >= start) & (owner < start + size)).nonzero()[:, 0]
+        chosen = texts if isinstance(text_embeddings, torch.Tensor) else texts.numpy()
+        found.append(
+            retrieval_metrics(
+                image_embeddings[start : start + size],
+                text_embeddings[chosen],
+                owner[texts] - start,
+                ks,
+                block=block,
+            )
+        )
+    return {
+        direction: {
+            name: sum(fold[direction][name] for fold in found) / (1 if name == "tied_queries" else folds)
+            for name in found[0][direction]
+        }
+        for direction in DIRECTIONS
+    }
 
 
-@contextmanager
-def plain_float32(device: torch.device) -> Iterator[None]:
-    """Products in true float32, whatever autocast or TF32 setting surrounds the evaluation."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def summary(ranking: Ranking, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """The numbers of one direction that are reported.
+
+    Args:
+        ranking: What `retrieval_ranks` counted.
+        ks: Cut-offs.
+
+    Returns:
+        `recall@K`, `median_rank` and `mean_rank` of the first right answer (1-based; the median of an even
+        number of queries is the mean of the middle two), `mrr`, `true_recall@K`, `ndcg@K`, `map@r` and
+        `r_precision`; `optimistic_` and `pessimistic_` recall and ranks, where each tie goes the query's way
+        or against it; and `tied_queries`, the queries whose recall or rank a tie leaves open.
+    """
+    ks = checked_cutoffs(ks)
+    values = {name: each for name, each in ranking.per_query(ks).items() if name != "ap"}
+    rank, reciprocal = values.pop("rank"), values.pop("reciprocal_rank")
+    means = {name: float(each.mean()) for name, each in values.items()}
+    best = ranking.best()
+    result = {
+        **{name: means.pop(name) for name in list(means) if name.startswith("recall")},
+        "median_rank": float(np.median(rank.numpy())),
+        "mean_rank": float(rank.mean()),
+        "mrr": float(reciprocal.mean()),
+        **means,
+    }
+    for word in ("optimistic", "pessimistic"):
+        ranks = ranking.resolved(optimistic=word == "optimistic").best()
+        place = ranks.expected()
+        result |= {f"{word}_recall@{k}": float(ranks.hits(k).mean()) for k in ks}
+        result |= {
+            f"{word}_median_rank": float(np.median(place.numpy())),
+            f"{word}_mean_rank": float(place.mean()),
+        }
+    return {**result, "tied_queries": int((best.tied > best.right).sum())}
 
 
 def chance(image_of_text: Any, images: int, ks: Sequence[int] = (1, 5, 10)) -> dict[str, dict[str, float]]:
@@ -226,8 +242,8 @@ def chance(image_of_text: Any, images: int, ks: Sequence[int] = (1, 5, 10)) -> d
         ks: Cut-offs.
 
     Returns:
-        As `retrieval_metrics`, without `tied_queries`: expected recall@k and mean rank, and the smallest rank
-        that at least half of the queries are expected to reach.
+        As `retrieval_metrics`, without what ties leave open: the expectation of each number, and as
+        `median_rank` the smallest rank that at least half of the queries are expected to reach.
 
     Raises:
         ValueError: An index out of range, an image without a text, a cut-off below 1.
@@ -239,99 +255,44 @@ def chance(image_of_text: Any, images: int, ks: Sequence[int] = (1, 5, 10)) -> d
     ks = checked_cutoffs(ks)
     owner = checked_owner(image_of_text, images, len(image_of_text))
     sizes, queries = torch.bincount(owner, minlength=images).unique(return_counts=True)
-
-    def one(right: torch.Tensor, weight: torch.Tensor, gallery: int) -> dict[str, float]:
-        share = weight.double() / weight.sum()
-        ranks = Ranks(torch.zeros_like(right), torch.full_like(right, gallery), right, gallery)
-        low, high = 1, gallery  # the median lies in here
-        while low < high:
-            middle = (low + high) // 2
-            reached = float((ranks.hits(middle) * share).sum()) >= 0.5 - 1e-12
-            low, high = (low, middle) if reached else (middle + 1, high)
-        return {
-            **{f"recall@{k}": float((ranks.hits(k) * share).sum()) for k in ks},
-            "median_rank": float(low),
-            "mean_rank": float((ranks.expected() * share).sum()),
-        }
-
-    one_image = torch.ones(1, dtype=torch.int64)
+    one = torch.ones(1, dtype=torch.int64)
     return dict(
-        zip(DIRECTIONS, [one(sizes, queries, len(owner)), one(one_image, one_image, images)], strict=True)
+        zip(
+            DIRECTIONS,
+            [chance_of(sizes, queries, len(owner), ks), chance_of(one, one, images, ks)],
+            strict=True,
+        )
     )
 
 
-def misses(tied: torch.Tensor, right: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Probability that `slots` draws from `tied` candidates find none of the `right` ones: C(t-p,m)/C(t,m)."""
-    wrong, slots = tied - right, torch.minimum(slots, tied)
-    if len(slots) and slots.max() > right.max():  # C(t-p,m)/C(t,m) = C(t-m,p)/C(t,p): the shorter product
-        wrong, slots = tied - slots, right
-    result = torch.ones(tied.shape, dtype=torch.float64)
-    for draw in range(int(slots.max()) if len(slots) else 0):
-        factor = (wrong - draw).clamp(min=0) / (tied - draw).clamp(min=1).double()
-        result = torch.where(draw < slots, result * factor, result)
-    return result
-
-
-class Rows:
-    """Embeddings read block by block as whole numbers on the grid; checked once, copied never as a whole."""
-
-    def __init__(self, embeddings: Any, name: str, block: int):
-        self.source = embeddings if isinstance(embeddings, torch.Tensor) else np.asarray(embeddings)
-        self.name, self.block = name, block
-        self.device = embeddings.device if isinstance(embeddings, torch.Tensor) else torch.device("cpu")
-        shape = tuple(self.source.shape)
-        if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"{name}: expected (rows, dimensions), both at least 1, got shape {shape}")
-        kind = str(self.source.dtype).removeprefix("torch.")
-        if not kind.startswith(("float", "bfloat", "int", "uint")):
-            raise TypeError(f"{name}: expected real numbers, got {kind}")
-        self.rows, self.dim = shape
-        self.norms = torch.empty(self.rows, dtype=torch.float64, device=self.device)
-        for part in self.parts():
-            self.norms[part] = row_norms(self.read(part))
-        if not torch.isfinite(self.norms).all():
-            row = int((~torch.isfinite(self.norms)).nonzero()[0])
-            raise ValueError(
-                f"{name}: row {row} has NaN or infinite values; a ranking of it would mean nothing. "
-                "Look for an overflow in the model (half precision?) or a damaged checkpoint."
-            )
-        if not self.norms.all():
-            row = int((self.norms == 0).nonzero()[0])
-            raise ValueError(f"{name}: row {row} is all zeros and has no direction")
-        self.scales = GRID / self.norms
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def parts(self) -> list[slice]:
-        return [slice(start, min(start + self.block, self.rows)) for start in range(0, self.rows, self.block)]
-
-    def read(self, which: slice | torch.Tensor) -> torch.Tensor:
-        if isinstance(self.source, torch.Tensor):
-            return self.source[which].detach().double()
-        index = which if isinstance(which, slice) else which.cpu().numpy()
-        return torch.from_numpy(np.array(self.source[index], dtype=np.float64))
-
-    def take(self, which: slice | torch.Tensor) -> torch.Tensor:
-        """Unit rows as whole multiples of 2^-26, float64."""
-        return (self.read(which) * self.scales[which, None]).round_()
-
-
-def row_norms(rows: torch.Tensor) -> torch.Tensor:
-    """Euclidean norms by folding halves onto each other: elementwise steps, so equal rows give equal bits.
-
-    A library's reduction may add in another order at another place in memory.
-    """
-    scale = rows.abs().amax(1, keepdim=True)  # squares of huge or tiny rows must not leave float64's range
-    squares = (rows / torch.where(scale > 0, scale, 1.0)).square()
-    while (width := squares.shape[1]) > 1:
-        half = width // 2
-        folded = squares[:, :half] + squares[:, half : 2 * half]
-        squares = torch.cat([folded, squares[:, 2 * half :]], 1)  # an odd width keeps its last column
-    return squares[:, 0].sqrt() * scale[:, 0]
+def chance_of(right: torch.Tensor, weight: torch.Tensor, gallery: int, ks: Sequence[int]) -> dict[str, float]:
+    """Chance for queries with `right` right answers each, `weight` of them, among `gallery` candidates."""
+    share = weight.double() / weight.sum()
+    query = torch.arange(len(right))
+    constant = Ranking(query, torch.zeros_like(right), gallery - right, right, len(right), gallery)
+    values = constant.per_query(ks)
+    means = {name: float((each * share).sum()) for name, each in values.items() if name != "ap"}
+    best, low, high = constant.best(), 1, gallery  # the median lies in here
+    while low < high:
+        middle = (low + high) // 2
+        reached = float((best.hits(middle) * share).sum()) >= 0.5 - 1e-12
+        low, high = (low, middle) if reached else (middle + 1, high)
+    rank, reciprocal = means.pop("rank"), means.pop("reciprocal_rank")
+    return {
+        **{name: means.pop(name) for name in list(means) if name.startswith("recall")},
+        "median_rank": float(low),
+        "mean_rank": rank,
+        "mrr": reciprocal,
+        **means,
+    }
 
 
 def checked_cutoffs(ks: Sequence[int]) -> list[int]:
+    """Cut-offs as a list.
+
+    Raises:
+        ValueError: None, or one that is not a whole number of at least 1.
+    """
     if not len(ks) or any(int(k) != k or k < 1 for k in ks):
         raise ValueError(f"ks: expected one or more whole numbers of at least 1, got {list(ks)}")
     return [int(k) for k in ks]
@@ -361,3 +322,31 @@ def checked_owner(image_of_text: Any, images: int, texts: int) -> torch.Tensor:
             f"({len(lonely)} of {images} images; leave them out of the images)"
         )
     return torch.from_numpy(owner.astype(np.int64))
+
+
+def checked_pairs(relevant: Any, queries: int, gallery: int) -> torch.Tensor:
+    """`relevant` as int64 `(pairs, 2)` on the CPU."""
+    if isinstance(relevant, torch.Tensor):
+        relevant = relevant.cpu().numpy()
+    pairs = np.array(relevant)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
+        raise ValueError(f"relevant: expected (pairs, 2) of query and candidate, got shape {pairs.shape}")
+    if pairs.dtype.kind not in "iu":
+        raise TypeError(f"relevant: expected integers, got {pairs.dtype}")
+    outside = np.flatnonzero((pairs < 0).any(1) | (pairs >= (queries, gallery)).any(1))
+    if len(outside):
+        raise ValueError(
+            f"relevant: pair {outside[0]} is {pairs[outside[0]].tolist()}, expected a query below {queries} "
+            f"and a candidate below {gallery} ({len(outside)} pairs are out of range)"
+        )
+    pairs = pairs.astype(np.int64)
+    unique, counts = np.unique(pairs, axis=0, return_counts=True)
+    if len(unique) < len(pairs):
+        raise ValueError(f"relevant: the pair {unique[counts.argmax()].tolist()} is given twice")
+    lonely = np.flatnonzero(np.bincount(pairs[:, 0], minlength=queries) == 0)
+    if len(lonely):
+        raise ValueError(
+            f"relevant: query {lonely[0]} has no right answer ({len(lonely)} of {queries} queries; "
+            "leave them out of the queries)"
+        )
+    return torch.from_numpy(pairs)

@@ -16,7 +16,7 @@ from data.transforms import decode_image
 from pairstream.report import Card, Report
 from pairstream.run import RunFolder
 from pretrain.report import add_training
-from retrieval.evaluate import Evaluation, cell, result_rows
+from retrieval.evaluate import Evaluation, cell, interval_rows, result_rows
 from retrieval.index import top_k
 from retrieval.metrics import DIRECTIONS
 
@@ -79,6 +79,19 @@ def add_numbers(report: Report, metrics: dict[str, Any]) -> None:
         caption="recall@k is the share of queries with a right answer among the first k; ranks are those of the "
         f"first right answer. Queries that a tie leaves open, counted by expectation: {ties:,}.",
     )
+    report.table(
+        header,
+        interval_rows(metrics),
+        caption=f"{metrics['intervals']['level']:.0%} intervals by bootstrap over pictures with their captions.",
+    )
+    if metrics["diagnostics"]:
+        report.table(
+            ["of the embedding spaces", "value"],
+            [[name.replace("_", " "), value] for name, value in metrics["diagnostics"].items()],
+            caption="alignment: mean squared distance of a text and its picture; uniformity: log mean exp(-2 d²); "
+            "modality gap: distance of the means; anisotropy: mean cosine of two rows; effective rank of "
+            f"{metrics['dim']} dimensions.",
+        )
     if metrics["faults"]:
         report.table(
             ["samples left out, by cause", "count"], [list(row) for row in metrics["faults"].items()]
@@ -97,7 +110,7 @@ def add_run(report: Report, run: str | Path) -> None:
 def add_walls(report: Report, evaluation: Evaluation, queries: int) -> None:
     """Queries with their best results from FAISS, right ones marked, in both directions."""
     found, index = evaluation.embeddings, evaluation.index
-    by_image, by_text = evaluation.ranks
+    by_image, by_text = (each.best() for each in evaluation.ranks)
     text_queries = spaced(len(found.texts), queries)
     image_queries = spaced(len(found.images), queries)
     text_scores, text_rows = top_k(index.images, found.texts[text_queries], SHOWN)

@@ -1,0 +1,60 @@
+"""Text features without the padding: what a causal tower does behind the end of a text changes nothing.
+
+CLIP's tokenizer pads each text to 77 places, and captions and prompts take 10 to 25 of them. Where attention
+is causal and the feature is read at the end token, the places behind the longest text of a batch can be left
+out: the features are the same up to rounding, at a third of the time or less.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from open_clip.model import CLIP
+from open_clip.transformer import TextTransformer, text_global_pool
+from torch import Tensor, nn
+
+
+def text_features(model: Any, tokens: Tensor) -> Tensor:
+    """open_clip's `encode_text`, over the batch's longest text only where that is the same.
+
+    Args:
+        model: open_clip's CLIP or CustomTextCLIP.
+        tokens: int64 `(n, context_length)`, on the model's device.
+
+    Returns:
+        `(n, embed_dim)`, not normalised.
+    """
+    tower = text_tower(model)
+    if not len(tokens) or not reads_at_the_end(tower):
+        return model.encode_text(tokens)
+    pool, eos = (
+        getattr(tower, f"text_{name}", getattr(tower, name, None)) for name in ("pool_type", "eos_id")
+    )
+    assert isinstance(pool, str)
+    ends = tokens if pool == "argmax" else (tokens == eos).int()
+    length = int(ends.argmax(1).max()) + 1
+    tokens = tokens[:, :length]
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+    x = text_global_pool(tower.ln_final(x), tokens, pool, eos_token_id=eos)  # (n, width)
+    projection = tower.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Module) else x @ projection
+
+
+def text_tower(model: Any) -> Any:
+    """The module that has the text tower's parts: CLIP itself, or a CustomTextCLIP's `text`."""
+    return model if isinstance(model, CLIP) else getattr(model, "text", None)
+
+
+def reads_at_the_end(tower: Any) -> bool:
+    """Whether a text tower is open_clip's own, causal, and read at its end token."""
+    if isinstance(tower, CLIP):
+        pool, mask, embedding = tower.text_pool_type, tower.attn_mask, None
+    elif isinstance(tower, TextTransformer):
+        pool, mask, embedding = tower.pool_type, tower.attn_mask, tower.cls_emb
+    else:
+        return False
+    return isinstance(mask, Tensor) and embedding is None and pool in ("argmax", "eos")  # a mask is causal

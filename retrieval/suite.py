@@ -1,0 +1,242 @@
+"""`retrieval suite`: a table of tasks for several models, each embedded once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pairstream.atomic import write_text
+from pairstream.progress import ProgressBar
+from pairstream.run import finite
+from pretrain.encoder import Encoder
+from retrieval.cache import LabelledEmbeddings, cache_key, cached
+from retrieval.classify import chosen_classifier, classification_facts, count_batches, embedded
+from retrieval.compositional_sets import compositional_metrics
+from retrieval.embed import Embeddings, embed_shards, evaluating
+from retrieval.evaluate import Evaluation, measure
+from retrieval.labelled import LabelledPictures, readable
+from retrieval.prompts import load_classes, load_templates
+from retrieval.provenance import encoder_facts, versions
+from retrieval.recipe import ClassificationTask, CompositionalTask, RetrievalTask, SuiteRecipe, Task
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """One model on one task.
+
+    Attributes:
+        task: The task.
+        metrics: Its self-describing numbers.
+        evaluation: Embeddings and places behind them, for retrieval.
+        from_cache: Whether the embeddings were found in the cache.
+    """
+
+    task: Task
+    metrics: dict[str, Any]
+    evaluation: Evaluation | None
+    from_cache: bool
+
+
+def run_task(
+    encoder: Encoder,
+    task: Task,
+    recipe: SuiteRecipe,
+    *,
+    quick: bool = False,
+    cache: Path | None = None,
+    show: bool = False,
+) -> SuiteResult:
+    """Measure one model on one task.
+
+    Args:
+        encoder: The model.
+        task: What to measure.
+        recipe: The suite, for batch size, workers and faults.
+        quick: Only the first `quick_limit` samples.
+        cache: Where embeddings are kept; None keeps none.
+        show: Show progress.
+
+    Returns:
+        The result; its metrics have `task`, `quick` and `recipe_hash` beside the numbers.
+
+    Raises:
+        ValueError: As the task's own function does, with the task's name.
+    """
+    limit = task.limit
+    if quick:
+        limit = recipe.quick_limit if limit is None else min(limit, recipe.quick_limit)
+    about = {"task": task.model_dump(mode="json"), "quick": quick, "recipe_hash": recipe_hash(recipe)}
+    if isinstance(task, RetrievalTask):
+        evaluation, hit = retrieve(encoder, task, recipe, limit, quick, cache, show)
+        return SuiteResult(task, {**evaluation.metrics, **about}, evaluation, hit)
+    if isinstance(task, ClassificationTask):
+        metrics, hit = classified(encoder, task, recipe, limit, cache, show)
+        return SuiteResult(task, {**metrics, **about}, None, hit)
+    assert isinstance(task, CompositionalTask)
+    numbers = compositional_metrics(
+        encoder, task.set, task.folder, task.images, batch_size=recipe.batch_size, limit=limit
+    )
+    metrics = {
+        **encoder_facts(encoder),
+        "data": [task.folder],
+        "limit": limit,
+        "compositional": numbers,
+        "ties": "by expectation; strict_ numbers count a tie as wrong",
+        "versions": versions(),
+    }
+    return SuiteResult(task, {**metrics, **about}, None, False)
+
+
+def retrieve(
+    encoder: Encoder,
+    task: RetrievalTask,
+    recipe: SuiteRecipe,
+    limit: int | None,
+    quick: bool,
+    cache: Path | None,
+    show: bool,
+) -> tuple[Evaluation, bool]:
+    """A retrieval task from cached or new embeddings."""
+    found, hit = cached(
+        cache,
+        lambda: cache_key(encoder, task.data, limit=limit, kind=task.kind, max_faults=recipe.max_faults),
+        Embeddings.load,
+        lambda: embed_shards(
+            encoder,
+            task.data,
+            batch_size=recipe.batch_size,
+            limit=limit,
+            workers=recipe.workers,
+            max_faults=recipe.max_faults,
+            show=show,
+        ),
+    )
+    return measure(found, encoder_facts(encoder), limit=limit, folds=None if quick else task.folds), hit
+
+
+def classified(
+    encoder: Encoder,
+    task: ClassificationTask,
+    recipe: SuiteRecipe,
+    limit: int | None,
+    cache: Path | None,
+    show: bool,
+) -> tuple[dict[str, Any], bool]:
+    """A classification task from cached or new embeddings of its pictures."""
+    pictures = LabelledPictures(
+        task.data,
+        encoder.transform,
+        batch_size=recipe.batch_size,
+        limit=limit,
+        workers=recipe.workers,
+        max_faults=recipe.max_faults,
+    )
+
+    def make() -> LabelledEmbeddings:
+        rows, labels, keys = [], [], []
+        with evaluating(encoder), ProgressBar(task.name, pictures.steps, show=show) as bar:
+            for part, found, names in embedded(encoder, pictures, bar):
+                rows.append(part)
+                labels += found
+                keys += names
+        if not keys:
+            raise ValueError(f"task {task.name}: no picture can be used: {pictures.faults}")
+        return LabelledEmbeddings(np.concatenate(rows), labels, keys, pictures.faults)
+
+    found, hit = cached(
+        cache,
+        lambda: cache_key(encoder, task.data, limit=limit, kind=task.kind, max_faults=recipe.max_faults),
+        LabelledEmbeddings.load,
+        make,
+    )
+    names = None if task.classes is None else load_classes(task.classes)
+    known = names or (readable(pictures.folders) if pictures.folders is not None else [])
+    with evaluating(encoder):
+        classifier = chosen_classifier(
+            encoder, pictures, names, load_templates(task.templates, known), None, show=show
+        )
+    counted = count_batches([(found.rows, found.labels, found.keys)], classifier)
+    assert counted is not None, "empty sets are refused when they are embedded"
+    numbers, data_hash = counted
+    metrics = {
+        **encoder_facts(encoder),
+        "data": pictures.names,
+        "data_hash": data_hash,
+        "limit": limit,
+        "faults": found.faults,
+        **classification_facts(numbers, classifier),
+        "versions": versions(),
+    }
+    return metrics, hit
+
+
+def headline(metrics: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a task that stand in a table, with their names."""
+    if "retrieval" in metrics:
+        numbers = metrics["retrieval"]
+        return {
+            "image to text recall@1": numbers["image_to_text"]["recall@1"],
+            "text to image recall@1": numbers["text_to_image"]["recall@1"],
+        }
+    if "classification" in metrics:
+        numbers = metrics["classification"]
+        names = ("acc1", "acc5", "mean_per_class_recall", "mean_average_precision")
+        return {name.replace("_", " "): numbers[name] for name in names if numbers.get(name) is not None}
+    numbers = metrics["compositional"]
+    names = ("text", "image", "group", "accuracy", "macro_accuracy", "mean_of_kinds", "jaccard")
+    return {name.replace("_", " "): numbers[name] for name in names if name in numbers}
+
+
+def chances(metrics: dict[str, Any]) -> dict[str, float]:
+    """Chance of the headline numbers, where it is known."""
+    if "retrieval" in metrics:
+        by_chance = metrics["retrieval"]["chance"]
+        return {
+            "image to text recall@1": by_chance["image_to_text"]["recall@1"],
+            "text to image recall@1": by_chance["text_to_image"]["recall@1"],
+        }
+    if "classification" in metrics:
+        numbers = metrics["classification"]
+        if "chance" in numbers:
+            return {"mean average precision": numbers["chance"]}
+        one = numbers["chance_acc1"]
+        return {"acc1": one, "acc5": min(1.0, 5 * one), "mean per class recall": one}
+    if "chance" in metrics["compositional"]:
+        one = metrics["compositional"]["chance"]
+        return dict.fromkeys(("accuracy", "macro accuracy", "mean of kinds"), one)
+    if "group" in metrics["compositional"]:
+        return {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
+    return {}
+
+
+def write_result(out: Path, model: str, result: SuiteResult) -> Path:
+    """Write one self-describing JSON for a model and a task, with its per-query places beside it."""
+    path = out / model / f"{result.task.name}.json"
+    if result.evaluation is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.evaluation.write_queries(path)
+    write_text(path, json.dumps(finite(result.metrics), indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def folder_names(models: Sequence[str]) -> list[str]:
+    """A folder name for each model: the end of its name, numbered where two would be the same."""
+    names: list[str] = []
+    for model in models:
+        parts = [part for part in re.split(r"[/\\:]+", model) if part not in ("", ".", "..")]
+        base = re.sub(r"[^\w.-]+", "-", "-".join(parts[-2:])).strip("-.") or "model"
+        names.append(base if base not in names else f"{base}-{len(names)}")
+    return names
+
+
+def recipe_hash(recipe: SuiteRecipe) -> str:
+    """A hash of what a suite measures: its tasks, not where it writes."""
+    content = json.dumps([task.model_dump(mode="json") for task in recipe.tasks], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,0 +1,255 @@
+"""The suite: a table for several models, a cache that never answers for something else, a page to look at."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data.shards import Sample, ShardWriter
+from pairstream.cli import main as pairstream
+from pairstream.recipe import load_recipe
+from pretrain.encoder import Encoder, build_encoder, load_encoder
+from pretrain.evaluator import load_evaluator
+from pretrain.recipe import Evaluation, TextTransformer, TowersModel, ViT
+from retrieval.cache import cache_key
+from retrieval.recipe import SuiteRecipe
+from retrieval.suite import folder_names, run_task
+
+CLASSES = ("dog", "hill", "red_bus")
+
+
+def small_encoder(seed: int) -> Encoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build_encoder(
+            TowersModel(
+                embed_dim=16,
+                image_tower=ViT(image_size=16, patch_size=8, width=32, layers=1, head_width=16),
+                text_tower=TextTransformer(context_length=32, width=32, heads=2, layers=1),
+            ),
+            device="cpu",
+        )
+
+
+@pytest.fixture
+def sets(tmp_path, make_picture):
+    """A recipe over a retrieval, a classification and a compositional set."""
+    with ShardWriter(tmp_path / "pairs", samples_per_shard=7) as writer:
+        for number in range(15):
+            texts = [f"text {number}", f"another one of {number}"]
+            writer.write(Sample(f"{number:03d}", make_picture(number), "jpg", texts))
+    for number in range(12):
+        place = tmp_path / "classes" / CLASSES[number % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.jpg").write_bytes(make_picture(100 + number))
+    images = tmp_path / "crepe" / "images"
+    images.mkdir(parents=True)
+    (images / "a.jpg").write_bytes(make_picture(7))
+    record = {"0": {"filename": "a.jpg", "caption": "a dog", "negative_caption": "a cat"}}
+    (tmp_path / "crepe" / "swap_obj.json").write_text(json.dumps(record))
+    content = {
+        "out": str(tmp_path / "out"),
+        "cache": str(tmp_path / "cache"),
+        "batch_size": 4,
+        "quick_limit": 6,
+        "tasks": [
+            {"kind": "retrieval", "name": "pairs", "data": str(tmp_path / "pairs"), "folds": 3},
+            {"kind": "classification", "name": "classes", "data": str(tmp_path / "classes")},
+            {
+                "kind": "compositional",
+                "name": "crepe",
+                "set": "sugarcrepe",
+                "folder": str(tmp_path / "crepe"),
+            },
+        ],
+    }
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """How many pictures each task embeds."""
+    counts = {"pictures": 0}
+    real = Encoder.encode_images
+
+    def counted(self, images):
+        counts["pictures"] += len(images)
+        return real(self, images)
+
+    monkeypatch.setattr(Encoder, "encode_images", counted)
+    return counts
+
+
+def test_two_models_a_second_run_and_the_page(sets, tmp_path, forwards, capsys):
+    models = [str(small_encoder(seed).save(tmp_path / f"m{seed}")) for seed in (0, 1)]
+    words = ["retrieval", "suite", str(sets), "--model", models[0], "--model", models[1]]
+    assert pairstream(words) == 0
+    assert forwards["pictures"] == 2 * (15 + 12 + 1)
+    printed = capsys.readouterr().out
+    assert "from the cache" not in printed
+    names = folder_names(models)
+    first = {}
+    for name in names:
+        for task in ("pairs", "classes", "crepe"):
+            metrics = json.loads((tmp_path / "out" / name / f"{task}.json").read_text())
+            first[name, task] = metrics
+            for key in ("fingerprint", "tokenizer", "dtype", "versions", "ties", "recipe_hash", "transform"):
+                assert metrics[key], (task, key)
+        assert first[name, "pairs"]["folds"]["images"] == 5
+        assert first[name, "pairs"]["intervals"]["text_to_image"]["recall@1"]
+    assert first[names[0], "pairs"]["fingerprint"] != first[names[1], "pairs"]["fingerprint"]
+    assert first[names[0], "pairs"]["data_hash"] == first[names[1], "pairs"]["data_hash"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for text in (
+        "All numbers",
+        "worst texts",
+        "best texts",
+        "recall against k",
+        "confused most often",
+        "0.5000",
+    ):
+        assert text in page
+    blocks = json.loads((tmp_path / "out" / "report.json").read_text())["blocks"]
+    table = next(block for block in blocks if block["kind"] == "table")
+    assert table["header"] == ["task", "number", "chance", *names]
+    row = next(row for row in table["rows"] if row[0] == "pairs" and row[1].startswith("text"))
+    assert row[3] == f"{first[names[0], 'pairs']['retrieval']['text_to_image']['recall@1']:.4f}"
+    results = [str(tmp_path / "out" / name / "pairs.json") for name in names]
+    assert pairstream(["retrieval", "compare", *results, "--resamples", "200"]) == 0
+
+    forwards["pictures"] = 0
+    capsys.readouterr()
+    assert pairstream(words) == 0
+    assert forwards["pictures"] == 2  # the compositional set alone is embedded again
+    assert capsys.readouterr().out.count("from the cache") == 4
+    for (name, task), metrics in first.items():
+        again = json.loads((tmp_path / "out" / name / f"{task}.json").read_text())
+        assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
+
+
+def test_quick_is_another_entry_and_runs_in_training(sets, forwards):
+    recipe, encoder = load_recipe(SuiteRecipe, "retrieval", str(sets)), small_encoder(0)
+    evaluator = load_evaluator(
+        Evaluation(use="retrieval.evaluator:SuiteEvaluator", options={"recipe": str(sets)})
+    )
+    numbers = evaluator.run(encoder)
+    assert forwards["pictures"] == 6 + 6 + 1
+    assert {"pairs/text_to_image_recall@1", "classes/acc1", "crepe/accuracy"} <= set(numbers)
+    quick = run_task(encoder, recipe.tasks[0], recipe, quick=True)
+    assert quick.metrics["images"] == 6
+    assert quick.metrics["quick"] is True
+
+
+def test_no_key_answers_for_something_else(sets, tmp_path, make_picture):
+    encoder, pairs = small_encoder(0), str(tmp_path / "pairs")
+    base = cache_key(encoder, pairs, limit=None, kind="retrieval")
+    assert cache_key(encoder, pairs, limit=None, kind="retrieval") == base
+    moved = load_encoder(str(encoder.save(tmp_path / "copy")), device="cpu")
+    assert cache_key(moved, pairs, limit=None, kind="retrieval") == base  # equal models, wherever they lie
+    keys = {
+        "weights": cache_key(small_encoder(1), pairs, limit=None, kind="retrieval"),
+        "limit": cache_key(encoder, pairs, limit=5, kind="retrieval"),
+        "data": cache_key(encoder, str(tmp_path / "classes"), limit=None, kind="retrieval"),
+    }
+    other = small_encoder(0)
+    other.preprocess_cfg = {**other.preprocess_cfg, "resize_mode": "squash"}
+    keys["transform"] = cache_key(other, pairs, limit=None, kind="retrieval")
+    other = small_encoder(0)
+    plain = other.tokenizer
+    other.tokenizer = lambda texts: plain([text.upper() + "!" for text in texts])
+    keys["tokenizer"] = cache_key(other, pairs, limit=None, kind="retrieval")
+    other = small_encoder(0)
+    other.model.bfloat16()
+    keys["precision"] = cache_key(other, pairs, limit=None, kind="retrieval")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        keys["autocast"] = cache_key(encoder, pairs, limit=None, kind="retrieval")
+    with torch.no_grad():
+        encoder.model.logit_scale.add_(1e-6)
+    keys["one changed bit"] = cache_key(encoder, pairs, limit=None, kind="retrieval")
+    assert len({base, *keys.values()}) == len(keys) + 1, keys
+
+
+def test_changed_data_and_damaged_entries_are_embedded_again(sets, tmp_path, forwards, make_picture):
+    recipe, encoder, cache = (
+        load_recipe(SuiteRecipe, "retrieval", str(sets)),
+        small_encoder(0),
+        tmp_path / "cache",
+    )
+
+    def both():
+        forwards["pictures"] = 0
+        results = [run_task(encoder, task, recipe, cache=cache) for task in recipe.tasks[:2]]
+        return forwards["pictures"], [result.from_cache for result in results]
+
+    assert both() == (27, [False, False])
+    assert both() == (0, [True, True])
+    # One picture of each set is another one; names, sizes on disk and the manifest are as before.
+    shard = tmp_path / "pairs" / "00000.tar"
+    content = bytearray(shard.read_bytes())
+    place = content.index(b"text 0")
+    content[place : place + 6] = b"text 9"
+    shard.write_bytes(content)
+    picture = tmp_path / "classes" / "dog" / "0.jpg"
+    picture.write_bytes(make_picture(55))
+    assert both() == (27, [False, False])
+    entries = sorted(cache.iterdir())
+    for entry in entries:
+        for file in entry.glob("*.npy"):
+            rows = bytearray(file.read_bytes())
+            rows[-1] ^= 1
+            file.write_bytes(rows)
+    assert both() == (27, [False, False])  # a checksum each: damaged entries are never used
+    assert both() == (0, [True, True])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": []}, "at least 1 item"),
+        ({"tasks": [{"kind": "retrieval", "name": "a/b", "data": "x"}]}, "task name 'a/b'"),
+        ({"tasks": [{"kind": "retrieval", "name": "a", "data": "x"}] * 2}, "'a' is given twice"),
+        ({"tasks": [{"kind": "retrieval", "name": "a", "data": "x", "limits": 3}]}, "did you mean 'limit'"),
+        ({"quick_limit": 0}, "quick_limit"),
+    ],
+)
+def test_bad_recipes_are_refused(sets, change, message):
+    content = {**yaml.safe_load(sets.read_text()), **change}
+    sets.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        load_recipe(SuiteRecipe, "retrieval", str(sets))
+
+
+def test_carried_recipe_and_names_of_folders(tmp_path, capsys):
+    recipe = load_recipe(SuiteRecipe, "retrieval", "zero_shot")
+    assert [task.kind for task in recipe.tasks] == ["retrieval", "classification", "compositional"]
+    assert folder_names(["runs/a/model", "runs/b/model", "runs/a/model"]) == [
+        "a-model",
+        "b-model",
+        "a-model-2",
+    ]
+    assert folder_names(["hf-hub:org/repo", "ViT-B-32", "../x"]) == ["org-repo", "ViT-B-32", "x"]
+    assert pairstream(["retrieval", "suite", "zero_shoot", "--model", "m"]) == 2
+    assert "did you mean 'zero_shot'" in capsys.readouterr().err
+    (tmp_path / "log.jsonl").write_text("")
+    assert pairstream(["retrieval", "suite", "zero_shot", "--model", "m", "--out", str(tmp_path)]) == 2
+    assert "holds a training run" in capsys.readouterr().err
+
+
+def test_rows_from_the_cache_are_those_of_the_encoder(sets, tmp_path, make_picture):
+    recipe, encoder, cache = (
+        load_recipe(SuiteRecipe, "retrieval", str(sets)),
+        small_encoder(0),
+        tmp_path / "cache",
+    )
+    fresh = [run_task(encoder, recipe.tasks[0], recipe, cache=cache) for _ in range(2)]
+    assert [each.from_cache for each in fresh] == [False, True]
+    rows = [np.asarray(each.evaluation.embeddings.images) for each in fresh]
+    assert np.array_equal(*rows)
+    direct = encoder.encode_images([make_picture(number) for number in range(15)]).numpy()
+    np.testing.assert_allclose(rows[0], direct, atol=1e-5)

@@ -1,0 +1,70 @@
+"""Text features without the padding are those with it; towers that see the padding are left alone."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+
+from pretrain.encoder import build_encoder
+from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.short_texts import reads_at_the_end, text_features
+
+TEXTS = ["a dog", "", "a much longer text about two dogs, a boat and the hills behind the old town " * 5]
+
+
+def towers(**text):
+    cfg = {"context_length": 40, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2, **text}
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+    return vision, cfg
+
+
+def build(custom: bool, **text):
+    vision, cfg = towers(**text)
+    torch.manual_seed(0)
+    kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    return kind(embed_dim=16, vision_cfg=vision, text_cfg=cfg).eval()
+
+
+@pytest.mark.parametrize("custom", [False, True])
+@pytest.mark.parametrize("pool", [{}, {"pool_type": "eos", "eos_id": 49407}, {"proj_type": "none"}])
+def test_equal_to_the_padded_features(custom, pool):
+    model = build(custom, **pool)
+    assert reads_at_the_end(model.text if custom else model)
+    tokens = open_clip.SimpleTokenizer(context_length=40)(TEXTS)
+    assert int((tokens[2] != 0).sum()) == 40  # cut: a text of full length is in the batch
+    lengths = []
+    hook = model.text.transformer if custom else model.transformer
+    hook.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    with torch.no_grad():
+        torch.testing.assert_close(text_features(model, tokens), model.encode_text(tokens))
+        short, whole = text_features(model, tokens[:2]), model.encode_text(tokens)[:2]
+        torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-6)
+    assert lengths == [40, 40, 4, 40]
+    assert text_features(model, tokens[:0]).shape == model.encode_text(tokens[:0]).shape
+
+
+@pytest.mark.parametrize(
+    "text", [{"no_causal_mask": True, "pool_type": "last"}, {"embed_cls": True}, {"pool_type": "last"}]
+)
+def test_towers_that_see_the_padding_get_it(text):
+    model = build(True, **text)
+    assert not reads_at_the_end(model.text)
+    tokens = open_clip.SimpleTokenizer(context_length=40)(TEXTS)
+    with torch.no_grad():
+        assert torch.equal(text_features(model, tokens), model.encode_text(tokens))
+
+
+def test_the_encoder_uses_it():
+    encoder = build_encoder(
+        TowersModel(
+            embed_dim=16,
+            image_tower=ViT(image_size=16, patch_size=8, width=32, layers=1, head_width=16),
+            text_tower=TextTransformer(context_length=32, width=32, heads=2, layers=1),
+        ),
+        device="cpu",
+    )
+    lengths = []
+    encoder.model.transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    encoder.encode_texts(["a dog", "two dogs"])
+    assert lengths == [4]
