@@ -92,45 +92,72 @@ def embed(
     data: tuple[str, ...],
     out: Path,
     pretrained: str | None = None,
+    dtype: Literal["float16", "float32"] = "float16",
     batch_size: int = 64,
     limit: int | None = None,
     workers: int = 0,
     max_faults: float = 0.01,
     overwrite: bool = False,
     device: str = "auto",
+    ray: bool = False,
+    ray_actors: int | None = None,
 ) -> None:
-    """Embed shards: unit rows of all pictures and captions, with their keys and texts.
+    """Embed shards: unit rows of all pictures and captions, one part a shard; run it again to go on where it stopped.
+
+    Under `torchrun` or `accelerate launch` the processes share the shards.
 
     Args:
         model: A checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO.
         data: Shards: folders, files, globs, braces or URLs.
         out: The folder to write.
         pretrained: open_clip's tag of weights, for a name.
+        dtype: Of the rows on disk.
         batch_size: Pictures at a time.
         limit: Only the first so many samples.
-        workers: Loader processes; 0 decodes in this one.
+        workers: Loader processes.
         max_faults: Share of bad samples past which the work stops.
         overwrite: Replace embeddings that lie in --out.
         device: auto, cpu, cuda or cuda:N.
+        ray: Work on a Ray cluster (RAY_ADDRESS, or this machine); --data, --model and --out must be seen by all.
+        ray_actors: Processes on the cluster; one a GPU, or one for each two CPUs, when not given.
     """
     from pretrain.encoder import load_encoder
-    from retrieval.artifact import refuse_to_replace
-    from retrieval.embed import KIND, embed_shards
+    from retrieval.job import Launch, finish_job, make_parts, plan_job, start_job
 
-    refuse_to_replace(out, KIND, overwrite=overwrite)
-    found = embed_shards(
-        load_encoder(model, pretrained=pretrained, device=device),
-        data,
-        batch_size=batch_size,
-        limit=limit,
-        workers=workers,
-        max_faults=max_faults,
-        show=True,
-    )
-    found.save(out)
-    print(
-        f"{len(found.images):,} pictures and {len(found.texts):,} texts, {found.images.shape[1]} wide: {out}"
-    )
+    launch = Launch.from_environment()
+    if launch.world_size > 1 and (overwrite or ray):
+        raise ValueError(
+            "several processes were launched: remove the folder instead of --overwrite, and give --ray to one process"
+        )
+    encoder = load_encoder(model, pretrained=pretrained, device=launch.device(device))
+    job = plan_job(encoder, data, dtype=dtype, batch_size=batch_size, limit=limit)
+    count = len(job.shards)
+    if not start_job(out, job, overwrite=overwrite):
+        print(f"{out} is complete: nothing to do")
+        return
+    if ray:
+        from retrieval.on_ray import make_parts_on_ray
+
+        make_parts_on_ray(
+            out, job, model, pretrained=pretrained, device=device, workers=workers, max_faults=max_faults, actors=ray_actors
+        )
+    else:
+        make_parts(
+            out,
+            job,
+            encoder,
+            launch.share(count),
+            workers=workers,
+            max_faults=max_faults,
+            show=launch.rank == 0,
+        )
+    manifest = finish_job(out, job, max_faults=max_faults)
+    if manifest is not None:
+        left = sum(manifest["faults"].values())
+        print(
+            f"{manifest['images']:,} pictures and {manifest['texts']:,} texts, {job.dim} wide, in {count:,} parts: {out}"
+            + (f"; {left:,} samples failed, listed in {out / 'failed.jsonl'}" if left else "")
+        )
 
 
 def index(*, embeddings: Path, out: Path, overwrite: bool = False) -> None:
