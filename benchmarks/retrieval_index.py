@@ -92,7 +92,9 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
     return float((found[:, :, None] == exact[:, None, :]).any(2).mean())
 
 
-def least_effort(search: Callable[[np.ndarray, int], np.ndarray], texts: np.ndarray, exact: np.ndarray) -> int:
+def least_effort(
+    search: Callable[[np.ndarray, int], np.ndarray], texts: np.ndarray, exact: np.ndarray
+) -> int:
     """The least effort whose recall has the margin that ours keeps, too; the largest tried when none has."""
     for effort in (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768):
         if recall(search(texts, effort), exact) >= TARGET + 0.25 * (1 - TARGET):
@@ -124,9 +126,7 @@ def with_hnswlib(images: np.ndarray, texts: np.ndarray, exact: np.ndarray) -> tu
 def with_usearch(images: np.ndarray, texts: np.ndarray, exact: np.ndarray) -> tuple[Search, dict[str, Any]]:
     usearch = importlib.import_module("usearch.index")
     began = time.process_time()
-    index = usearch.Index(
-        ndim=images.shape[1], metric="ip", dtype="f32", connectivity=16, expansion_add=100
-    )
+    index = usearch.Index(ndim=images.shape[1], metric="ip", dtype="f32", connectivity=16, expansion_add=100)
     index.add(np.arange(len(images)), images, threads=1)
     built = time.process_time() - began
 
@@ -177,7 +177,10 @@ def run(quick: bool = False) -> dict[str, Any]:
         embedded = as_embeddings(Path(name) / "rows", images, texts[:1000])
         began, began_cpu = time.perf_counter(), time.process_time()
         index = build_index(
-            embedded, Path(name) / "index", options=Options(recall=TARGET, k=K, seconds=1200), sides=["images"]
+            embedded,
+            Path(name) / "index",
+            options=Options(recall=TARGET, k=K, seconds=1200),
+            sides=["images"],
         )
         side = index.side("images")
         report = side.segments[0].report
@@ -237,7 +240,9 @@ def right_score(flat: faiss.Index, queries: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="30,000 rows of 128 dimensions")
     result = run(quick=parser.parse_args().quick)
     machine = f"{platform.machine()}, faiss {faiss.__version__}, numpy {np.__version__}"

@@ -57,7 +57,9 @@ def new_artifact(
     """
     with new_folder(Path(folder)) as temporary:
         yield temporary
-        write_manifest(temporary, kind, content, sorted(path.name for path in temporary.iterdir()), known=known)
+        write_manifest(
+            temporary, kind, content, sorted(path.name for path in temporary.iterdir()), known=known
+        )
 
 
 def write_manifest(
@@ -75,8 +77,7 @@ def write_manifest(
     """
     folder, known = Path(folder), known or {}
     files = {
-        name: known.get(name)
-        or {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        name: known.get(name) or {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
         for name in names
     }
     manifest = {"format": kind, "version": __version__, **content, "files": files}

@@ -119,7 +119,13 @@ def build_index(
     """
     options = options or Options()
     found = embeddings if isinstance(embeddings, EmbeddingSet) else EmbeddingSet.open(embeddings)
-    asking = found if queries is None else queries if isinstance(queries, EmbeddingSet) else EmbeddingSet.open(queries)
+    asking = (
+        found
+        if queries is None
+        else queries
+        if isinstance(queries, EmbeddingSet)
+        else EmbeddingSet.open(queries)
+    )
     if asking.manifest["fingerprint"] != found.manifest["fingerprint"]:
         raise ValueError(
             f"the queries are of {asking.manifest['model']} ({asking.manifest['fingerprint']}), the rows of "
@@ -355,7 +361,13 @@ def refuse_repeated(hashes: np.ndarray, records: Sequence[dict[str, Any]]) -> No
 
 
 def fill(
-    source: Source, plan: Plan, train: np.ndarray, stem: Path, left: Callable[[], float], *, show: bool = False
+    source: Source,
+    plan: Plan,
+    train: np.ndarray,
+    stem: Path,
+    left: Callable[[], float],
+    *,
+    show: bool = False,
 ) -> faiss.Index:
     """Train an index and add all rows; `stem.faiss` is written.
 

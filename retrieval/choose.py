@@ -129,9 +129,7 @@ def choose_cells(rows: int, dim: int, train_flops: float = math.inf) -> int:
     below `sqrt(rows)`; and so small that there are rows to train on.
     """
     usual = 2 ** max(2, round(math.log2(2 * math.sqrt(rows))))
-    cells = next(
-        (size for least, size in ((1e8, 2**20), (1e7, 2**18), (1e6, 2**16)) if rows >= least), usual
-    )
+    cells = next((size for least, size in ((1e8, 2**20), (1e7, 2**18), (1e6, 2**16)) if rows >= least), usual)
     while cells > 4 and (
         TRAIN_PER_CELL * cells > rows
         or (2 * TRAIN_PER_CELL * cells * cells * dim > train_flops and cells > math.sqrt(rows))

@@ -71,7 +71,9 @@ def top_k(
     if allowed is None:
         return side.search(queries, min(k, side.alive))
     if allowed.shape != (side.ntotal,):
-        raise ValueError(f"allowed: expected one truth value for each of {side.ntotal} rows, got {allowed.shape}")
+        raise ValueError(
+            f"allowed: expected one truth value for each of {side.ntotal} rows, got {allowed.shape}"
+        )
     left = allowed if side.deleted is None else allowed & ~side.deleted
     return side.search(queries, min(k, int(left.sum())), allowed=allowed)
 
@@ -130,7 +132,9 @@ class Index:
             raise ValueError(f"among: {name!r}, expected images or texts")
         side = getattr(self, name)
         if side is None:
-            raise ValueError(f"this index holds no {name}: build it with --sides {name}, or search the other side")
+            raise ValueError(
+                f"this index holds no {name}: build it with --sides {name}, or search the other side"
+            )
         return side
 
     @property
@@ -195,15 +199,16 @@ class Index:
         manifest, path = read_artifact(folder, KIND), Path(folder)
         if not all(isinstance(manifest.get(name), list) for name in SIDES):
             raise ValueError(f"{path}: its manifest names no segments: build the index again")
-        sides = [
-            load_side(path, manifest, name) if manifest[name] else None for name in SIDES
-        ]
+        sides = [load_side(path, manifest, name) if manifest[name] else None for name in SIDES]
         return cls(*sides, manifest["model"], manifest["fingerprint"])
 
 
 def indexed(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records as an index keeps them: without what only their part of the embeddings gives a meaning."""
-    return [{name: value for name, value in record.items() if name not in ("crc32", "image")} for record in records]
+    return [
+        {name: value for name, value in record.items() if name not in ("crc32", "image")}
+        for record in records
+    ]
 
 
 def index_manifest(model: str, fingerprint: str, dim: int) -> dict[str, Any]:
@@ -259,9 +264,7 @@ def load_side(path: Path, manifest: dict[str, Any], name: str) -> Side:
                 f"{path}: the {name} are {found} (rows, records, dimensions, metric), "
                 f"the manifest says {expected}: build the index again"
             )
-        segments.append(
-            Segment(index, entry["effort"], entry["candidates"], rows, entry["report"], stem)
-        )
+        segments.append(Segment(index, entry["effort"], entry["candidates"], rows, entry["report"], stem))
         records.append(lines)
     deleted = None
     if name in manifest["deleted"]:

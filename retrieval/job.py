@@ -111,7 +111,11 @@ def start_job(folder: str | Path, job: EmbedJob, *, overwrite: bool = False) -> 
     begun, finished = (path / JOB).is_file(), (path / MANIFEST).is_file()
     if not begun:
         # Only what an earlier process left aside may lie there, or embeddings that --overwrite gives up.
-        if finished or not path.is_dir() or any(not each.name.startswith(TEMPORARY) for each in path.iterdir()):
+        if (
+            finished
+            or not path.is_dir()
+            or any(not each.name.startswith(TEMPORARY) for each in path.iterdir())
+        ):
             refuse_to_replace(path, KIND, overwrite=overwrite)
     if overwrite and (begun or finished):
         shutil.rmtree(path)
@@ -271,7 +275,9 @@ class Launch:
             for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
         if not 0 <= rank < world:
-            raise ValueError(f"expected 0 <= RANK < WORLD_SIZE in the environment, got RANK={rank}, WORLD_SIZE={world}")
+            raise ValueError(
+                f"expected 0 <= RANK < WORLD_SIZE in the environment, got RANK={rank}, WORLD_SIZE={world}"
+            )
         return cls(rank, world, local)
 
     def share(self, count: int) -> range:

@@ -58,7 +58,9 @@ def part_folder(folder: str | Path, number: int) -> Path:
     return Path(folder) / "parts" / f"{number:05d}"
 
 
-def write_part(folder: str | Path, number: int, rows: PartRows, *, dtype: str, size: int, shard: str = "") -> None:
+def write_part(
+    folder: str | Path, number: int, rows: PartRows, *, dtype: str, size: int, shard: str = ""
+) -> None:
     """Write one part, with the checksum of each row in its record.
 
     Args:
@@ -214,7 +216,9 @@ class EmbeddingSet:
         """
         path = Path(folder)
         if not (path / MANIFEST).is_file() and (path / "job.json").is_file():
-            raise ValueError(f"{path}: these embeddings are unfinished: run the same embed command again to go on")
+            raise ValueError(
+                f"{path}: these embeddings are unfinished: run the same embed command again to go on"
+            )
         manifest = read_artifact(path, KIND)
         if "parts" not in manifest:
             raise ValueError(f"{path} is damaged: its manifest names no parts; embed the set again")
@@ -241,7 +245,9 @@ class EmbeddingSet:
             except FileNotFoundError:
                 raise ValueError(f"{path} is missing: run the same embed command again") from None
             if found != parts[number]["sha256"]:
-                raise ValueError(f"{path} is damaged: it is not the part that the manifest names; embed it again")
+                raise ValueError(
+                    f"{path} is damaged: it is not the part that the manifest names; embed it again"
+                )
             read_artifact(path, PART)
             self.checked.add(number)
         before = parts[:number]

@@ -19,7 +19,15 @@ from data.tar import ShardIndex, ShardReader
 from data.transforms import EvalTransform
 from pretrain.encoder import Encoder
 
-META = ("url", "width", "height", "similarity", "punsafe", "pwatermark", "label")  # JSON keys that filters use
+META = (
+    "url",
+    "width",
+    "height",
+    "similarity",
+    "punsafe",
+    "pwatermark",
+    "label",
+)  # JSON keys that filters use
 
 
 class Take(NamedTuple):
@@ -119,11 +127,15 @@ def embed_batches(
         ValueError: An embedding that is NaN, infinite or zero.
     """
     if batch_size < 1 or workers < 0:
-        raise ValueError(f"expected a batch_size of at least 1 and workers of at least 0, got {batch_size}, {workers}")
+        raise ValueError(
+            f"expected a batch_size of at least 1 and workers of at least 0, got {batch_size}, {workers}"
+        )
     transform: EvalTransform = encoder.transform
     decode = _Decode(
         PairLoad(transform, "all"),
-        PairCollate(encoder.tokenizer, transform.size, "all"),  # alone: loader processes must not get the towers
+        PairCollate(
+            encoder.tokenizer, transform.size, "all"
+        ),  # alone: loader processes must not get the towers
     )
     loader = DataLoader(
         decode,
@@ -179,7 +191,9 @@ def _tasks(shards: Sequence[Take], batch_size: int) -> Iterator[_Task]:
         for first in range(0, max(count, 1), batch_size):
             stop = min(first + batch_size, count)
             part = cut(index, first, stop)
-            yield _Task(number, part if first == 0 else replace(part, faults=()), first, stop == count, len(index))
+            yield _Task(
+                number, part if first == 0 else replace(part, faults=()), first, stop == count, len(index)
+            )
 
 
 def cut(index: ShardIndex, first: int, stop: int) -> ShardIndex:

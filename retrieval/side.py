@@ -112,7 +112,9 @@ class Segment:
         return self.index.ntotal
 
 
-def parameters(index: faiss.Index, effort: int, sel: faiss.IDSelector | None) -> faiss.SearchParameters | None:
+def parameters(
+    index: faiss.Index, effort: int, sel: faiss.IDSelector | None
+) -> faiss.SearchParameters | None:
     """Search parameters for one call, whatever the index."""
     inner = faiss.downcast_index(index)
     if isinstance(inner, faiss.IndexPreTransform):
@@ -230,7 +232,10 @@ class Side:
             allowed = ~self.deleted if allowed is None else allowed & ~self.deleted
         found = [
             segment.search(
-                queries, k, allowed=None if allowed is None else allowed[start : start + len(segment)], **effort
+                queries,
+                k,
+                allowed=None if allowed is None else allowed[start : start + len(segment)],
+                **effort,
             )
             for segment, start in zip(self.segments, self.starts, strict=False)
         ]
@@ -238,7 +243,11 @@ class Side:
             return found[0]
         scores = np.concatenate([one[0] for one in found], axis=1)
         rows = np.concatenate(
-            [np.where(one[1] < 0, -1, one[1] + start) for one, start in zip(found, self.starts, strict=False)], axis=1
+            [
+                np.where(one[1] < 0, -1, one[1] + start)
+                for one, start in zip(found, self.starts, strict=False)
+            ],
+            axis=1,
         )
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)

@@ -153,7 +153,10 @@ def test_a_killed_job_goes_on_to_the_same_bytes(model, shards, whole, tmp_path):
             # What a kill in the middle of a write leaves, which no kill is sure to hit.
             for rest in (out / "parts" / ".tmp-00004-1", out / ".tmp-manifest.json-1"):
                 if not rest.exists():
-                    rest.write_bytes(b"half") if rest.suffix else (rest.mkdir(), (rest / "x").write_bytes(b"half"))
+                    rest.write_bytes(b"half") if rest.suffix else (
+                        rest.mkdir(),
+                        (rest / "x").write_bytes(b"half"),
+                    )
         else:
             assert process.communicate()[0].count("part\n") == 6 - kills  # the others were kept
             assert process.returncode == 0
@@ -334,7 +337,10 @@ def test_the_command_says_what_it_did(model, shards, whole, tmp_path, capsys, mo
     assert pairstream(command(model, shards, out)) == 0
     assert "is complete: nothing to do" in capsys.readouterr().out
     for words, message in (
-        (command(model, shards, out, "--dtype", "float32"), "already holds pairstream-embeddings made with another"),
+        (
+            command(model, shards, out, "--dtype", "float32"),
+            "already holds pairstream-embeddings made with another",
+        ),
         (command(model, str(tmp_path / "none"), tmp_path / "x"), "no shards at"),
     ):
         assert pairstream(words) == 2
