@@ -162,7 +162,8 @@ def embed(
     if manifest is not None:
         left = sum(manifest["faults"].values())
         print(
-            f"{manifest['images']:,} pictures and {manifest['texts']:,} texts, {job.dim} wide, in {count:,} parts: {out}"
+            f"{manifest['images']:,} pictures and {manifest['texts']:,} texts, {job.dim} wide, "
+            f"in {count:,} parts: {out}"
             + (f"; {left:,} samples failed, listed in {out / 'failed.jsonl'}" if left else "")
         )
 

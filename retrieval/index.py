@@ -113,14 +113,14 @@ class Index:
         Raises:
             ValueError: An empty side, or values that are not finite.
         """
-        sides = [
+        images, texts = (
             Side([Segment(flat_index(rows, name))], records)
             for rows, name, records in (
                 (embeddings.images, "image embeddings", embeddings.image_records()),
                 (embeddings.texts, "text embeddings", indexed(embeddings.text_records())),
             )
-        ]
-        return cls(*sides, embeddings.model, embeddings.fingerprint)
+        )
+        return cls(images, texts, embeddings.model, embeddings.fingerprint)
 
     def side(self, name: str) -> Side:
         """`images` or `texts`.
@@ -177,10 +177,10 @@ class Index:
         with new_artifact(folder, KIND, content) as temporary:
             for name in SIDES:
                 side: Side | None = getattr(self, name)
-                for segment in [] if side is None else side.segments:
-                    assert side is not None and len(side.segments) == 1
+                if side is not None:
+                    (segment,) = side.segments  # what came from a folder has files already
                     segment = replace(segment, name=f"{name}-0")
-                    write_segment(temporary, segment)
+                    faiss.write_index(segment.index, str(temporary / f"{name}-0.faiss"))
                     write_lines(temporary / f"{name}-0.jsonl", side.records)
                     content[name].append(segment_entry(segment))
         return Path(folder)
@@ -199,8 +199,8 @@ class Index:
         manifest, path = read_artifact(folder, KIND), Path(folder)
         if not all(isinstance(manifest.get(name), list) for name in SIDES):
             raise ValueError(f"{path}: its manifest names no segments: build the index again")
-        sides = [load_side(path, manifest, name) if manifest[name] else None for name in SIDES]
-        return cls(*sides, manifest["model"], manifest["fingerprint"])
+        images, texts = (load_side(path, manifest, name) if manifest[name] else None for name in SIDES)
+        return cls(images, texts, manifest["model"], manifest["fingerprint"])
 
 
 def indexed(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -237,11 +237,6 @@ def segment_entry(segment: Segment) -> dict[str, Any]:
         "candidates": segment.candidates,
         "report": segment.report,
     }
-
-
-def write_segment(folder: Path, segment: Segment) -> None:
-    """Write the FAISS file; rows and records are written as they stream by."""
-    faiss.write_index(segment.index, str(folder / f"{segment.name}.faiss"))
 
 
 def load_side(path: Path, manifest: dict[str, Any], name: str) -> Side:

@@ -109,14 +109,9 @@ def start_job(folder: str | Path, job: EmbedJob, *, overwrite: bool = False) -> 
     path, wanted = Path(folder), asdict(job)
     content = json.dumps(wanted, indent=1, ensure_ascii=False) + "\n"
     begun, finished = (path / JOB).is_file(), (path / MANIFEST).is_file()
-    if not begun:
-        # Only what an earlier process left aside may lie there, or embeddings that --overwrite gives up.
-        if (
-            finished
-            or not path.is_dir()
-            or any(not each.name.startswith(TEMPORARY) for each in path.iterdir())
-        ):
-            refuse_to_replace(path, KIND, overwrite=overwrite)
+    aside_only = path.is_dir() and all(each.name.startswith(TEMPORARY) for each in path.iterdir())
+    if not begun and not aside_only:
+        refuse_to_replace(path, KIND, overwrite=overwrite)
     if overwrite and (begun or finished):
         shutil.rmtree(path)
         begun = False

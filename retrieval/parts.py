@@ -90,7 +90,10 @@ def write_part(
             np.save(temporary / f"{side}.npy", stored)
             write_lines(
                 temporary / f"{side}.jsonl",
-                [{**record, "crc32": zlib.crc32(row)} for record, row in zip(records, stored, strict=True)],
+                [
+                    {**record, "crc32": zlib.crc32(row.tobytes())}
+                    for record, row in zip(records, stored, strict=True)
+                ],
             )
         write_lines(temporary / FAILED, rows.failed)
 
@@ -173,7 +176,7 @@ class Part:
         if not check:
             return np.asarray(stored, dtype=np.float32)
         for number, (record, row) in enumerate(zip(self.records(side), stored, strict=True)):
-            if zlib.crc32(np.ascontiguousarray(row)) != record["crc32"]:
+            if zlib.crc32(row.tobytes()) != record["crc32"]:
                 raise ValueError(
                     f"{self.folder}: row {number} of {side} (key {record['key']!r}) is damaged: its checksum is "
                     "not its record's; delete this part and run the same embed command again"

@@ -14,6 +14,7 @@ from typing import Any
 import faiss
 import numpy as np
 
+FAISS: Any = faiss  # its stubs lack much of it
 EXACT_ROWS = 20_000  # a filter that leaves so few rows is answered by looking at each
 
 
@@ -118,17 +119,17 @@ def parameters(
     """Search parameters for one call, whatever the index."""
     inner = faiss.downcast_index(index)
     if isinstance(inner, faiss.IndexPreTransform):
-        return faiss.SearchParametersPreTransform(index_params=parameters(inner.index, effort, sel))
+        return FAISS.SearchParametersPreTransform(index_params=parameters(inner.index, effort, sel))
     if isinstance(inner, faiss.IndexIVF):
         more: dict[str, Any] = {}
         if isinstance(faiss.downcast_index(inner.quantizer), faiss.IndexHNSW):
-            more["quantizer_params"] = faiss.SearchParametersHNSW(efSearch=2 * effort + 16)
+            more["quantizer_params"] = FAISS.SearchParametersHNSW(efSearch=2 * effort + 16)
         more |= {} if sel is None else {"sel": sel}
-        return faiss.SearchParametersIVF(nprobe=min(effort, inner.nlist), **more)
+        return FAISS.SearchParametersIVF(nprobe=min(effort, inner.nlist), **more)
     more = {} if sel is None else {"sel": sel}
     if isinstance(inner, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=effort, **more)
-    return faiss.SearchParameters(**more)
+        return FAISS.SearchParametersHNSW(efSearch=effort, **more)
+    return FAISS.SearchParameters(**more)
 
 
 def most_effort(index: faiss.Index) -> int:
@@ -142,7 +143,7 @@ def most_effort(index: faiss.Index) -> int:
 def selector(allowed: np.ndarray | None) -> faiss.IDSelector | None:
     if allowed is None:
         return None
-    return faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+    return FAISS.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
 
 
 class Records(Sequence):

@@ -293,7 +293,7 @@ def test_a_set_without_a_usable_sample_is_refused(encoder, tmp_path):
     job = plan_job(encoder, str(tmp_path / "s"))
     start_job(tmp_path / "out", job)
     make_parts(tmp_path / "out", job, encoder, [0], max_faults=0.9)
-    with pytest.raises(ValueError, match="none of the samples of .* can be used: .*undecodable_image"):
+    with pytest.raises(ValueError, match=r"none of the samples of .* can be used: .*undecodable_image"):
         finish_job(tmp_path / "out", job, max_faults=0.9)
 
 
