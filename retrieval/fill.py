@@ -99,14 +99,14 @@ def train_within_reason(index: faiss.Index, plan: Plan, train: np.ndarray) -> No
     """Few iterations of k-means: more gain nothing that a slightly larger search would not."""
     if index.is_trained:
         return
-    ivf: Any = faiss.extract_index_ivf(index)
+    ivf: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
     ivf.cp.niter = 8
     ivf.cp.max_points_per_centroid, ivf.cp.min_points_per_centroid = TRAIN_PER_CELL, 1
     if hasattr(ivf, "pq"):
         ivf.pq.cp.niter, ivf.pq.cp.min_points_per_centroid = 10, 1
     if isinstance(index, faiss.IndexPreTransform):
         rotation: Any = FAISS.downcast_VectorTransform(index.chain.at(0))  # pyright: ignore
-        rotation.niter, rotation.niter_pq, rotation.max_train_points = 10, 4, 20_000
+        rotation.niter, rotation.niter_pq_0, rotation.niter_pq, rotation.max_train_points = 5, 8, 2, 20_000
     index.train(train[: plan.train_rows])  # pyright: ignore[reportCallIssue]
 
 

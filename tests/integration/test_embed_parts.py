@@ -179,6 +179,7 @@ def test_torchrun_writes_the_same_bytes(model, shards, whole, tmp_path):
     assert content(tmp_path / "rows") == content(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_ray_cluster_writes_the_same_bytes(model, shards, whole, tmp_path):
     pytest.importorskip("ray")

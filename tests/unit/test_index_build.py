@@ -123,7 +123,7 @@ def test_the_choice_follows_rows_memory_and_recall():
     assert kinds(million, 512, memory=600 * million, train_flops=1e12)[0] == "ivf_sq8"
     assert kinds(million, 512, memory=100 * million, train_flops=1e12) == ["ivf_pq", "ivf_pq"]
     assert choose_plans(200_000, 512)[0].factory == "IVF1024,PQ256x4fs"
-    assert choose_plans(50_000_000, 512)[0].factory == "IVF262144_HNSW32,PQ256x4fs"
+    assert choose_plans(50_000_000, 512, train_flops=1e16)[0].factory == "IVF262144_HNSW32,PQ256x4fs"
     assert choose_cells(50_000_000, 512, 1e13) < 262_144  # in time
     assert choose_cells(100, 512) == 2
     (plan,) = choose_plans(million, 512, kind="ivf_sq8", train_flops=1e12)
@@ -339,7 +339,9 @@ def test_wrong_vectors_are_refused(built):
     ):
         with pytest.raises(ValueError, match=message):
             search(index, **words)
-    assert search(index, vectors=3 * query[0])[0] == search(index, vectors=query)[0]  # a cosine has no length
+    one, three = (search(index, vectors=rows)[0] for rows in (query[0], 3 * query))
+    assert [hit.row for hit in one] == [hit.row for hit in three]
+    assert [hit.score for hit in one] == pytest.approx([hit.score for hit in three], abs=1e-6)  # cosines
 
 
 def test_added_rows_are_found_and_old_ones_stay(built, tmp_path):
@@ -422,9 +424,8 @@ def test_merged_indexes_are_searched_as_one(built, tmp_path):
     with pytest.raises(ValueError, match="only alike indexes can be merged"):
         merge_indexes(folder, pictures)
     assert advice(index) == ""
-    assert "1 segments, 100% deleted" not in advice(index)
-    delete_from_index(folder, [f"k{row}" for row in range(900)])
-    assert "2 segments, 24% deleted: --compact" in advice(Index.load(folder))
+    delete_from_index(folder, [f"k{row}" for row in range(2000, 2950)])
+    assert "2 segments, 25% deleted: --compact" in advice(Index.load(folder))
 
 
 def test_an_index_of_pictures_alone_says_so(embedded, tmp_path):
