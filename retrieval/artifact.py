@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,25 +37,52 @@ def refuse_to_replace(folder: str | Path, kind: str, *, overwrite: bool) -> None
 
 
 @contextmanager
-def new_artifact(folder: str | Path, kind: str, content: dict[str, Any]) -> Iterator[Path]:
+def new_artifact(
+    folder: str | Path,
+    kind: str,
+    content: dict[str, Any],
+    *,
+    known: Mapping[str, dict[str, Any]] | None = None,
+) -> Iterator[Path]:
     """Fill a folder aside; it appears as a whole, with its manifest.
 
     Args:
         folder: Its final name.
         kind: What it is, such as `pairstream-index`.
-        content: Further keys of the manifest.
+        content: Further keys of the manifest; may be completed until the folder is filled.
+        known: Entries of files whose checksum need not be computed again, such as links to unchanged ones.
 
     Yields:
         The temporary folder to write files into.
     """
     with new_folder(Path(folder)) as temporary:
         yield temporary
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(temporary.iterdir())
-        }
-        manifest = {"format": kind, "version": __version__, **content, "files": files}
-        write_text(temporary / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        write_manifest(
+            temporary, kind, content, sorted(path.name for path in temporary.iterdir()), known=known
+        )
+
+
+def write_manifest(
+    folder: str | Path,
+    kind: str,
+    content: dict[str, Any],
+    names: Iterable[str],
+    *,
+    known: Mapping[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Write a folder's manifest, with size and checksum of the named files; see `new_artifact`.
+
+    Returns:
+        The manifest.
+    """
+    folder, known = Path(folder), known or {}
+    files = {
+        name: known.get(name) or {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in names
+    }
+    manifest = {"format": kind, "version": __version__, **content, "files": files}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return manifest
 
 
 def read_artifact(folder: str | Path, kind: str) -> dict[str, Any]:
@@ -97,7 +124,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """JSON objects, one a line."""
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 

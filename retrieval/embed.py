@@ -1,27 +1,30 @@
-"""Embed shards: every picture and all its captions, once, in the order of the shards."""
+"""Embed shards into memory: every picture and all its captions, once, in the order of the shards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from data.stream import pair_stream
+from data.faults import FaultLog, FaultRecord
+from data.samples import index_shards
+from data.shards import expand_shards
+from pairstream.atomic import new_folder
 from pairstream.progress import ProgressBar
 from pretrain.encoder import Encoder
-from retrieval.artifact import new_artifact, read_artifact, read_lines, write_lines
+from retrieval.parts import KIND, EmbeddingSet, PartRows, write_part, write_set
+from retrieval.shard_rows import RowBatch, Take, count_faults, embed_batches, evaluating
 
-KIND = "pairstream-embeddings"
+__all__ = ["KIND", "Embeddings", "embed_shards", "evaluating"]
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Pictures and texts of a set as unit rows of one space.
+    """Pictures and texts of a set as unit rows of one space, in memory.
 
     Attributes:
         images: float32 `(images, dim)`.
@@ -34,6 +37,7 @@ class Embeddings:
         fingerprint: Hash of its weights and configuration, for checks.
         shards: The specification of the set.
         faults: Samples left out, by cause.
+        meta: Further keys of each picture's JSON (`retrieval.shard_rows.META`), for filters; may be left out.
     """
 
     images: np.ndarray
@@ -46,32 +50,41 @@ class Embeddings:
     fingerprint: str
     shards: list[str]
     faults: dict[str, int]
+    meta: list[dict[str, Any]] = field(default_factory=list)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `images.npy`, `texts.npy`, `images.jsonl`, `texts.jsonl` and `manifest.json`, all or none.
+    def save(self, folder: str | Path, *, dtype: str = "float32") -> Path:
+        """Write the folder that `pairstream retrieval embed` writes, as a single part; all or none.
+
+        Args:
+            folder: Replaced when it exists.
+            dtype: `float32`, or `float16` for half the bytes.
 
         Returns:
             The folder.
         """
-        content = {
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "dim": self.images.shape[1],
-            "images": len(self.images),
-            "texts": len(self.texts),
-            "shards": self.shards,
-            "faults": self.faults,
-        }
-        with new_artifact(folder, KIND, content) as temporary:
-            np.save(temporary / "images.npy", self.images)
-            np.save(temporary / "texts.npy", self.texts)
-            write_lines(temporary / "images.jsonl", self.image_records())
-            write_lines(temporary / "texts.jsonl", self.text_records())
+        rows = PartRows(self.images, self.texts, self.image_records(), self.text_records())
+        with new_folder(Path(folder)) as temporary:
+            write_part(temporary, 0, rows, dtype=dtype, size=int(self.samples.max(initial=-1)) + 1)
+            write_set(
+                temporary,
+                {
+                    "model": self.model,
+                    "fingerprint": self.fingerprint,
+                    "dim": int(self.images.shape[1]),
+                    "dtype": dtype,
+                    "shards": self.shards,
+                },
+                faults=self.faults,
+            )
         return Path(folder)
 
     def image_records(self) -> list[dict[str, Any]]:
-        """One record a picture: `key` and `sample`."""
-        return [{"key": k, "sample": int(s)} for k, s in zip(self.keys, self.samples, strict=True)]
+        """One record a picture: `key`, `sample` and what `meta` has."""
+        meta = self.meta or [{}] * len(self.keys)
+        return [
+            {"key": key, "sample": int(sample), **more}
+            for key, sample, more in zip(self.keys, self.samples, meta, strict=True)
+        ]
 
     def text_records(self) -> list[dict[str, Any]]:
         """One record a text: `text`, the `key` of its picture and that picture's row `image`."""
@@ -82,22 +95,36 @@ class Embeddings:
 
     @classmethod
     def load(cls, folder: str | Path) -> Embeddings:
-        """Read a folder that `save` wrote; the arrays stay on disk and are mapped.
+        """Read a whole folder that `save` or `pairstream retrieval embed` wrote into memory, as float32.
+
+        `EmbeddingSet` reads it part by part instead.
 
         Raises:
             FileNotFoundError: There is none.
-            ValueError: It is damaged.
+            ValueError: It is damaged or unfinished.
         """
-        manifest, path = read_artifact(folder, KIND), Path(folder)
-        images, texts = read_lines(path / "images.jsonl"), read_lines(path / "texts.jsonl")
+        found = EmbeddingSet.open(folder)
+        images, texts, owners, keys, samples, captions, meta = [], [], [], [], [], [], []
+        for part in found:
+            images.append(np.asarray(part.images, dtype=np.float32))
+            texts.append(np.asarray(part.texts, dtype=np.float32))
+            owners += [record["image"] + len(keys) for record in part.text_records]
+            keys += [record["key"] for record in part.image_records]
+            samples += [record["sample"] + part.base for record in part.image_records]
+            captions += [record["text"] for record in part.text_records]
+            meta += [
+                {name: value for name, value in record.items() if name not in ("key", "sample", "crc32")}
+                for record in part.image_records
+            ]
         return cls(
-            images=np.load(path / "images.npy", mmap_mode="r", allow_pickle=False),
-            texts=np.load(path / "texts.npy", mmap_mode="r", allow_pickle=False),
-            image_of_text=np.array([record["image"] for record in texts], dtype=np.int64),
-            keys=[record["key"] for record in images],
-            samples=np.array([record["sample"] for record in images], dtype=np.int64),
-            captions=[record["text"] for record in texts],
-            **{name: manifest[name] for name in ("model", "fingerprint", "shards", "faults")},
+            images=np.concatenate(images),
+            texts=np.concatenate(texts),
+            image_of_text=np.array(owners, dtype=np.int64),
+            keys=keys,
+            samples=np.array(samples, dtype=np.int64),
+            captions=captions,
+            meta=meta if any(meta) else [],
+            **{name: found.manifest[name] for name in ("model", "fingerprint", "shards", "faults")},
         )
 
 
@@ -114,6 +141,7 @@ def embed_shards(
     """Embed a set of pictures with all their captions.
 
     Everything is held in memory: `4 * dim` bytes a picture and a text (2 GiB for a million rows of 512).
+    `retrieval.parts` writes larger sets to disk, shard by shard.
 
     Args:
         encoder: The model.
@@ -134,69 +162,73 @@ def embed_shards(
         >>> found = embed_shards(load_encoder("runs/scenes_cpu"), "shards/test")   # doctest: +SKIP
         >>> retrieval_metrics(found.images, found.texts, found.image_of_text)      # doctest: +SKIP
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 sample, got {limit}")
     shards = [shards] if isinstance(shards, str) else list(shards)
-    stream = pair_stream(
-        shards,
-        transform=encoder.transform,
-        tokenize=encoder.tokenizer,  # alone: loader processes must not get the towers
-        batch_size=batch_size,
-        captions="all",
-        shuffle=False,
-        workers=workers,
-        max_faults=max_faults,
-    )
-    wanted = stream.samples if limit is None else min(limit, stream.samples)
-    steps = -(-wanted // batch_size)
-    images, texts, owners, keys, samples, captions = [], [], [], [], [], []
-    with evaluating(encoder), ProgressBar("embed", steps, show=show) as bar:
-        for batch in stream.iterate(0, steps):
-            kept = int((batch.indices < wanted).sum())  # the order is the shards', so these come first
-            if not kept:
-                continue
-            owner = batch["image_of_text"]
-            mine = int((owner < kept).sum())
-            images.append(encoder.encode_images(batch["images"][:kept]).cpu())
-            texts.append(encoder.encode_texts(batch["tokens"][:mine]).cpu())
-            for rows, of in ((images[-1], torch.arange(kept)), (texts[-1], owner[:mine])):
-                usable = torch.isfinite(rows).all(1) & (rows.abs().amax(1) > 0)
-                if not usable.all():
-                    key = batch.keys[int(of[~usable][0])]
-                    what = "picture" if rows is images[-1] else "text"
-                    raise ValueError(
-                        f"{encoder.name}: the embedding of a {what} of sample {key!r} is NaN, infinite or "
-                        "zero; look for an overflow in the model or a damaged checkpoint"
-                    )
-            owners.append(owner[:mine] + len(keys))
-            keys += batch.keys[:kept]
-            samples.append(batch.indices[:kept])
-            captions += batch["texts"][:mine]
-            bar.advance(note=f"{len(keys)} pictures")
+    takes = plan_takes(shards, limit)
+    log, faults = FaultLog(max_faults), []
+    batches: list[RowBatch] = []
+    base, bases, keys = 0, [], []
+    owners = []
+    with ProgressBar("embed", len(takes), show=show) as bar:
+        for batch in embed_batches(encoder, takes, batch_size=batch_size, workers=workers):
+            log.add(batch.faults, batch.seen)
+            log.judge()
+            faults += batch.faults
+            owners.append(batch.image_of_text + len(keys))
+            keys += [record["key"] for record in batch.records]
+            batches.append(batch)
+            bases.append(base)
+            if batch.ends:
+                base += batch.size
+                bar.advance(note=f"{len(keys)} pictures")
     if not keys:
-        raise ValueError(
-            f"none of the first {wanted} samples of {', '.join(shards)} can be used: {stream.faults}"
-        )
+        raise ValueError(nothing_usable(shards, limit, faults))
+    log.judge(final=True)
+    records = [
+        {**record, "sample": record["sample"] + base}
+        for batch, base in zip(batches, bases, strict=True)
+        for record in batch.records
+    ]
+    meta = [
+        {name: value for name, value in record.items() if name not in ("key", "sample")} for record in records
+    ]
     return Embeddings(
-        images=torch.cat(images).numpy(),
-        texts=torch.cat(texts).numpy(),
+        images=torch.cat([batch.images for batch in batches]).numpy(),
+        texts=torch.cat([batch.texts for batch in batches]).numpy(),
         image_of_text=torch.cat(owners).numpy(),
         keys=keys,
-        samples=torch.cat(samples).numpy(),
-        captions=captions,
+        samples=np.array([record["sample"] for record in records], dtype=np.int64),
+        captions=[text for batch in batches for text in batch.captions],
         model=encoder.name,
         fingerprint=encoder.fingerprint,
         shards=shards,
-        faults=stream.faults,
+        faults=count_faults(faults),
+        meta=meta if any(meta) else [],
     )
 
 
-@contextmanager
-def evaluating(encoder: Encoder) -> Iterator[None]:
-    """Evaluation mode inside, and each module's own mode again afterwards: training may go on."""
-    before = {module: module.training for module in encoder.model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
+def plan_takes(shards: list[str], limit: int | None) -> list[Take]:
+    """The shards that a specification means, and how much of each.
+
+    Without a limit no shard is opened; with one, headers are scanned until it is reached.
+
+    Raises:
+        ValueError: A limit below 1, or no shards.
+    """
+    if limit is None:
+        return [Take(name) for name in expand_shards(shards)]
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1 sample, got {limit}")
+    takes = []
+    for name in expand_shards(shards):
+        count = min(limit, len(index_shards([name])[0]))
+        takes.append(Take(name, count))
+        limit -= count
+        if not limit:
+            break
+    return takes
+
+
+def nothing_usable(shards: list[str], limit: int | None, faults: list[FaultRecord]) -> str:
+    """The message for a set of which nothing is left."""
+    first = "none of the samples" if limit is None else f"none of the first {limit} samples"
+    return f"{first} of {', '.join(shards)} can be used: {count_faults(faults) or 'there are none'}"

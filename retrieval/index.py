@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import faiss
 import numpy as np
 
-from retrieval.artifact import new_artifact, read_artifact, read_lines, write_lines
-from retrieval.embed import Embeddings
+from retrieval.artifact import new_artifact, read_artifact, write_lines
+from retrieval.parts import SIDES
+from retrieval.side import Chain, Records, Segment, Side
+
+if TYPE_CHECKING:  # an index is built and searched by rows without torch
+    from retrieval.embed import Embeddings
 
 KIND = "pairstream-index"
-SIDES = ("images", "texts")
 
 
 def flat_index(rows: np.ndarray, name: str = "embeddings") -> faiss.IndexFlatIP:
@@ -37,28 +41,41 @@ def flat_index(rows: np.ndarray, name: str = "embeddings") -> faiss.IndexFlatIP:
     return index
 
 
-def top_k(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def top_k(
+    index: Side | faiss.Index | None, queries: np.ndarray, k: int, *, allowed: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The best rows for each query.
 
     Args:
-        index: An inner-product index.
+        index: A side of an `Index`, or any inner-product index of FAISS.
         queries: float `(q, dim)`.
         k: Results wanted; all rows when the index has fewer.
+        allowed: bool `(rows,)`: the only rows that may be found.
 
     Returns:
-        Scores float32 and row numbers int64, both `(q, min(k, rows))`, best first.
+        Scores float32 and row numbers int64, both `(q, min(k, rows to be found))`, best first.
 
     Raises:
         ValueError: Another width than the index's, NaN or infinite values, k below 1.
     """
     queries = checked_rows(queries, "queries")
+    if index is None:
+        raise ValueError("this side was not indexed: build the index with it, or search the other side")
     if queries.shape[1] != index.d:
         raise ValueError(
             f"queries have {queries.shape[1]} dimensions, the index {index.d}: use the index's model"
         )
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    return index.search(queries, min(k, index.ntotal))  # pyright: ignore[reportCallIssue]
+    side = index if isinstance(index, Side) else Side([Segment(index)], [])
+    if allowed is None:
+        return side.search(queries, min(k, side.alive))
+    if allowed.shape != (side.ntotal,):
+        raise ValueError(
+            f"allowed: expected one truth value for each of {side.ntotal} rows, got {allowed.shape}"
+        )
+    left = allowed if side.deleted is None else allowed & ~side.deleted
+    return side.search(queries, min(k, int(left.sum())), allowed=allowed)
 
 
 def checked_rows(rows: np.ndarray, name: str) -> np.ndarray:
@@ -75,39 +92,67 @@ def checked_rows(rows: np.ndarray, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Index:
-    """Both sides of a set, ready to be searched.
+    """Both sides of a set, or one of them, ready to be searched.
 
     Attributes:
-        images: FAISS index of the pictures.
-        texts: FAISS index of the texts.
-        image_records: One a picture: `key`, `sample`.
-        text_records: One a text: `text`, `key`, `image`.
+        images: The pictures; None where they were not indexed.
+        texts: The texts; None where they were not indexed.
         model: Name of the encoder, for people.
         fingerprint: Hash of the encoder that made the rows.
     """
 
-    images: faiss.Index
-    texts: faiss.Index
-    image_records: list[dict[str, Any]]
-    text_records: list[dict[str, Any]]
+    images: Side | None
+    texts: Side | None
     model: str
     fingerprint: str
 
     @classmethod
     def build(cls, embeddings: Embeddings) -> Index:
-        """Index embeddings exactly.
+        """Index embeddings exactly, in memory; `retrieval.build.build_index` is for larger sets.
 
         Raises:
             ValueError: An empty side, or values that are not finite.
         """
-        return cls(
-            flat_index(embeddings.images, "image embeddings"),
-            flat_index(embeddings.texts, "text embeddings"),
-            embeddings.image_records(),
-            embeddings.text_records(),
-            embeddings.model,
-            embeddings.fingerprint,
+        images, texts = (
+            Side([Segment(flat_index(rows, name))], records)
+            for rows, name, records in (
+                (embeddings.images, "image embeddings", embeddings.image_records()),
+                (embeddings.texts, "text embeddings", indexed(embeddings.text_records())),
+            )
         )
+        return cls(images, texts, embeddings.model, embeddings.fingerprint)
+
+    def side(self, name: str) -> Side:
+        """`images` or `texts`.
+
+        Raises:
+            ValueError: Another name, or a side that was not indexed.
+        """
+        if name not in SIDES:
+            raise ValueError(f"among: {name!r}, expected images or texts")
+        side = getattr(self, name)
+        if side is None:
+            raise ValueError(
+                f"this index holds no {name}: build it with --sides {name}, or search the other side"
+            )
+        return side
+
+    @property
+    def dim(self) -> int:
+        """Width of the rows."""
+        side = self.images or self.texts
+        assert side is not None
+        return side.d
+
+    @property
+    def image_records(self) -> Sequence[dict[str, Any]]:
+        """One a picture: `key`, `sample` and what filters use."""
+        return self.side("images").records
+
+    @property
+    def text_records(self) -> Sequence[dict[str, Any]]:
+        """One a text: `text` and `key`."""
+        return self.side("texts").records
 
     def check_model(self, fingerprint: str, name: str) -> None:
         """Make sure that queries come from the model that made the rows.
@@ -123,47 +168,100 @@ class Index:
             )
 
     def save(self, folder: str | Path) -> Path:
-        """Write `images.faiss`, `texts.faiss`, their records and a manifest with checksums, all or none.
+        """Write an index that was built in memory, all or none: see `index_manifest` for what it holds.
 
         Returns:
             The folder.
         """
-        content = {
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "dim": self.images.d,
-            "images": self.images.ntotal,
-            "texts": self.texts.ntotal,
-            "metric": "inner_product",
-        }
+        content = index_manifest(self.model, self.fingerprint, self.dim)
         with new_artifact(folder, KIND, content) as temporary:
-            for side in SIDES:
-                faiss.write_index(getattr(self, side), str(temporary / f"{side}.faiss"))
-            write_lines(temporary / "images.jsonl", self.image_records)
-            write_lines(temporary / "texts.jsonl", self.text_records)
+            for name in SIDES:
+                side: Side | None = getattr(self, name)
+                if side is not None:
+                    (segment,) = side.segments  # what came from a folder has files already
+                    segment = replace(segment, name=f"{name}-0")
+                    faiss.write_index(segment.index, str(temporary / f"{name}-0.faiss"))
+                    write_lines(temporary / f"{name}-0.jsonl", side.records)
+                    content[name].append(segment_entry(segment))
         return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Index:
-        """Read a folder that `save` wrote.
+        """Read a folder that `save` or `build_index` wrote.
 
-        FAISS trusts what it reads, so the checksums are compared before; they guard against damage. A
-        stranger's folder is as dangerous as a stranger's program.
+        FAISS trusts what it reads, so only files that the manifest names are read, after their checksums were
+        compared; they guard against damage. A stranger's folder is as dangerous as a stranger's program.
 
         Raises:
             FileNotFoundError: There is none.
             ValueError: It is damaged, or its parts do not fit each other.
         """
         manifest, path = read_artifact(folder, KIND), Path(folder)
-        sides = [faiss.read_index(str(path / f"{side}.faiss")) for side in SIDES]
-        records = [read_lines(path / f"{side}.jsonl") for side in SIDES]
-        for side, index, lines in zip(SIDES, sides, records, strict=True):
-            found = (index.ntotal, len(lines), index.d, index.metric_type)
-            expected = (manifest[side], manifest[side], manifest["dim"], faiss.METRIC_INNER_PRODUCT)
-            if found != expected:
-                raise ValueError(
-                    f"{path}: the {side} are {found} (rows, records, dimensions, metric), "
-                    f"the manifest says {expected}: build the index again"
-                )
-        images, texts = sides
-        return cls(images, texts, records[0], records[1], manifest["model"], manifest["fingerprint"])
+        if not all(isinstance(manifest.get(name), list) for name in SIDES):
+            raise ValueError(f"{path}: its manifest names no segments: build the index again")
+        images, texts = (load_side(path, manifest, name) if manifest[name] else None for name in SIDES)
+        return cls(images, texts, manifest["model"], manifest["fingerprint"])
+
+
+def indexed(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records as an index keeps them: without what only their part of the embeddings gives a meaning."""
+    return [
+        {name: value for name, value in record.items() if name not in ("crc32", "image")}
+        for record in records
+    ]
+
+
+def index_manifest(model: str, fingerprint: str, dim: int) -> dict[str, Any]:
+    """The manifest of an index without segments.
+
+    `images` and `texts` list segments: `name` is the stem of the files `.faiss` (the FAISS index), `.jsonl` (records),
+    for some `.npy` (rows for re-ranking) and `.ivfdata` (lists on disk). `deleted` names the file of each side's
+    deleted rows.
+    """
+    return {
+        "model": model,
+        "fingerprint": fingerprint,
+        "dim": dim,
+        "metric": "inner_product",
+        "images": [],
+        "texts": [],
+        "deleted": {},
+    }
+
+
+def segment_entry(segment: Segment) -> dict[str, Any]:
+    return {
+        "name": segment.name,
+        "rows": len(segment),
+        "effort": segment.effort,
+        "candidates": segment.candidates,
+        "report": segment.report,
+    }
+
+
+def load_side(path: Path, manifest: dict[str, Any], name: str) -> Side:
+    """One side of an index whose files were found to be whole."""
+    segments, records = [], []
+    for entry in manifest[name]:
+        stem = entry["name"]
+        for needed in (f"{stem}.faiss", f"{stem}.jsonl"):
+            if needed not in manifest["files"]:
+                raise ValueError(f"{path}: its manifest has no checksum of {needed}: build the index again")
+        index = faiss.read_index(str(path / f"{stem}.faiss"), faiss.IO_FLAG_ONDISK_SAME_DIR)
+        lines = Records(path / f"{stem}.jsonl")
+        rows = None
+        if f"{stem}.npy" in manifest["files"]:
+            rows = np.load(path / f"{stem}.npy", mmap_mode="r", allow_pickle=False)
+        found = (index.ntotal, len(lines), index.d, index.metric_type)
+        expected = (entry["rows"], entry["rows"], manifest["dim"], faiss.METRIC_INNER_PRODUCT)
+        if found != expected or (rows is not None and rows.shape != (entry["rows"], manifest["dim"])):
+            raise ValueError(
+                f"{path}: the {name} are {found} (rows, records, dimensions, metric), "
+                f"the manifest says {expected}: build the index again"
+            )
+        segments.append(Segment(index, entry["effort"], entry["candidates"], rows, entry["report"], stem))
+        records.append(lines)
+    deleted = None
+    if name in manifest["deleted"]:
+        deleted = np.load(path / manifest["deleted"][name], allow_pickle=False)
+    return Side(segments, Chain(records), deleted)

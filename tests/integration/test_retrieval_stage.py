@@ -278,7 +278,7 @@ def test_embed_index_and_search_commands(model, shards, found, make_picture, tmp
         ([*find[:-1], other, "--text", "a dog"], "their scores would mean nothing"),
         ([*find, "--text", "a dog", "--k", "0"], "k must be at least 1, got 0"),
         (["retrieval", "index", "--embeddings", rows, "--out", index], "already holds pairstream-index"),
-        (["retrieval", "embed", "--model", model, "--data", shards, "--out", rows], "--overwrite"),
+        (["retrieval", "embed", "--model", other, "--data", shards, "--out", rows], "--overwrite"),
         (["retrieval", "index", "--embeddings", str(tmp_path / "no"), "--out", "x"], "does not exist"),
     ):
         assert pairstream(words) == 2
