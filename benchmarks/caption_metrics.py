@@ -65,7 +65,8 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
 
 def paired(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> list[tuple[float, float]]:
     """CPU seconds of both, in turns."""
-    a(), b()  # warm  # noqa: B018
+    cpu_seconds(a)  # warm
+    cpu_seconds(b)
     rounds = []
     for number in range(pairs):
         if number % 2 == 0:
@@ -109,7 +110,9 @@ def main() -> None:
     ratios = sorted(b / a for a, b in rounds)
     alone = {}
     for name, (a, b) in each.items():
-        alone[name] = round(statistics.median(second / first for first, second in paired(a, b, args.pairs)), 2)
+        alone[name] = round(
+            statistics.median(second / first for first, second in paired(a, b, args.pairs)), 2
+        )
     print(
         json.dumps(
             {

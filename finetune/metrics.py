@@ -189,9 +189,7 @@ class DocumentFrequencies:
     source: str = OWN_REFERENCES
 
     @classmethod
-    def of(
-        cls, references: Sequence[Sequence[str]], source: str = OWN_REFERENCES
-    ) -> DocumentFrequencies:
+    def of(cls, references: Sequence[Sequence[str]], source: str = OWN_REFERENCES) -> DocumentFrequencies:
         """Count over tokenised references, one row an image."""
         counts: Ngrams = Counter()
         for row in references:

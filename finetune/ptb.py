@@ -16,7 +16,9 @@ NAME = "ptb"
 # small letters: brackets therefore stay in the text as "-lrb-", and we keep that.
 # A double quote would have become `` or '' there.
 # Longer dashes have become --.
-PUNCTUATION = frozenset("'' ' `` ` . ? ! , : - -- --- ---- ... ; \"".split())
+PUNCTUATION = frozenset(
+    ["''", "'", "``", "`", '"', ".", "...", "?", "!", ",", ":", ";", "-", "--", "---", "----"]
+)
 
 BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
 UNKNOWN = re.compile("[\U00010000-\U0010ffff\ufe0f]")  # emoji: the Java program leaves them out

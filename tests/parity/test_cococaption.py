@@ -62,7 +62,14 @@ def test_random_captions(seed: int):
 def test_hard_corpus():
     """Everything that breaks a scorer: odd characters, no words at all, runs of one word, very long and very short."""
     lines = [line.split("\t")[1] for line in FIXTURE.read_text(encoding="utf-8").splitlines()]
-    lines += ["", "", "a", "a a a a a a a a", "the " * 180 + "end", " ".join(f"w{number}" for number in range(300))]
+    lines += [
+        "",
+        "",
+        "a",
+        "a a a a a a a a",
+        "the " * 180 + "end",
+        " ".join(f"w{number}" for number in range(300)),
+    ]
     lines += ["日本 語 日本 語", "é é é", "a b a b a b a b a b", "b a b a b a"]
     rng = random.Random(5)
     candidates = lines + [rng.choice(lines) for _ in range(100)]

@@ -37,11 +37,15 @@ def test_at_least_999_of_1000_real_lines_as_java(shared: Path, tmp_path: Path):
         answered = json.loads((folder / f"v2_mscoco_{split}2014_annotations.json").read_text())
         lines += [question["question"] for question in asked["questions"]]
         lines += [answer["answer"] for row in answered["annotations"] for answer in row["answers"]]
-    (tmp_path / "lines.txt").write_text("\n".join(line.replace("\n", " ") for line in lines), encoding="utf-8")
+    (tmp_path / "lines.txt").write_text(
+        "\n".join(line.replace("\n", " ") for line in lines), encoding="utf-8"
+    )
     jar = Path(evaluation.__file__).parent / evaluation.STANFORD_CORENLP_3_4_1_JAR
     command = ["java", "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     done = subprocess.run(
-        [*command, "-preserveLines", "-lowerCase", str(tmp_path / "lines.txt")], capture_output=True, check=True
+        [*command, "-preserveLines", "-lowerCase", str(tmp_path / "lines.txt")],
+        capture_output=True,
+        check=True,
     )
     rows = done.stdout.decode("utf-8").split("\n")[: len(lines)]
     expected = [
