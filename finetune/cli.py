@@ -9,6 +9,7 @@ from pairstream.command import read_training_command
 
 COMMANDS = {
     "score": ("finetune.score:score", "judge a results file by the data set's annotations"),
+    "predict": ("finetune.predict:predict", "write captions, answers or labels of many pictures"),
 }
 
 

@@ -167,6 +167,7 @@ class EvalLoad:
         judged = read_captions(sample) if isinstance(self.task, CaptionTask) else read_questions(sample)
         return {
             "key": sample.key,
+            "image_id": sample.record.get("image_id", sample.key),
             "index": sample.index,
             "image": self.transform(decode_image(sample.image)),
             "file": sample.image if sample.index < self.shown else None,

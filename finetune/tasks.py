@@ -89,7 +89,7 @@ class Captioning:
         }
 
     def predictions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        return [{"image_id": row["key"], "caption": row["written"]} for row in rows]
+        return [{"image_id": row["image_id"], "caption": row["written"]} for row in rows]
 
     def cards(self, rows: Sequence[Row]) -> list[Card]:
         return [
