@@ -30,7 +30,10 @@ def main(argv: list[str]) -> int:
     from pairstream.errors import require
 
     require("transformers", "finetune", "fine-tuning")
-    from finetune.trainer import Finetuner
+    if command.recipe.task.kind == "classify":
+        from finetune.fusion.trainer import ClassifierTrainer as Trainer
+    else:
+        from finetune.trainer import Finetuner as Trainer
 
-    Finetuner(command.recipe, resume=command.resume, overwrite=command.overwrite).train()
+    Trainer(command.recipe, resume=command.resume, overwrite=command.overwrite).train()
     return 0

@@ -69,20 +69,21 @@ def predict(
         max_faults: Share of unusable pictures past which the work stops; each is left out and counted.
         overwrite: Begin anew, whatever --out holds.
     """
-    from finetune.model import load_task_model, task_folder
+    from finetune.model import task_folder
 
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected at least 1")
     source = find_pictures(images)
     folder = task_folder(model)
-    kind = json.loads((folder / "task.json").read_text(encoding="utf-8"))["task"]["kind"]
+    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))["task"]
+    kind = task["kind"]
     check_question(kind, question, source)
     settings = {"model": str(folder.resolve()), "question": question}
     done = resume(out, settings, overwrite=overwrite)
-    writer = Writer(load_task_model(folder, device=device), kind)
+    writer = Writer(open_model(folder, kind, device), kind)
     log, written = FaultLog(max_faults), 0
     with out.open("a", encoding="utf-8") as file, ProgressBar("predict", source.count) as bar:
-        for jobs in batches(source.jobs(kind, question, done, log, bar), batch_size):
+        for jobs in batches(source.jobs(task, question, done, log, bar), batch_size):
             for line in writer.write(jobs, log):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 written += 1
@@ -91,6 +92,17 @@ def predict(
     left = f", {log.counts.total()} left out ({dict(log.counts)})" if log.counts else ""
     before = f", {len(done)} were there before" if done else ""
     print(f"{out}: {written} lines written{before}{left}", file=sys.stderr)
+
+
+def open_model(folder: Path, kind: str, device: str) -> Any:
+    """The task model of a folder, whatever its task is."""
+    if kind == "classify":
+        from finetune.fusion.model import load_classifier
+
+        return load_classifier(folder, device=device)
+    from finetune.model import load_task_model
+
+    return load_task_model(folder, device=device)
 
 
 class Writer:
@@ -139,7 +151,7 @@ class Pictures:
         return len(self.paths)
 
     def jobs(
-        self, kind: str, question: str | None, done: set[str], log: FaultLog, bar: ProgressBar
+        self, task: dict[str, Any], question: str | None, done: set[str], log: FaultLog, bar: ProgressBar
     ) -> Iterator[Job]:
         """What is still to be done, read one by one."""
         for path in self.paths:
@@ -166,10 +178,10 @@ class Shards:
         self.unique = all(times == 1 for times in keys.values())
 
     def jobs(
-        self, kind: str, question: str | None, done: set[str], log: FaultLog, bar: ProgressBar
+        self, task: dict[str, Any], question: str | None, done: set[str], log: FaultLog, bar: ProgressBar
     ) -> Iterator[Job]:
         """What is still to be done; samples that are done are not read."""
-        started = {json.loads(name)["image"] for name in done} if kind != "vqa" or question else set()
+        started = {json.loads(name)["image"] for name in done} if task["kind"] != "vqa" or question else set()
         number = 0
         with ShardReader() as reader:
             for index in self.indices:
@@ -182,7 +194,7 @@ class Shards:
                         continue
                     try:
                         raw = read_sample(index, sample, number - 1, reader)
-                        found = list(self.jobs_of(raw, name, kind, question))
+                        found = list(self.jobs_of(raw, name, task, question))
                     except Fault as fault:
                         log.add([FaultRecord(fault.cause, index.name, key, fault.detail)], 1)
                         log.judge()
@@ -190,10 +202,10 @@ class Shards:
                     yield from (job for job in found if job.name not in done)
 
     @staticmethod
-    def jobs_of(raw: Any, name: str, kind: str, question: str | None) -> Iterator[Job]:
+    def jobs_of(raw: Any, name: str, task: dict[str, Any], question: str | None) -> Iterator[Job]:
         """The texts to write about one sample."""
-        if kind != "vqa":
-            text = raw.record.get("text")
+        if task["kind"] != "vqa":
+            text = raw.record.get(task.get("text_key", "text"))
             yield Job({"image": name}, raw.image, None, text if isinstance(text, str) else None)
             return
         if question is not None:

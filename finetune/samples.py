@@ -83,14 +83,29 @@ def read_questions(sample: RawSample) -> list[Question]:
     return questions
 
 
+def read_texts(task: Task, sample: RawSample) -> Any:
+    """What a task learns from and judges by: captions, questions, or a post with its label.
+
+    Raises:
+        Fault: There is nothing of that kind, or it is broken.
+    """
+    if isinstance(task, CaptionTask):
+        return read_captions(sample)
+    if isinstance(task, VqaTask):
+        return read_questions(sample)
+    from finetune.fusion.samples import read_post
+
+    return read_post(task, sample)
+
+
 @dataclass(frozen=True)
 class TextLoad:
-    """All texts of a sample, for the tokenizer and the baselines: captions, or questions."""
+    """All texts of a sample, for the tokenizer and the baselines; see `read_texts`."""
 
     task: Task
 
-    def __call__(self, sample: RawSample, rng: np.random.Generator) -> list[str] | list[Question]:
-        return read_captions(sample) if isinstance(self.task, CaptionTask) else read_questions(sample)
+    def __call__(self, sample: RawSample, rng: np.random.Generator) -> Any:
+        return read_texts(self.task, sample)
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,7 @@ class TrainLoad:
             captions = read_captions(sample)
             texts = [(self.task.prompt, captions[rng.integers(len(captions))])]
         else:
+            assert isinstance(self.task, VqaTask), "posts have a load of their own"
             texts = self.draw(self.task, read_questions(sample), rng)
         pairs = [make_pair(self.tokenizer, prompt, answer) for prompt, answer in texts]
         longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
@@ -164,7 +180,7 @@ class EvalLoad:
     shown: int = 0
 
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> dict[str, Any]:
-        judged = read_captions(sample) if isinstance(self.task, CaptionTask) else read_questions(sample)
+        judged = read_texts(self.task, sample)
         return {
             "key": sample.key,
             "image_id": sample.record.get("image_id", sample.key),
