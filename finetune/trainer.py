@@ -66,6 +66,9 @@ class Finetuner:
         0.91
     """
 
+    slow_parts: tuple[str, ...] = ("image_tower.",)
+    """Name prefixes of pretrained parts, which train at `tower_lr` times the rate."""
+
     def __init__(self, recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = False):
         self.recipe = recipe
         self.began = time.monotonic()
@@ -87,7 +90,9 @@ class Finetuner:
             state, self.saved = read_training_state(found[0])
         self.model = self.restore(found[0], state) if found else self.build(texts)
         self.optimizer = build_optimizer(
-            self.model.named_parameters(), recipe.optim, lr_scale={"image_tower.": recipe.tower_lr}
+            self.model.named_parameters(),
+            recipe.optim,
+            lr_scale=dict.fromkeys(self.slow_parts, recipe.tower_lr),
         )
         load_optimizer_state(self.optimizer, self.saved)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -157,7 +162,11 @@ class Finetuner:
                 "was begun. Change it back, or start a new run with --run NAME."
             )
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
-        parts = load_task_model(checkpoint / "model", device=str(self.accelerator.device))
+        return self.reopen(checkpoint / "model")
+
+    def reopen(self, folder: Path) -> VisionLanguageModel:
+        """The model of a checkpoint, to go on with."""
+        parts = load_task_model(folder, device=str(self.accelerator.device))
         model = build_task_model(self.recipe, parts.encoder, parts.language_model, parts.tokenizer)
         model.connector.load_state_dict(parts.connector.state_dict())
         return model
@@ -301,7 +310,8 @@ class Finetuner:
         if self.world > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         words, pictures, idle = counts.tolist()  # pyright: ignore
-        if idle:  # a rank whose samples were all bad has nothing to forward: all leave the batch out
+        # A rank whose samples were all bad has nothing to forward, and no rank has anything to learn: all leave it out.
+        if idle or not words:
             return
         with self.accelerator.autocast():
             total = wrapped(**inputs)
