@@ -1,20 +1,39 @@
-"""`pairstream finetune RECIPE`, which is also `accelerate launch -m finetune RECIPE`."""
+"""`pairstream finetune RECIPE`, `score` and `predict`; the first is also `accelerate launch -m finetune RECIPE`."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 from finetune.recipe import FinetuneRecipe
 from pairstream.command import read_training_command
 
+COMMANDS = {
+    "score": ("finetune.score:score", "judge a results file by the data set's annotations"),
+    "predict": ("finetune.predict:predict", "write captions, answers or labels of many pictures"),
+}
+
 
 def main(argv: list[str]) -> int:
-    """Train and measure the captioner or VQA model of a recipe; see `pairstream finetune --help`."""
+    """Train and measure the task model of a recipe, or run one of the other commands; see `--help`."""
+    if argv and argv[0] in COMMANDS:
+        import tyro
+
+        module, function = COMMANDS[argv[0]][0].split(":")
+        command = getattr(import_module(module), function)
+        tyro.cli(command, args=argv[1:], prog=f"pairstream finetune {argv[0]}")
+        return 0
     command = read_training_command("finetune", FinetuneRecipe, argv)
     if command is None:
+        lines = [f"  pairstream finetune {name:<9}{text}" for name, (_, text) in COMMANDS.items()]
+        print("\n" + "\n".join(["further commands, each with --help:", *lines]))
         return 0
     from pairstream.errors import require
 
     require("transformers", "finetune", "fine-tuning")
-    from finetune.trainer import Finetuner
+    if command.recipe.task.kind == "classify":
+        from finetune.fusion.trainer import ClassifierTrainer as Trainer
+    else:
+        from finetune.trainer import Finetuner as Trainer
 
-    Finetuner(command.recipe, resume=command.resume, overwrite=command.overwrite).train()
+    Trainer(command.recipe, resume=command.resume, overwrite=command.overwrite).train()
     return 0

@@ -1,7 +1,8 @@
 """Caption metrics, equal to coco-caption's: BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D.
 
 All functions are pure and take *tokenised* texts (tokens joined by single spaces); `caption_metrics` tokenises raw
-captions first and says how. Rows belong to images: `candidates[i]` is judged by `references[i]`.
+captions first and says how. Rows belong to images: `candidates[i]` is judged by `references[i]`. Each metric exists
+for single images too, as what it sums over images (`*_each`, `bleu_sums`): intervals and tests resample that.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from finetune import ptb
+from finetune.ngrams import Corpus, document_frequency, find, look_up, read_corpus
 
 Ngrams = Counter[tuple[str, ...]]
+OWN_REFERENCES = "references of this evaluation"
 
 
 def ngrams(text: str, most: int = 4) -> Ngrams:
@@ -65,24 +70,41 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], most: i
         0.8
     """
     check_rows(candidates, references)
+    return bleu_of(bleu_sums(read_corpus(candidates, references, most)).sum(axis=0))
+
+
+def bleu_sums(corpus: Corpus) -> np.ndarray:
+    """What BLEU adds up over images: int64 `(images, 2 + 2 * most)`.
+
+    Columns: length of the caption, length of the closest reference, n-grams written for n = 1, ..., n-grams correct.
+    """
+    images, most = corpus.images, len(corpus.counts)
+    mine, theirs = corpus.lengths[:images], corpus.lengths[images:]
+    image = corpus.image[images:]
+    # The closest reference length, the shorter of two equally close: the first one when sorted so.
+    order = np.lexsort((theirs, np.abs(theirs - mine[image]), image))
+    closest = theirs[order][np.searchsorted(image[order], np.arange(images))]
+    columns = [mine, closest, *(np.maximum(0, mine - n) for n in range(most))]
+    for counts in corpus.counts:
+        keys = corpus.image[counts.text] * max(counts.grams, 1) + counts.gram
+        own = counts.text < images
+        allowed, number = np.unique(keys[~own], return_inverse=True)
+        maxima = np.zeros(len(allowed), np.int64)
+        np.maximum.at(maxima, number.reshape(-1), counts.count[~own])
+        present, places = find(allowed, keys[own])
+        clipped = np.minimum(counts.count[own][present], maxima[places])
+        columns.append(np.bincount(counts.text[own][present], clipped, images).astype(np.int64))
+    return np.stack(columns, axis=1)
+
+
+def bleu_of(sums: np.ndarray) -> tuple[float, ...]:
+    """BLEU-1, BLEU-2, ... from the sums of `bleu_sums` over a set."""
     tiny, small = 1e-15, 1e-9
-    guessed, correct = [0] * most, [0] * most
-    candidate_length = reference_length = 0
-    for candidate, row in zip(candidates, references, strict=True):
-        length = len(candidate.split())
-        candidate_length += length
-        lengths = [len(reference.split()) for reference in row]
-        reference_length += min((abs(other - length), other) for other in lengths)[1]
-        allowed: Ngrams = Counter()
-        for reference in row:
-            allowed |= ngrams(reference, most)
-        for n in range(most):
-            guessed[n] += max(0, length - n)
-        for gram, count in ngrams(candidate, most).items():
-            correct[len(gram) - 1] += min(allowed.get(gram, 0), count)
+    candidate_length, reference_length, *rest = sums.tolist()
+    most = len(rest) // 2
     scores, product = [], 1.0
     for n in range(most):
-        product *= (correct[n] + tiny) / (guessed[n] + small)
+        product *= (rest[most + n] + tiny) / (rest[n] + small)
         scores.append(product ** (1 / (n + 1)))
     ratio = (candidate_length + tiny) / (reference_length + small)
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
@@ -108,32 +130,48 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> f
     Reference:
         Lin 2004, in coco-caption's variant.
     """
+    each = rouge_l_each(candidates, references)
+    return sum(each) / len(each)
+
+
+def rouge_l_each(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """ROUGE-L of each image; see `rouge_l`."""
     check_rows(candidates, references)
     beta2 = 1.2**2
-    total = 0.0
+    scores = []
     for candidate, row in zip(candidates, references, strict=True):
         words = candidate.split(" ")  # an empty caption counts as one (empty) token, as in coco-caption
         precision = recall = 0.0
+        places: dict[str, int] = {}
+        for place, word in enumerate(words):
+            places[word] = places.get(word, 0) | 1 << place
         for reference in row:
             others = reference.split(" ")
-            common = longest_common(words, others)
+            common = longest_common(places, len(words), others)
             precision = max(precision, common / len(words))
             recall = max(recall, common / len(others))
-        if precision and recall:
-            total += (1 + beta2) * precision * recall / (recall + beta2 * precision)
-    return total / len(candidates)
+        both = precision and recall
+        scores.append((1 + beta2) * precision * recall / (recall + beta2 * precision) if both else 0.0)
+    return scores
 
 
-def longest_common(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    best = [0] * (len(second) + 1)
-    for word in first:
-        diagonal = 0
-        for column, other in enumerate(second, 1):
-            above = best[column]
-            best[column] = diagonal + 1 if word == other else max(above, best[column - 1])
-            diagonal = above
-    return best[-1]
+def longest_common(places: Mapping[str, int], length: int, others: Sequence[str]) -> int:
+    """Length of the longest common subsequence of two texts, a whole column of the table in one integer.
+
+    Args:
+        places: Each word of the first text, with a bit for each place where it stands.
+        length: Words of the first text.
+        others: The second text.
+
+    Reference:
+        Hyyro 2004, "Bit-parallel LCS-length computation revisited".
+    """
+    free = (1 << length) - 1  # a bit is cleared where the table steps up by one
+    for word in others:
+        hit = free & places.get(word, 0)
+        if hit:
+            free = (free + hit) | (free - hit)
+    return length - (free & ((1 << length) - 1)).bit_count()
 
 
 @dataclass(frozen=True)
@@ -148,12 +186,10 @@ class DocumentFrequencies:
 
     counts: Mapping[tuple[str, ...], int]
     images: int
-    source: str = "references of this evaluation"
+    source: str = OWN_REFERENCES
 
     @classmethod
-    def of(
-        cls, references: Sequence[Sequence[str]], source: str = "references of this evaluation"
-    ) -> DocumentFrequencies:
+    def of(cls, references: Sequence[Sequence[str]], source: str = OWN_REFERENCES) -> DocumentFrequencies:
         """Count over tokenised references, one row an image."""
         counts: Ngrams = Counter()
         for row in references:
@@ -193,37 +229,36 @@ def cider(
         5.0
     """
     check_rows(candidates, references)
-    frequencies = frequencies or DocumentFrequencies.of(references)
-    log_images = math.log(frequencies.images)
-    idf: dict[tuple[str, ...], float] = {}
+    each = cider_each(read_corpus(candidates, references), frequencies)
+    return float(each.mean()), each.tolist()
 
-    def vector(text: str) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
-        weights: list[dict[tuple[str, ...], float]] = [{}, {}, {}, {}]
-        bigrams = 0
-        for gram, count in ngrams(text).items():
-            if gram not in idf:
-                idf[gram] = log_images - math.log(max(1.0, frequencies.counts.get(gram, 0)))
-            weights[len(gram) - 1][gram] = count * idf[gram]
-            bigrams += count if len(gram) == 2 else 0
-        norms = [math.sqrt(sum(weight * weight for weight in part.values())) for part in weights]
-        return weights, norms, bigrams
 
-    scores = []
-    for candidate, row in zip(candidates, references, strict=True):
-        mine, my_norms, my_bigrams = vector(candidate)
-        total = 0.0
-        for reference in row:
-            theirs, their_norms, their_bigrams = vector(reference)
-            penalty = math.exp(-((my_bigrams - their_bigrams) ** 2) / (2 * 6.0**2))
-            for part, other, my_norm, their_norm in zip(mine, theirs, my_norms, their_norms, strict=True):
-                product = sum(
-                    min(weight, other[gram]) * other[gram] for gram, weight in part.items() if gram in other
-                )
-                if my_norm and their_norm:
-                    product /= my_norm * their_norm
-                total += penalty * product
-        scores.append(10 * total / (4 * len(row)))
-    return sum(scores) / len(scores), scores
+def cider_each(corpus: Corpus, frequencies: DocumentFrequencies | None = None) -> np.ndarray:
+    """CIDEr-D of each image, float64 `(images,)`; see `cider`."""
+    images, texts = corpus.images, len(corpus.lengths)
+    log_images = math.log(images if frequencies is None else frequencies.images)
+    bigrams = np.maximum(0, corpus.lengths - 1)
+    gap = bigrams[images:] - bigrams[corpus.image[images:]]
+    penalty = np.exp(-(gap**2) / (2 * 6.0**2))  # (references,)
+    total = np.zeros(texts - images)
+    for n, counts in enumerate(corpus.counts[:4], 1):
+        found = (
+            document_frequency(corpus, n) if frequencies is None else look_up(corpus, n, frequencies.counts)
+        )
+        idf = log_images - np.log(np.maximum(1, found))  # (grams,)
+        weight = counts.count * idf[counts.gram]
+        norm = np.sqrt(np.bincount(counts.text, weight**2, texts))
+        keys = corpus.image[counts.text] * max(counts.grams, 1) + counts.gram
+        own = counts.text < images  # a candidate's keys are sorted, since there is one for each image
+        present, places = find(keys[own], keys[~own])
+        theirs = weight[~own][present]
+        product = np.bincount(
+            counts.text[~own][present] - images, np.minimum(weight[own][places], theirs) * theirs, len(total)
+        )
+        lengths = norm[corpus.image[images:]] * norm[images:]  # where one is 0, so is the product
+        total += penalty * product / np.where(lengths > 0, lengths, 1.0)
+    rows = np.bincount(corpus.image[images:], minlength=images)
+    return 10 * np.bincount(corpus.image[images:], total, images) / (4 * rows)
 
 
 def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -241,10 +276,20 @@ def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str
     """
     check_rows(candidates, references)
     written = [ptb.tokenize(candidate) for candidate in candidates]
-    expected = [[ptb.tokenize(reference) for reference in row] for row in references]
-    scores = bleu(written, expected)
+    return score_tokenised(written, [[ptb.tokenize(reference) for reference in row] for row in references])
+
+
+def score_tokenised(
+    candidates: Sequence[str],
+    references: Sequence[Sequence[str]],
+    frequencies: DocumentFrequencies | None = None,
+) -> dict[str, float]:
+    """`caption_metrics` of texts that are tokenised already; the n-grams are counted once for all of them."""
+    check_rows(candidates, references)
+    corpus = read_corpus(candidates, references)
+    scores = bleu_of(bleu_sums(corpus).sum(axis=0))
     return {
         **{f"bleu{n}": score for n, score in enumerate(scores, 1)},
-        "rouge_l": rouge_l(written, expected),
-        "cider": cider(written, expected)[0],
+        "rouge_l": rouge_l(candidates, references),
+        "cider": float(cider_each(corpus, frequencies).mean()),
     }

@@ -27,6 +27,7 @@ from finetune.recipe import (
     FinetuneRecipe,
     SmallLanguageModel,
     Task,
+    VqaTask,
 )
 from finetune.text import IGNORED, require_end_and_pad, token_ids
 from pairstream.atomic import new_folder, write_text
@@ -227,7 +228,7 @@ class VisionLanguageModel(nn.Module):
 
     def prompt(self, question: str) -> str:
         """The prompt that asks a question."""
-        if isinstance(self.task, CaptionTask):
+        if not isinstance(self.task, VqaTask):
             raise ValueError("this model was trained for captions: use caption(images)")
         if not question.strip():
             raise ValueError("an empty question cannot be answered: expected some words")

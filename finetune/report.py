@@ -10,6 +10,11 @@ from finetune.tasks import Row, TaskKind
 from pairstream.report import Report
 from pairstream.run import RunFolder
 
+TITLES = {
+    "caption": ("Captions", "Captions written for held-out pictures"),
+    "vqa": ("Visual questions", "Questions answered"),
+    "classify": ("Labels", "Posts and the labels they were given"),
+}
 CAPTION_ROWS = (("CIDEr-D", "cider"), ("BLEU-4", "bleu4"), ("BLEU-1", "bleu1"), ("ROUGE-L", "rouge_l"))
 
 
@@ -17,15 +22,16 @@ def write_report(
     folder: RunFolder, recipe: FinetuneRecipe, task: TaskKind, metrics: dict[str, Any], rows: Sequence[Row]
 ) -> None:
     """Write `report.html` and `report.json` of a finished run."""
-    title = "Captions" if recipe.task.kind == "caption" else "Visual questions"
+    title, wall = TITLES[recipe.task.kind]
     report = Report(
         f"{title}: {folder.path.name}", f"{recipe.model.name}, {metrics['images']:,} held-out pictures"
     )
     if recipe.task.kind == "caption":
         add_caption_numbers(report, metrics)
-    else:
+    elif recipe.task.kind == "vqa":
         add_answer_numbers(report, metrics)
-    wall = "Captions written for held-out pictures" if recipe.task.kind == "caption" else "Questions answered"
+    else:
+        add_label_numbers(report, metrics)
     report.cards(wall, task.cards(rows))
     log = folder.read_log()
     lines = [record for record in log if record.get("loss") is not None]
@@ -72,3 +78,36 @@ def add_answer_numbers(report: Report, metrics: dict[str, Any]) -> None:
             [[kind, round(value, 3), round(blind[kind], 3)] for kind, value in metrics[name].items()],
             caption=f"VQA accuracy by {label}",
         )
+
+
+def add_label_numbers(report: Report, metrics: dict[str, Any]) -> None:
+    alone = {"picture": metrics["image_only"], "text": metrics["text_only"]}
+    notes = [f"{what} alone: {value:.3f}" for what, value in alone.items() if value is not None]
+    report.numbers(
+        [
+            ("accuracy", round(metrics["accuracy"], 3), "; ".join(notes)),
+            ("macro F1", round(metrics["macro_f1"], 3), f"{metrics['images']:,} pictures with a label"),
+            ("calibration error", round(metrics["ece"], 3), "15 bins of confidence"),
+            ("majority", round(metrics["majority_baseline"], 3), f"always “{metrics['majority_label']}”"),
+        ]
+    )
+    report.table(
+        ["label", "precision", "recall", "F1", "AUROC", "samples"],
+        [
+            [
+                name,
+                *(
+                    None if entry[key] is None else round(entry[key], 3)
+                    for key in ("precision", "recall", "f1", "auroc")
+                ),
+                entry["samples"],
+            ]
+            for name, entry in metrics["by_class"].items()
+        ],
+        caption="By label",
+    )
+    report.table(
+        ["true label", *metrics["labels"]],
+        [[name, *row] for name, row in zip(metrics["labels"], metrics["confusion"], strict=True)],
+        caption="Confusion: rows are the truth, columns what was said",
+    )

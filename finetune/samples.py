@@ -83,24 +83,39 @@ def read_questions(sample: RawSample) -> list[Question]:
     return questions
 
 
+def read_texts(task: Task, sample: RawSample) -> Any:
+    """What a task learns from and judges by: captions, questions, or a post with its label.
+
+    Raises:
+        Fault: There is nothing of that kind, or it is broken.
+    """
+    if isinstance(task, CaptionTask):
+        return read_captions(sample)
+    if isinstance(task, VqaTask):
+        return read_questions(sample)
+    from finetune.fusion.samples import read_post
+
+    return read_post(task, sample)
+
+
 class TextRow(NamedTuple):
     """The texts of a sample: those the task is about, and others, which the vocabulary should hold as well."""
 
-    judged_by: list[Any]
+    judged_by: Any
     others: list[str]
 
 
 @dataclass(frozen=True)
 class TextLoad:
-    """All texts of a sample, for the tokenizer and the baselines."""
+    """All texts of a sample, for the tokenizer and the baselines; see `read_texts`."""
 
     task: Task
 
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> TextRow:
-        if isinstance(self.task, CaptionTask):
-            questions = read_questions(sample) if sample.record.get("questions") else []
-            return TextRow(read_captions(sample), [text for q in questions for text in (q.text, q.majority)])
-        return TextRow(read_questions(sample), sample.captions())
+        others = [] if isinstance(self.task, CaptionTask) else sample.captions()
+        if isinstance(self.task, CaptionTask) and sample.record.get("questions"):
+            others = [text for question in read_questions(sample) for text in (question.text, question.majority)]
+        return TextRow(read_texts(self.task, sample), others)
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,7 @@ class TrainLoad:
             captions = read_captions(sample)
             texts = [(self.task.prompt, captions[rng.integers(len(captions))])]
         else:
+            assert isinstance(self.task, VqaTask), "posts have a load of their own"
             texts = self.draw(self.task, read_questions(sample), rng)
         pairs = [make_pair(self.tokenizer, prompt, answer) for prompt, answer in texts]
         longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
@@ -174,9 +190,10 @@ class EvalLoad:
     shown: int = 0
 
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> dict[str, Any]:
-        judged = read_captions(sample) if isinstance(self.task, CaptionTask) else read_questions(sample)
+        judged = read_texts(self.task, sample)
         return {
             "key": sample.key,
+            "image_id": sample.record.get("image_id", sample.key),
             "index": sample.index,
             "image": self.transform(decode_image(sample.image)),
             "file": sample.image if sample.index < self.shown else None,

@@ -1,4 +1,4 @@
-"""What captioning and VQA do differently: texts to learn from, what is written, how it is judged and shown."""
+"""What the tasks do differently: texts to learn from, what is written, how it is judged and shown."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from finetune import ptb
 from finetune.baselines import QuestionOnly, most_frequent_caption
+from finetune.fusion.task import Classification
 from finetune.metrics import caption_metrics
 from finetune.model import VisionLanguageModel
 from finetune.recipe import CaptionTask, Task, VqaTask
@@ -36,7 +37,7 @@ class TaskKind(Protocol):
         """A sample's texts, for the tokenizer."""
         ...
 
-    def write(self, model: VisionLanguageModel, images: Tensor, rows: list[Row]) -> None:
+    def write(self, model: Any, images: Tensor, rows: list[Row]) -> None:
         """Fill in `written` of each row."""
         ...
 
@@ -89,7 +90,7 @@ class Captioning:
         }
 
     def predictions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        return [{"image_id": row["key"], "caption": row["written"]} for row in rows]
+        return [{"image_id": row["image_id"], "caption": row["written"]} for row in rows]
 
     def cards(self, rows: Sequence[Row]) -> list[Card]:
         return [
@@ -167,7 +168,9 @@ class VisualQuestions:
 
 def make_task(task: Task) -> TaskKind:
     """The implementation of a recipe's `task`."""
-    return Captioning(task) if isinstance(task, CaptionTask) else VisualQuestions(task)
+    if isinstance(task, CaptionTask):
+        return Captioning(task)
+    return VisualQuestions(task) if isinstance(task, VqaTask) else Classification(task)
 
 
 def shrink(file: bytes, side: int = 256) -> bytes:

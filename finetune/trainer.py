@@ -76,6 +76,9 @@ class Finetuner:
         0.91
     """
 
+    slow_parts: tuple[str, ...] = ("image_tower.",)
+    """Name prefixes of pretrained parts, which train at `tower_lr` times the rate."""
+
     def __init__(self, recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = False):
         self.recipe = recipe
         self.began = time.monotonic()
@@ -97,7 +100,9 @@ class Finetuner:
             state, self.saved = read_training_state(found[0])
         self.model = self.restore(found[0], state) if found else self.build(texts)
         self.optimizer = build_optimizer(
-            self.model.named_parameters(), recipe.optim, lr_scale={"image_tower.": recipe.tower_lr}
+            self.model.named_parameters(),
+            recipe.optim,
+            lr_scale=dict.fromkeys(self.slow_parts, recipe.tower_lr),
         )
         load_optimizer_state(self.optimizer, self.saved)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -142,7 +147,7 @@ class Finetuner:
         """The model at step 0."""
         recipe, config = self.recipe, self.recipe.language_model
         if isinstance(config, ContinuedLanguageModel):
-            return self.go_on_from(task_folder(recipe.model.name))
+            return self.reopen(task_folder(recipe.model.name))
         encoder = load_encoder(
             recipe.model.name, pretrained=recipe.model.pretrained, device=str(self.accelerator.device)
         )
@@ -169,9 +174,9 @@ class Finetuner:
                 "was begun. Change it back, or start a new run with --run NAME."
             )
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
-        return self.go_on_from(checkpoint / "model")
+        return self.reopen(checkpoint / "model")
 
-    def go_on_from(self, folder: Path) -> VisionLanguageModel:
+    def reopen(self, folder: Path) -> VisionLanguageModel:
         """The model of the recipe with all weights of a saved one.
 
         Raises:
@@ -326,7 +331,8 @@ class Finetuner:
         if self.world > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         words, pictures, idle = counts.tolist()  # pyright: ignore
-        if idle:  # a rank whose samples were all bad has nothing to forward: all leave the batch out
+        # A rank whose samples were all bad has nothing to forward, and no rank has anything to learn: all leave it out.
+        if idle or not words:
             return
         with self.accelerator.autocast():
             total = wrapped(**inputs)

@@ -1,0 +1,1 @@
+"""Image-text classification: features of a picture and of a text, fused, and a label."""

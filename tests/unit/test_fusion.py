@@ -1,0 +1,341 @@
+"""Image-text classification: heads by hand, missing modalities, training, resuming, saving, and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.shards import Sample, ShardWriter
+from finetune.cli import main
+from finetune.fusion.heads import build_head
+from finetune.fusion.model import FusionClassifier, load_classifier
+from finetune.fusion.recipe import ClassifyTask, CoAttention, Pooled, SingleStream
+from finetune.fusion.task import Classification
+from finetune.predict import predict
+from finetune.recipe import FinetuneRecipe
+from pairstream.cli import run_stage
+from pairstream.recipe import validate
+from pretrain.encoder import build_encoder
+from pretrain.recipe import TextTransformer, TowersModel, ViT
+
+FUSIONS = [
+    {"kind": "tanh", "width": 16},
+    {"kind": "concat", "width": 16},
+    {"kind": "gated", "width": 16},
+    {"kind": "single_stream", "width": 16, "layers": 1, "heads": 2},
+    {"kind": "co_attention", "width": 16, "layers": 1, "heads": 2},
+]
+MOODS = ("bad", "fine", "good")
+
+
+def make_encoder():
+    torch.manual_seed(0)
+    tower = ViT(image_size=16, patch_size=8, width=16, layers=1, head_width=8)
+    text = TextTransformer(context_length=8, width=16, heads=2, layers=1)
+    return build_encoder(TowersModel(embed_dim=16, image_tower=tower, text_tower=text), device="cpu")
+
+
+def make_model(fusion: dict, **options) -> FusionClassifier:
+    torch.manual_seed(1)
+    task = ClassifyTask.model_validate({"fusion": fusion, "labels": MOODS, **options})
+    return FusionClassifier(make_encoder(), task, MOODS).eval()
+
+
+def plain(colour: tuple[int, int, int], seed: int) -> bytes:
+    import io
+
+    from PIL import Image
+
+    noise = np.random.default_rng(seed).integers(-10, 10, (16, 16, 3))
+    file = io.BytesIO()
+    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Posts whose words tell the mood in one half, and whose picture does in the other; some have no label."""
+    root = tmp_path_factory.mktemp("fusion")
+    colours = {"bad": (220, 30, 30), "fine": (128, 128, 128), "good": (30, 220, 40)}
+    for split, count in (("train", 60), ("val", 24)):
+        with ShardWriter(root / split, samples_per_shard=30) as writer:
+            for number in range(count):
+                mood = MOODS[number % 3]
+                told = (number // 3) % 2 == 0
+                text = f"this is {mood}" if told else "look at this"
+                colour = (128, 128, 128) if told else colours[mood]
+                record = {} if number % 10 == 9 else {"text": text, "label": mood}
+                picture = plain(colour, number + 1000 * (split == "val"))
+                writer.write(Sample(f"{number:03d}", picture, "png", ["x"], record))
+    make_encoder().save(root / "encoder")
+    return root
+
+
+def recipe(world: Path, run: Path, task: dict | None = None, **changes) -> FinetuneRecipe:
+    content = {
+        "run": str(run),
+        "model": {"name": str(world / "encoder")},
+        "task": {"kind": "classify", "fusion": {"kind": "gated", "width": 32}, **(task or {})},
+        "data": {"train": str(world / "train"), "val": str(world / "val"), **changes.pop("data", {})},
+        "batch_size": 20,
+        "steps": 8,
+        "tower_lr": 1.0,
+        "optim": {"lr": 1e-2},
+        "schedule": {"warmup": 2},
+        "log_every": 4,
+        **changes,
+    }
+    return validate(FinetuneRecipe, content, "test")
+
+
+def train(recipe: FinetuneRecipe, **options) -> dict:
+    from finetune.fusion.trainer import ClassifierTrainer
+
+    return ClassifierTrainer(recipe, **options).train()
+
+
+def test_pooled_heads_are_their_formulas():
+    torch.manual_seed(0)
+    image, text, seen = torch.randn(3, 1, 5), torch.randn(3, 1, 7), torch.ones(3, 1).bool()
+    x = torch.nn.functional.layer_norm(image[:, 0], (5,))
+    y = torch.nn.functional.layer_norm(text[:, 0], (7,))
+    head = build_head(Pooled(kind="tanh", width=4), image_dim=5, text_dim=7)
+    expected = torch.tanh(x @ head.image.weight.T + head.image.bias + y @ head.text.weight.T)
+    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
+    head = build_head(Pooled(kind="concat", width=4), image_dim=5, text_dim=7)
+    expected = torch.nn.functional.gelu(torch.cat([x, y], 1) @ head.both.weight.T + head.both.bias)
+    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
+    head = build_head(Pooled(kind="gated", width=4), image_dim=5, text_dim=7)
+    gate = torch.sigmoid(torch.cat([x, y], 1) @ head.gate.weight.T + head.gate.bias)
+    expected = gate * torch.tanh(head.image(x)) + (1 - gate) * torch.tanh(head.text(y))
+    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [SingleStream(width=8, heads=2), CoAttention(width=8, heads=2)])
+def test_token_heads_do_not_see_padding(config):
+    torch.manual_seed(0)
+    head = build_head(config, image_dim=5, text_dim=7).eval()
+    image, text, seen = torch.randn(2, 4, 5), torch.randn(2, 6, 7), torch.ones(2, 6).bool()
+    seen[1, 3:] = False
+    before = head(image, text, seen)
+    text[1, 3:] = 9.0
+    assert torch.allclose(head(image, text, seen), before, atol=1e-6)
+    assert torch.allclose(head(image[1:], text[1:, :3], seen[1:, :3]), before[1:], atol=1e-5)
+    text[1, 0] = 9.0
+    assert not torch.allclose(head(image, text, seen), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: fusion["kind"])
+def test_every_head_answers_with_a_modality_missing_and_comes_back_from_disk(fusion, tmp_path, make_picture):
+    model = make_model(fusion)
+    files = [make_picture(seed) for seed in range(3)]
+    found = model.classify([files[0], None, files[2]], ["a day", "bad day", None])
+    assert all(sum(row.values()) == pytest.approx(1) and list(row) == list(MOODS) for row in found)
+    alone = [
+        model.classify([files[0]], ["a day"]),
+        model.classify([None], ["bad day"]),
+        model.classify([files[2]], [" "]),
+    ]
+    for row, one in zip(found, alone, strict=True):  # neighbours in the batch do not matter
+        assert row == pytest.approx(one[0], abs=1e-6)
+    # What a missing modality would have been does not matter either.
+    images = torch.stack([model.encoder.preprocess(file) for file in files])
+    text, no = model.encoder.tokenize(["a day"] * 3), torch.ones(3).bool()
+    with torch.no_grad():
+        rows = model.logits(model.image_features(images), text, no, ~no)
+    assert torch.allclose(rows[0], rows[1], atol=1e-6)
+    model.save(tmp_path / "model")
+    again = load_classifier(tmp_path / "model", device="cpu")
+    assert again.classify([files[0], None, files[2]], ["a day", "bad day", None]) == found
+    names = {file.name for file in (tmp_path / "model").iterdir()}
+    assert names == {"encoder", "fusion.safetensors", "task.json"}
+
+
+@pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: fusion["kind"])
+def test_the_loss_is_a_weighted_sum_and_every_parameter_that_trains_has_a_gradient(fusion, make_picture):
+    model = make_model(fusion, modality_dropout=0.0, dropout=0.0)
+    model.class_weights.copy_(torch.tensor([2.0, 1.0, 0.5]))
+    images = torch.stack([model.encoder.preprocess(make_picture(seed)) for seed in range(4)])
+    text = model.encoder.tokenize(["a b", "c d", "e f", "g h"])
+    labels, missing = torch.tensor([0, 2, -100, 1]), torch.tensor([False, False, False, True])
+    loss = model(text, missing, labels, images=images)
+    with torch.no_grad():
+        logits = model.logits(model.image_features(images), text, torch.zeros(4).bool(), missing).double()
+    expected = -sum(
+        weight * logits[row].log_softmax(0)[label]
+        for row, label, weight in [(0, 0, 2.0), (1, 2, 0.5), (3, 1, 1.0)]
+    )
+    assert loss.item() == pytest.approx(float(expected), rel=1e-5)
+    kept = model(text, missing, labels, tokens=model.image_tokens(images))
+    assert torch.equal(kept, loss)
+    loss.backward()
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any(name.startswith("towers.visual") for name in names)
+    assert any(name.startswith("towers.") for name in names)
+    dead = {name for name in names if model.get_parameter(name).grad is None}
+    assert dead == set()
+    model.zero_grad()
+    model.train()
+    assert not model.towers.training
+
+
+def test_modality_dropout_takes_one_or_the_other_but_never_both(monkeypatch):
+    model = make_model(FUSIONS[0], modality_dropout=0.3).train()
+    seen = []
+
+    def record(image, text, no_image, no_text):
+        seen.append((no_image, no_text))
+        return torch.zeros(len(text), 3, requires_grad=True)
+
+    monkeypatch.setattr(model, "logits", record)
+    missing = torch.arange(4000) % 4 == 0
+    model(torch.zeros(4000, 8).long(), missing, torch.zeros(4000).long(), tokens=torch.zeros(4000, 1, 16))
+    no_image, no_text = seen[0]
+    assert not (no_image & no_text).any()
+    assert (no_text >= missing).all()
+    assert no_image[~missing].float().mean() == pytest.approx(0.3, abs=0.04)
+    assert no_text[~missing].float().mean() == pytest.approx(0.3, abs=0.04)
+
+
+def test_it_learns_what_neither_modality_tells_alone(world, tmp_path):
+    chosen = recipe(
+        world, tmp_path / "run", {"modality_dropout": 0.1}, steps=60, evaluate={"every": 30, "wall": 6}
+    )
+    metrics = train(chosen)
+    assert metrics["accuracy"] > 0.9
+    assert metrics["image_only"] < 0.8
+    assert metrics["text_only"] < 0.8
+    assert metrics["majority_baseline"] < 0.5
+    assert (metrics["images"], metrics["unlabelled"], metrics["labels"]) == (22, 2, list(MOODS))
+    assert metrics["faults"] == {}
+    predictions = json.loads((tmp_path / "run/predictions.json").read_text())
+    assert len(predictions) == 24
+    assert set(predictions[0]) == {"image_id", "label", "probabilities"}
+    assert "Confusion" in (tmp_path / "run/report.html").read_text()
+    predict(model=tmp_path / "run", images=(str(world / "val"),), out=tmp_path / "F.jsonl", device="cpu")
+    lines = [json.loads(line) for line in (tmp_path / "F.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == [entry["label"] for entry in predictions]
+
+
+def test_killed_and_resumed_is_bit_equal(world, tmp_path, monkeypatch):
+    from finetune.fusion.trainer import ClassifierTrainer
+
+    changes = {"checkpoint": {"every": 4}, "task": {"class_weights": "balanced"}, "freeze_image_tower": False}
+    train(recipe(world, tmp_path / "straight", **changes))
+    save = ClassifierTrainer.save
+
+    def save_and_die(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassifierTrainer, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(world, tmp_path / "killed", **changes))
+    train(recipe(world, tmp_path / "killed", **changes), resume=True)
+    files = sorted((tmp_path / "straight/checkpoints/step-00000008").rglob("*.safetensors"))
+    assert {file.name for file in files} >= {"fusion.safetensors", "open_clip_model.safetensors"}
+    for file in files:
+        ours, theirs = load_file(file), load_file(Path(str(file).replace("/straight/", "/killed/")))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), file
+
+
+def test_kept_features_train_what_pictures_train(world, tmp_path):
+    """A frozen tower's features may be kept: the same run, apart from the order of roundings."""
+    for name, kept in (("pictures", False), ("kept", True)):
+        train(recipe(world, tmp_path / name, {"modality_dropout": 0.0}, data={"cache_image_tokens": kept}))
+    ours, theirs = (
+        load_file(tmp_path / name / "checkpoints/step-00000008/model/fusion.safetensors")
+        for name in ("pictures", "kept")
+    )
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+
+
+def test_balanced_weights_are_one_on_average():
+    from finetune.fusion.samples import Post
+
+    task = Classification(ClassifyTask(class_weights="balanced"))
+    task.learn([Post("x", "a")] * 6 + [Post("x", "b")] * 2 + [Post("x", None)])
+    assert task.class_weights == [8 / 12, 8 / 4]
+    assert (6 * task.class_weights[0] + 2 * task.class_weights[1]) / 8 == pytest.approx(1)
+
+
+def test_bad_input(world, tmp_path, make_picture):
+    model = make_model(FUSIONS[0])
+    with pytest.raises(ValueError, match="neither a picture nor a text"):
+        model.classify([None], [" "])
+    with pytest.raises(ValueError, match="expected one text"):
+        model.classify([None], "a post")
+    with pytest.raises(ValueError, match="at least two labels"):
+        FusionClassifier(make_encoder(), ClassifyTask(), ["one"])
+    assert model.classify([], []) == []
+    for task, message in (
+        ({"labels": ["bad", "bad"]}, "two or more different names"),
+        ({"fusion": {"kind": "co_attention", "width": 9, "heads": 2}}, "not a multiple of heads"),
+        ({"fusion": {"kind": "tahn"}}, "tahn"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe(world, tmp_path / "r", task)
+    with pytest.raises(ValueError, match="0 different values of 'mood'"):
+        train(recipe(world, tmp_path / "a", {"label_key": "mood"}))
+    with pytest.raises(ValueError, match="unknown_label"):
+        train(recipe(world, tmp_path / "b", {"labels": ["bad", "fine"]}))
+    with pytest.raises(ValueError, match="no training sample has the label 'great'"):
+        train(recipe(world, tmp_path / "c", {"labels": [*MOODS, "great"]}))
+    for name, record in {
+        "bad_label": {"text": "x", "label": []},
+        "bad_text": {"text": 3, "label": "bad"},
+    }.items():
+        with ShardWriter(tmp_path / name) as writer:
+            writer.write(Sample("k", make_picture(0), "jpg", ["x"], record))
+        with pytest.raises(ValueError, match=name):
+            train(recipe(world, tmp_path / "d", data={"train": str(tmp_path / name)}))
+    with ShardWriter(tmp_path / "other") as writer:
+        writer.write(Sample("k", make_picture(0), "jpg", ["x"], {"text": "x", "label": "great"}))
+    with pytest.raises(ValueError, match="the validation label 'great' is none of the training's"):
+        train(recipe(world, tmp_path / "e", steps=3, data={"val": str(tmp_path / "other")}))
+    with ShardWriter(tmp_path / "none") as writer:
+        writer.write(Sample("k", make_picture(0), "jpg", ["x"], {"text": "x"}))
+    with pytest.raises(ValueError, match="no validation sample has 'label'"):
+        train(recipe(world, tmp_path / "f", steps=3, data={"val": str(tmp_path / "none")}))
+
+
+def test_damaged_models_are_refused(tmp_path):
+    folder = make_model(FUSIONS[0]).save(tmp_path / "model")
+    task = json.loads((folder / "task.json").read_text())
+    (folder / "task.json").write_text(json.dumps({**task, "format": 9}))
+    with pytest.raises(ValueError, match="format 9, this version reads 1"):
+        load_classifier(folder)
+    (folder / "task.json").write_text(json.dumps({**task, "task": {"kind": "caption"}}))
+    with pytest.raises(ValueError, match="a model for caption, not for classify"):
+        load_classifier(folder)
+    (folder / "task.json").write_text(json.dumps({**task, "labels": ["a", "b"]}))
+    with pytest.raises(ValueError, match="does not fit"):
+        load_classifier(folder)
+    (folder / "task.json").write_text(json.dumps(task))
+    (folder / "fusion.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="damaged or missing"):
+        load_classifier(folder)
+    with pytest.raises(FileNotFoundError, match="no task model"):
+        load_classifier(tmp_path / "nowhere")
+
+
+def test_a_text_tower_without_tokens_is_refused_by_name(monkeypatch):
+    encoder = make_encoder()
+    monkeypatch.setattr(
+        type(encoder.model), "forward_intermediates", property(lambda self: self.none), raising=False
+    )
+    with pytest.raises(TypeError, match=r"gives no tokens: take task\.fusion\.kind tanh"):
+        FusionClassifier(encoder, ClassifyTask(fusion=CoAttention(width=8, heads=2)), MOODS)
+
+
+def test_the_command_trains_a_classifier(world, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(recipe(world, tmp_path / "run", steps=3).model_dump(mode="json")))
+    assert run_stage(main, [str(file)]) == 0
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["task"] == "classify"

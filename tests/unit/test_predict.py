@@ -1,0 +1,173 @@
+"""`finetune predict`: pictures and shards in, lines out, and nothing written twice after a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.shards import Sample, ShardWriter
+from finetune.cli import main
+from finetune.model import VisionLanguageModel, load_task_model, small_language_model
+from finetune.predict import predict
+from finetune.recipe import CaptionTask, Decoding, Linear, SmallLanguageModel, VqaTask
+from finetune.text import train_tokenizer
+from pairstream.cli import run_stage
+from pretrain.encoder import build_encoder
+from pretrain.recipe import TextTransformer, TowersModel, ViT
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """A saved captioner and a saved VQA model with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    towers = TowersModel(
+        embed_dim=16,
+        image_tower=ViT(image_size=32, patch_size=16, width=16, layers=1, head_width=8),
+        text_tower=TextTransformer(context_length=8, width=16, heads=2, layers=1),
+    )
+    encoder = build_encoder(towers, device="cpu")
+    tokenizer = train_tokenizer(["a red cat", "yes", "is there a dog?"], 300)
+    config = SmallLanguageModel(width=16, layers=1, heads=2, context=64, dropout=0.0, vocabulary=300)
+    for task in (CaptionTask(), VqaTask()):
+        language_model = small_language_model(config, tokenizer)
+        torch.nn.init.normal_(language_model.get_input_embeddings().weight, std=1.0)
+        VisionLanguageModel(
+            encoder, Linear(), language_model, tokenizer, task, Decoding(max_new_tokens=6)
+        ).save(folder / task.kind)
+    return {"caption": folder / "caption", "vqa": folder / "vqa"}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, make_picture) -> Path:
+    (tmp_path / "pictures").mkdir()
+    for number in range(7):
+        (tmp_path / f"pictures/{number}.jpg").write_bytes(make_picture(number))
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def shards(tmp_path: Path, make_picture) -> Path:
+    with ShardWriter(tmp_path / "shards", samples_per_shard=3) as writer:
+        for number in range(5):
+            asked = [{"question": "is there a dog?", "question_id": 10 * number}, {"question": "a cat?"}]
+            writer.write(Sample(f"k{number}", make_picture(number), "jpg", ["x"], {"questions": asked}))
+    return tmp_path / "shards"
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_captions_of_a_glob_are_those_of_the_model(models, pictures, tmp_path, capsys):
+    words = ["--model", models["caption"], "--images", pictures / "*.jpg", "--out", tmp_path / "F.jsonl"]
+    assert run_stage(main, ["predict", *map(str, words), "--batch-size", "3"]) == 0
+    lines = read(tmp_path / "F.jsonl")
+    paths = sorted(pictures.glob("*.jpg"))
+    expected = load_task_model(models["caption"], device="cpu").caption([path.read_bytes() for path in paths])
+    assert lines == [
+        {"image": str(path), "caption": text} for path, text in zip(paths, expected, strict=True)
+    ]
+    assert "7 lines written" in capsys.readouterr().err
+
+
+def test_answers_with_one_question_or_those_of_the_shards(models, shards, tmp_path):
+    predict(model=models["vqa"], images=(str(shards),), out=tmp_path / "own.jsonl", batch_size=4)
+    own = read(tmp_path / "own.jsonl")
+    assert [line["question_id"] for line in own[:4]] == [0, "k0/1", 10, "k1/1"]
+    assert len(own) == 10
+    predict(
+        model=models["vqa"], images=(str(shards),), out=tmp_path / "one.jsonl", question="is there a dog?"
+    )
+    one = read(tmp_path / "one.jsonl")
+    assert [(line["image"], line["answer"]) for line in one] == [
+        (line["image"], line["answer"]) for line in own[::2]
+    ]
+
+
+@pytest.mark.parametrize("source", ["pictures", "shards"])
+def test_killed_and_resumed_writes_each_line_once(models, source, tmp_path, monkeypatch, request, capsys):
+    folder = request.getfixturevalue(source)
+    kind = "caption" if source == "pictures" else "vqa"
+    options = {"model": models[kind], "images": (str(folder),), "batch_size": 2}
+    predict(out=tmp_path / "straight.jsonl", **options)
+
+    method = "caption" if kind == "caption" else "answer"
+    exact, calls = getattr(VisionLanguageModel, method), []
+
+    def dies(self, *arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return exact(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionLanguageModel, method, dies)
+        with pytest.raises(KeyboardInterrupt):
+            predict(out=tmp_path / "killed.jsonl", **options)
+    assert len(read(tmp_path / "killed.jsonl")) == 4
+    with (tmp_path / "killed.jsonl").open("a") as file:
+        file.write('{"image": "half a li')
+    calls.clear()
+    predict(out=tmp_path / "killed.jsonl", **options)
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+    assert "4 were there before" in capsys.readouterr().err
+    predict(out=tmp_path / "killed.jsonl", **options)  # nothing is left to do
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+
+
+def test_bad_pictures_are_left_out_up_to_a_share(models, pictures, tmp_path, capsys):
+    (pictures / "3.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="undecodable_image"):
+        predict(model=models["caption"], images=(str(pictures),), out=tmp_path / "a.jsonl")
+    predict(model=models["caption"], images=(str(pictures),), out=tmp_path / "b.jsonl", max_faults=0.5)
+    assert len(read(tmp_path / "b.jsonl")) == 6
+    assert "1 left out ({'undecodable_image': 1})" in capsys.readouterr().err
+
+
+def test_a_tiny_and_a_transparent_picture(models, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
+    Image.new("RGBA", (40, 3), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    predict(model=models["caption"], images=(str(tmp_path / "*.png"),), out=tmp_path / "F.jsonl")
+    assert len(read(tmp_path / "F.jsonl")) == 2
+
+
+def test_bad_input(models, pictures, shards, tmp_path):
+    out = tmp_path / "F.jsonl"
+    with pytest.raises(ValueError, match=r"no pictures at .*nowhere"):
+        predict(model=models["caption"], images=(str(tmp_path / "nowhere/*.jpg"),), out=out)
+    with pytest.raises(FileNotFoundError, match="no task model in"):
+        predict(model=tmp_path, images=(str(pictures),), out=out)
+    with pytest.raises(ValueError, match="--question goes with a model for vqa, this one is for caption"):
+        predict(model=models["caption"], images=(str(pictures),), out=out, question="what?")
+    with pytest.raises(ValueError, match="give --question, or shards"):
+        predict(model=models["vqa"], images=(str(pictures),), out=out)
+    with pytest.raises(ValueError, match="--question is empty"):
+        predict(model=models["vqa"], images=(str(pictures),), out=out, question=" ")
+    with pytest.raises(ValueError, match="--batch-size 0"):
+        predict(model=models["vqa"], images=(str(pictures),), out=out, question="what?", batch_size=0)
+    assert not out.exists()
+    predict(model=models["vqa"], images=(str(pictures),), out=out, question="what?")
+    with pytest.raises(ValueError, match=r"begun with another question \('what\?'\)"):
+        predict(model=models["vqa"], images=(str(pictures),), out=out, question="who?")
+    predict(model=models["vqa"], images=(str(pictures),), out=out, question="who?", overwrite=True)
+    assert {line["question"] for line in read(out)} == {"who?"}
+    (tmp_path / "other.jsonl").write_text("my notes\n")
+    with pytest.raises(ValueError, match="is not what this command wrote"):
+        predict(model=models["vqa"], images=(str(pictures),), out=tmp_path / "other.jsonl", question="what?")
+
+
+def test_shards_without_questions_say_so(models, tmp_path, make_picture):
+    with ShardWriter(tmp_path / "mute") as writer:
+        writer.write(Sample("k", make_picture(0), "jpg", ["x"]))
+    with pytest.raises(ValueError, match="missing_question"):
+        predict(model=models["vqa"], images=(str(tmp_path / "mute"),), out=tmp_path / "F.jsonl")
+    with ShardWriter(tmp_path / "empty") as writer:
+        writer.write(Sample("k", make_picture(0), "jpg", ["x"], {"questions": [{"question": " "}]}))
+    with pytest.raises(ValueError, match="bad_question"):
+        predict(model=models["vqa"], images=(str(tmp_path / "empty"),), out=tmp_path / "F.jsonl")
