@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 
 from PIL import Image, UnidentifiedImageError
 
@@ -12,12 +13,16 @@ from data.faults import Fault
 MAX_PIXELS = 50_000_000
 
 
-def open_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_picture(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> Image.Image:
     """Read a picture's header with Pillow.
 
     Args:
         data: The encoded file.
         max_pixels: Largest width * height that may be decoded later.
+        formats: The only ones that are tried, by Pillow's names; None tries all that Pillow knows, which is too
+            many for a stranger's bytes.
 
     Returns:
         The opened picture: `format`, `size` and `mode` are known, pixels are not decoded yet.
@@ -28,7 +33,7 @@ def open_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own warning about large pictures: the limit is ours
         try:
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=formats)
         except Image.DecompressionBombError as error:
             raise Fault("too_large_image", str(error)) from error
         except UnidentifiedImageError as error:

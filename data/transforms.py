@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,9 @@ RGB = 3  # torchvision.io.ImageReadMode.RGB
 INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> torch.Tensor:
     """Decode one picture to RGB.
 
     EXIF orientation is applied (open_clip ignores it). Alpha is dropped as `convert("RGB")` does; 16-bit
@@ -37,6 +40,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     Args:
         data: The encoded file: JPEG, PNG, WebP, or whatever Pillow reads.
         max_pixels: Largest width * height that is decoded.
+        formats: The only ones that are tried; see `open_picture`.
 
     Returns:
         uint8 (3, H, W).
@@ -48,7 +52,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
         >>> decode_image(path.read_bytes()).shape                                 # doctest: +SKIP
         torch.Size([3, 480, 640])
     """
-    image = open_picture(data, max_pixels=max_pixels)
+    image = open_picture(data, max_pixels=max_pixels, formats=formats)
     if image.format == "JPEG" and image.mode in ("RGB", "L") and not _is_turned(image):
         tensor = _decode_jpeg(data)
         if tensor is not None and tensor.shape[1:] == (image.height, image.width):
