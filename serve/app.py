@@ -124,7 +124,8 @@ def add_errors(app: FastAPI) -> None:
             f"{fault['msg'].removeprefix('Value error, ')}"
             for fault in error.errors()[:5]
         ]
-        return JSONResponse(Refusal(422, "invalid", "; ".join(faults)).body(), 422)
+        text = "; ".join(faults).encode("ascii", "backslashreplace").decode()  # a key may be half a character
+        return JSONResponse(Refusal(422, "invalid", text).body(), 422)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:

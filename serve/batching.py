@@ -86,8 +86,10 @@ class Batcher:
         """Hold places for items from before they are decoded until they are answered.
 
         Raises:
-            Refusal: 503: there is no room, or the server is going down.
+            Refusal: 503: there is no room, or the server is going down; 413: there never is room for so many.
         """
+        if count > self.config.queue:
+            raise Refusal(413, "too_many_items", f"{count} items: {self.name} takes {self.config.queue}")
         if self.closing:
             raise busy("the server is going down: this queue", 5)
         if self.admitted + count > self.config.queue:

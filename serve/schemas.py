@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 # A picture of 8 x 8 pixels, for the examples.
 EXAMPLE = (
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mPUiDrBgA0wMeAAg1MCAAWzAVqiKYDVAAAAAElFTkSuQmCC"
 )
+
+
+def whole_text(text: str) -> str:
+    """Text that UTF-8 can hold: JSON can name half a character, which no answer could repeat."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("expected text without lone surrogates") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(whole_text)]
 
 
 class Request(BaseModel):
@@ -22,10 +34,10 @@ class Picture(Request):
     """A picture: its file's bytes in base64, or its address where the server allows addresses."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"data": EXAMPLE}]})
-    data: str | None = Field(
+    data: Text | None = Field(
         default=None, description="A JPEG, PNG or WebP file in base64; a `data:` address will do."
     )
-    url: str | None = Field(default=None, description="http or https; off unless the server allows it.")
+    url: Text | None = Field(default=None, description="http or https; off unless the server allows it.")
 
     @model_validator(mode="after")
     def one_of_both(self) -> Picture:
@@ -47,14 +59,14 @@ class TextsRequest(Request):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"texts": ["two dogs on a beach", "a red car"]}]}
     )
-    texts: list[str] = Field(min_length=1)
+    texts: list[Text] = Field(min_length=1)
 
 
 class SearchRequest(Request):
     """A query in words or as a picture."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "two dogs on a beach", "k": 5}]})
-    text: str | None = None
+    text: Text | None = None
     image: Picture | None = None
     among: Literal["images", "texts"] | None = Field(
         default=None, description="What is searched; by default what the query is not."
@@ -75,8 +87,8 @@ class ClassifyRequest(Request):
         json_schema_extra={"examples": [{"images": [{"data": EXAMPLE}], "labels": ["cat", "dog"]}]}
     )
     images: list[Picture] = Field(min_length=1)
-    labels: list[str] = Field(min_length=1)
-    template: str = Field(
+    labels: list[Text] = Field(min_length=1)
+    template: Text = Field(
         default="a photo of a {}", description="`{}` stands for the label; `{}` alone will do."
     )
 
@@ -88,7 +100,7 @@ class VqaRequest(Request):
         json_schema_extra={"examples": [{"image": {"data": EXAMPLE}, "questions": ["Is there a dog?"]}]}
     )
     image: Picture
-    questions: list[str] = Field(min_length=1)
+    questions: list[Text] = Field(min_length=1)
 
 
 class ModelIdentity(BaseModel):

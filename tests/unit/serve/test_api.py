@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from pairstream.errors import require
@@ -127,7 +126,7 @@ def test_operations_and_the_document(live):
     info = live.ask("/v1/info")[1]
     assert info["pictures"] is True
     assert info["limits"]["texts"] == 256
-    status, page, headers = live.ask("/")
+    status, _, headers = live.ask("/")
     assert status == 200
     assert "default-src 'none'" in headers["content-security-policy"]
 
@@ -141,7 +140,7 @@ def test_routes_exist_only_for_what_is_loaded(folders, run_app):
 
 def test_what_does_not_belong_together_is_refused(folders, tmp_path):
     with pytest.raises(
-        ValueError, match="--captioner .*: expected a model trained for caption, it is for vqa"
+        ValueError, match=r"--captioner .*: expected a model trained for caption, it is for vqa"
     ):
         load_models(folders["model"], captioner=folders["vqa"], device="cpu")
     with pytest.raises(ValueError, match="--data shows the pictures of an index: give --index"):
