@@ -18,6 +18,7 @@ from serve.settings import Fetching
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 # Addresses that carry an IPv4 address inside: a gateway may turn them into a private one.
 CARRIERS = [ipaddress.ip_network(text) for text in ("64:ff9b::/96", "2002::/16", "2001::/32", "::/96")]
+SPECIAL = ipaddress.ip_network("192.0.0.0/24")  # protocol assignments, of which Python calls a few global
 
 
 def is_public(address: str) -> bool:
@@ -31,7 +32,7 @@ def is_public(address: str) -> bool:
             ip = ip.ipv4_mapped
         elif any(ip in network for network in CARRIERS) or ip.scope_id:
             return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip in SPECIAL)
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -144,6 +145,8 @@ class Fetcher:
 
     def check(self, url: str) -> None:
         """Scheme, port and form of an address, before a name is looked up."""
+        if not url.isascii() or not url.isprintable() or " " in url:
+            raise Refusal(422, "bad_url", "expected an address in ASCII, escaped where it must be")
         try:
             parts = urlsplit(url)
             port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)

@@ -87,7 +87,7 @@ def test_the_command_serves_and_ends_on_a_signal(folders, tmp_path):
         assert json.loads(answer.read())["hits"]
         connection.close()
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=30)
+        err = process.communicate(timeout=30)[1]
         assert process.returncode in (0, -signal.SIGTERM), err  # uvicorn hands the signal on once it is done
         assert err == ""
     finally:
