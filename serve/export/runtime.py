@@ -1,9 +1,9 @@
 """Exported towers on a machine without torch: onnxruntime or openvino, tokenizers, numpy and Pillow are enough.
 
-    from serve.export.runtime import EdgeEncoder
+from serve.export.runtime import EdgeEncoder
 
-    encoder = EdgeEncoder("exported")
-    encoder.predict(["cat.jpg"], ["a cat", "a dog"])
+encoder = EdgeEncoder("exported")
+encoder.predict(["cat.jpg"], ["a cat", "a dog"])
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class EdgeEncoder:
         self.folder = Path(folder)
         path = self.folder / CARD
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: expected a folder that `pairstream export` wrote")
+            raise FileNotFoundError(
+                f"{path} does not exist: expected a folder that `pairstream export` wrote"
+            )
         self.card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if self.card.get("format") != FORMAT:
             raise ValueError(f"{path}: format {self.card.get('format')!r}, this version reads {FORMAT}")
@@ -201,7 +203,9 @@ class Tokenizer:
 
         self.backend = Backend.from_file(str(path))
         self.context_length = int(config["context_length"])
-        self.start, self.end = (self.backend.token_to_id(mark) for mark in ("<start_of_text>", "<end_of_text>"))
+        self.start, self.end = (
+            self.backend.token_to_id(mark) for mark in ("<start_of_text>", "<end_of_text>")
+        )
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """int64 `(n, context_length)`, zeros behind the end; longer texts are cut and end all the same."""

@@ -56,8 +56,8 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
     require("onnx", "export", "`pairstream export`")
     if not isinstance(encoder.model, CLIP):
         raise ValueError(
-            f"{encoder.name}: the model is a {type(encoder.model).__name__}; towers of open_clip's own CLIP (ViT or ResNet, "
-            "with its text transformer) are exported"
+            f"{encoder.name}: the model is a {type(encoder.model).__name__}: only open_clip's own CLIP (a ViT or "
+            "ResNet with its text transformer) is exported"
         )
     size = encoder.image_size
     pixels = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
@@ -129,7 +129,9 @@ def to_openvino(folder: Path) -> None:
     openvino = require("openvino", "export", "`pairstream export --to openvino`")
     for name in ("image", "text"):
         source = folder / f"{name}.onnx"
-        openvino.save_model(openvino.convert_model(str(source)), str(folder / f"{name}.xml"), compress_to_fp16=False)
+        openvino.save_model(
+            openvino.convert_model(str(source)), str(folder / f"{name}.xml"), compress_to_fp16=False
+        )
         source.unlink()
 
 
