@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
@@ -24,12 +25,16 @@ TURNED_SIDEWAYS = (5, 6, 7, 8)  # its values that exchange width and height
 REDUCTIONS = (8, 4, 2)  # libjpeg-turbo has fast inverse transforms for these; 7/8 to 3/8 cost more than 1
 
 
-def open_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_picture(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> Image.Image:
     """Read a picture's header with Pillow.
 
     Args:
         data: The encoded file.
         max_pixels: Largest width * height that may be decoded later.
+        formats: The only ones that are tried, by Pillow's names; None tries all that Pillow knows, which is too
+            many for a stranger's bytes.
 
     Returns:
         The opened picture: `format`, `size` and `mode` are known, pixels are not decoded yet.
@@ -40,7 +45,7 @@ def open_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own warning about large pictures: the limit is ours
         try:
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=formats)
         except Image.DecompressionBombError as error:
             raise Fault("too_large_image", str(error)) from error
         except UnidentifiedImageError as error:
@@ -72,6 +77,7 @@ class Picture:
     Args:
         data: The encoded file: JPEG, PNG, WebP, or whatever Pillow reads.
         max_pixels: Largest width * height that is decoded.
+        formats: The only ones that are tried; see `open_picture`.
 
     Raises:
         Fault: `too_large_image` or `undecodable_image`.
@@ -82,17 +88,17 @@ class Picture:
         (480, 640, (480, 640, 3))
     """
 
-    def __init__(self, data: bytes, *, max_pixels: int = MAX_PIXELS):
+    def __init__(self, data: bytes, *, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None):
         self.data = data
-        self.max_pixels = max_pixels
+        self.max_pixels, self.formats = max_pixels, formats
         self.orientation = 1
         self.image: Image.Image | None = None  # Pillow's view of it, where that is needed
-        size = _plain_jpeg_size(data)
+        size = _plain_jpeg_size(data) if formats is None or "JPEG" in formats else None
         if size is not None:
             self.height, self.width = size
             check_size(self.width, self.height, max_pixels)
             return
-        self.image = open_picture(data, max_pixels=max_pixels)
+        self.image = open_picture(data, max_pixels=max_pixels, formats=formats)
         self.orientation = _orientation(self.image)
         self.width, self.height = self.image.size
         if self.orientation in TURNED_SIDEWAYS:
@@ -118,7 +124,7 @@ class Picture:
             fast = self._decode_jpeg(next((by for by in REDUCTIONS if by <= reduction), 1))
             if fast is not None:
                 return fast
-        image = self.image or open_picture(self.data, max_pixels=self.max_pixels)
+        image = self.image or open_picture(self.data, max_pixels=self.max_pixels, formats=self.formats)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF, odd palettes
             try:

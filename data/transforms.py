@@ -8,6 +8,7 @@ less than 2.5 where JPEGs are decoded at a reduced size, which only `TrainTransf
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,15 @@ from data.pictures import MAX_PIXELS, Picture
 INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> torch.Tensor:
     """Decode one picture to RGB; `data.pictures.Picture` has the details.
 
     Args:
         data: The encoded file: JPEG, PNG, WebP, or whatever Pillow reads.
         max_pixels: Largest width * height that is decoded.
+        formats: The only ones that are tried; see `open_picture`.
 
     Returns:
         uint8 (3, H, W): a view of rows of RGB pixels, the layout that resizing is fastest from.
@@ -39,7 +43,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
         >>> decode_image(path.read_bytes()).shape                                 # doctest: +SKIP
         torch.Size([3, 480, 640])
     """
-    return _planes(Picture(data, max_pixels=max_pixels).pixels())
+    return _planes(Picture(data, max_pixels=max_pixels, formats=formats).pixels())
 
 
 def _planes(pixels: np.ndarray) -> torch.Tensor:

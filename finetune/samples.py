@@ -114,7 +114,9 @@ class TextLoad:
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> TextRow:
         others = [] if isinstance(self.task, CaptionTask) else sample.captions()
         if isinstance(self.task, CaptionTask) and sample.record.get("questions"):
-            others = [text for question in read_questions(sample) for text in (question.text, question.majority)]
+            others = [
+                text for question in read_questions(sample) for text in (question.text, question.majority)
+            ]
         return TextRow(read_texts(self.task, sample), others)
 
 
