@@ -129,8 +129,9 @@ def to_openvino(folder: Path) -> None:
     openvino = require("openvino", "export", "`pairstream export --to openvino`")
     for name in ("image", "text"):
         source = folder / f"{name}.onnx"
+        # Not convert_model, which reports its use to its makers over the network.
         openvino.save_model(
-            openvino.convert_model(str(source)), str(folder / f"{name}.xml"), compress_to_fp16=False
+            openvino.Core().read_model(str(source)), str(folder / f"{name}.xml"), compress_to_fp16=False
         )
         source.unlink()
 
