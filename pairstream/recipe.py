@@ -136,7 +136,7 @@ def explain(kind: type[BaseModel], error: ValidationError, source: str) -> str:
     """One message for all faults of a recipe."""
     lines = []
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"]) or "(the whole recipe)"
+        key = ".".join(keys_of(kind, fault["loc"])) or "(the whole recipe)"
         if fault["type"] == "extra_forbidden":
             fields = fields_at(kind, fault["loc"][:-1])
             hint = nearest(str(fault["loc"][-1]), fields)
@@ -145,6 +145,22 @@ def explain(kind: type[BaseModel], error: ValidationError, source: str) -> str:
             came = f" (got {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
             lines.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}{came}")
     return f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
+
+
+def keys_of(kind: Any, location: Sequence[int | str]) -> list[str]:
+    """A place as its writer knows it: the keys, without the tags of unions."""
+    keys: list[str] = []
+    for part in location:
+        choices = alternatives(kind) if kind is not None else []
+        models = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
+        named = any(part in choice.model_fields for choice in models)
+        is_tag = not named and any(
+            "kind" in choice.model_fields and choice.model_fields["kind"].default == part for choice in models
+        )
+        if not is_tag:
+            keys.append(str(part))
+        kind = step_into(kind, part) if kind is not None else None
+    return keys
 
 
 def fields_at(kind: Any, location: Sequence[int | str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pairstream.recipe import Config
 
@@ -290,7 +290,14 @@ class MuonConfig(AdamW):
     """Share of the earlier gradients in Muon's direction."""
 
 
-Optimizer = Annotated[AdamW | MuonConfig, Field(discriminator="kind")]
+def optimizer_kind(value: Any) -> str:
+    """The `kind` of an optimiser; one that names none is AdamW."""
+    return value.get("kind", "adamw") if isinstance(value, dict) else getattr(value, "kind", "adamw")
+
+
+Optimizer = Annotated[
+    Annotated[AdamW, Tag("adamw")] | Annotated[MuonConfig, Tag("muon")], Discriminator(optimizer_kind)
+]
 
 
 class Cosine(Config):

@@ -22,7 +22,7 @@ from pairstream.run import RunFolder
 from pretrain.recipe import PretrainRecipe
 
 
-def die(*_) -> None:
+def die(*_, **__) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
