@@ -18,7 +18,8 @@ CARRIED = sorted([*ROOT.glob("*/recipes/*.yaml")])
 def kind_of(path: Path):
     """The recipe class of the stage that carries a file."""
     stage = path.parent.parent.name
-    return stage, getattr(import_module(f"{stage}.recipe"), f"{stage.capitalize()}Recipe")
+    name = {"retrieval": "SuiteRecipe"}.get(stage, f"{stage.capitalize()}Recipe")
+    return stage, getattr(import_module(f"{stage}.recipe"), name)
 
 
 @pytest.mark.parametrize("path", CARRIED, ids=[f"{path.parent.parent.name}/{path.stem}" for path in CARRIED])
@@ -27,6 +28,8 @@ def test_every_carried_recipe_parses_and_resolves_to_itself(path, tmp_path):
     recipe = load_recipe(kind, stage, path.stem)
     dump_recipe(recipe, tmp_path / "recipe.resolved.yaml")
     assert load_recipe(kind, stage, str(tmp_path / "recipe.resolved.yaml")) == recipe
+    if "optim" not in kind.model_fields:
+        return  # only training commands take overrides
     changed = load_recipe(kind, stage, path.stem, ["--run", "elsewhere", "--optim.lr", "3e-3"])
     assert (changed.run, changed.optim.lr) == ("elsewhere", 3e-3)
     same = {"run": recipe.run, "optim": recipe.optim}
