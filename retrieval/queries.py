@@ -37,11 +37,12 @@ def pack_queries(rankings: Sequence[Ranking], image_of_text: np.ndarray, data_ha
         data_hash: Of the pairs.
     """
     tensors = {"image_of_text": np.ascontiguousarray(image_of_text, dtype=np.int64)}
-    about = {"format": KIND, "data_hash": data_hash}
+    about: dict[str, Any] = {"format": KIND, "data_hash": data_hash}
     for direction, ranking in zip(DIRECTIONS, rankings, strict=True):
         tensors |= {f"{direction}.{name}": getattr(ranking, name).numpy().astype(np.int32) for name in FIELDS}
-        about[direction] = json.dumps([ranking.queries, ranking.gallery])
-    return save_bytes(tensors, metadata=about)
+        about[direction] = [ranking.queries, ranking.gallery]
+    # One entry: safetensors writes several in an order that changes from run to run.
+    return save_bytes(tensors, metadata={"about": json.dumps(about)})
 
 
 def write_queries(result: str | Path, packed: bytes) -> Path:
@@ -82,14 +83,14 @@ def read_queries(result: str | Path) -> tuple[dict[str, Any], dict[str, Ranking]
         raise ValueError(f"{beside} is damaged or of another run than {path.name}: run the evaluation again")
     try:
         with safe_open(beside, "numpy") as file:
-            about = file.metadata()
+            about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise ValueError(f"{beside}: no safetensors file ({error}): run the evaluation again") from error
     rankings = {}
     for direction in DIRECTIONS:
         fields = [torch.from_numpy(tensors[f"{direction}.{name}"].astype(np.int64)) for name in FIELDS]
-        queries, gallery = json.loads(about[direction])
+        queries, gallery = about[direction]
         rankings[direction] = Ranking(*fields, queries=queries, gallery=gallery)
     return content, rankings, tensors["image_of_text"]
 
