@@ -49,7 +49,9 @@ def build_objective(config: Loss, encoder: Encoder) -> Objective:
     if getattr(encoder.model, "logit_bias", None) is not None:
         encoder.model.logit_bias.requires_grad_(False)
     if isinstance(config, MultiPositiveConfig):
-        return lambda features, images, tokens: multi_positive_info_nce(*features[:3], text_ids(tokens))
+        return lambda features, images, tokens: multi_positive_info_nce(
+            features[0], features[1], features[2], text_ids(tokens)
+        )
     if isinstance(config, HardNegativesConfig):
         beta = config.beta
         return lambda features, images, tokens: hard_negative_info_nce(*features[:3], beta=beta)
