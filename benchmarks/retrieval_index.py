@@ -6,8 +6,8 @@ noise of their own, with a cosine of about 0.3 to their picture. Recall on queri
 index. Each index is tuned on 500 texts to the least effort with recall@10 of 0.95, and reported on 500 others.
 
 CPU time of one thread for all; speeds are medians over interleaved pairs with exact search. `build_s` is CPU seconds:
-for ours of all that `build_index` does (reading, training, adding, tuning, measuring), for the peers of adding. hnswlib and usearch are no dependencies of the project:
-`pip install hnswlib usearch`.
+for ours of all that `build_index` does (reading, training, adding, tuning, measuring), for the peers of adding.
+hnswlib and usearch are no dependencies of the project: `pip install hnswlib usearch`.
 
     python benchmarks/retrieval_index.py [--quick]
 """
