@@ -148,21 +148,42 @@ def test_search_finds_what_was_indexed(found, encoder, make_picture, tmp_path):
     (hits,) = search(index, encoder, images=[path], among="images")
     assert hits[0].key == "00017"
     assert hits[0].text is None
-    by_text = search(index, encoder, texts=["dogs", "hills"], k=1000)
+    by_text = search(index, encoder, texts=["dogs", "hills"], k=SAMPLES)
     assert [len(hits) for hits in by_text] == [SAMPLES, SAMPLES]
     assert [hit.score for hit in by_text[0]] == sorted((hit.score for hit in by_text[0]), reverse=True)
     scores = encoder.encode_texts(["dogs", "hills"]).numpy() @ found.images.T
     assert [hit.key for hit in by_text[1]] == [found.keys[row] for row in np.argsort(-scores[1])]
 
 
+def test_a_query_of_both_lies_between_them(found, encoder, make_picture, tmp_path):
+    index = Index.build(found)
+    path = tmp_path / "query.jpg"
+    path.write_bytes(make_picture(17))
+    both = {"texts": ["dogs"], "images": [path]}
+
+    def keys(**more):
+        return [
+            (hit.key, round(hit.score, 4)) for hit in search(index, encoder, among="images", k=5, **more)[0]
+        ]
+
+    assert keys(**both, image_weight=1) == keys(images=[path])
+    assert keys(**both, image_weight=0) == keys(texts=["dogs"])
+    text, image = encoder.encode_texts(["dogs"]).numpy(), encoder.encode_images([make_picture(17)]).numpy()
+    assert keys(**both, image_weight=0.3) == keys(vectors=0.7 * text + 0.3 * image)
+    with pytest.raises(ValueError, match="expected as many of each, got 2 and 1"):
+        search(index, encoder, texts=["a", "b"], images=[path])
+    with pytest.raises(ValueError, match=r"image_weight is a share in \[0, 1\], got 2"):
+        search(index, encoder, **both, image_weight=2)
+
+
 def test_search_refuses_wrong_questions(found, encoder, tmp_path):
     index = Index.build(found)
     with pytest.raises(ValueError, match=r"index holds embeddings of .* their scores would mean nothing"):
         search(index, small_encoder(1), texts=["a dog"])
-    with pytest.raises(ValueError, match="either texts or images as queries, got none"):
+    with pytest.raises(ValueError, match="expected texts, images or vectors as queries, got none"):
         search(index, encoder)
-    with pytest.raises(ValueError, match="either texts or images as queries, got both"):
-        search(index, encoder, texts=["a"], images=["b"])
+    with pytest.raises(ValueError, match=f"k is 1,000, but the index holds {SAMPLES} images"):
+        search(index, encoder, texts=["a"], k=1000)
     with pytest.raises(ValueError, match="among: 'videos', expected images or texts"):
         search(index, encoder, texts=["a"], among="videos")
     (tmp_path / "notes.jpg").write_text("no picture")
@@ -260,7 +281,8 @@ def test_eval_command_writes_numbers_and_a_page(found, model, shards, tmp_path, 
 
 def test_embed_index_and_search_commands(model, shards, found, make_picture, tmp_path, capsys):
     rows, index = str(tmp_path / "rows"), str(tmp_path / "index")
-    assert pairstream(["retrieval", "embed", "--model", model, "--data", shards, "--out", rows]) == 0
+    embed = ["retrieval", "embed", "--model", model, "--data", shards, "--out", rows, "--dtype", "float32"]
+    assert pairstream(embed) == 0
     assert pairstream(["retrieval", "index", "--embeddings", rows, "--out", index]) == 0
     find = ["retrieval", "search", "--index", index, "--model", model]
     capsys.readouterr()
@@ -274,7 +296,9 @@ def test_embed_index_and_search_commands(model, shards, found, make_picture, tmp
     assert capsys.readouterr().out.split() == ["1", "1.0000", "00005"]
     other = str(small_encoder(1).save(tmp_path / "other"))
     for words, message in (
-        (find, "give either --text or --image"),
+        (find, "give --text, --image, both, or --vector"),
+        (["retrieval", "search", "--index", index, "--text", "a dog"], "--text and --image need --model"),
+        (["retrieval", "update", "--index", index], "give one of --add, --delete, --merge and --compact"),
         ([*find[:-1], other, "--text", "a dog"], "their scores would mean nothing"),
         ([*find, "--text", "a dog", "--k", "0"], "k must be at least 1, got 0"),
         (["retrieval", "index", "--embeddings", rows, "--out", index], "already holds pairstream-index"),
@@ -283,6 +307,17 @@ def test_embed_index_and_search_commands(model, shards, found, make_picture, tmp
     ):
         assert pairstream(words) == 2
         assert message in capsys.readouterr().err
+    np.save(tmp_path / "vector.npy", found.images[5])
+    ask = ["retrieval", "search", "--index", index, "--vector", str(tmp_path / "vector.npy"), "--k", "1"]
+    assert pairstream(ask) == 0
+    assert capsys.readouterr().out.split() == ["1", "1.0000", "00005"]
+    (tmp_path / "keys.txt").write_text("00005\n")
+    assert pairstream(["retrieval", "update", "--index", index, "--delete", str(tmp_path / "keys.txt")]) == 0
+    assert f"{SAMPLES - 1} images in 1 segments" in capsys.readouterr().out
+    assert pairstream(ask) == 0
+    assert "00005" not in capsys.readouterr().out
+    assert pairstream(["retrieval", "update", "--index", index, "--add", rows]) == 2
+    assert "the index already holds the key '00000'" in capsys.readouterr().err
 
 
 def test_eval_command_never_overwrites_a_training_run(model, shards, tmp_path, capsys):

@@ -11,6 +11,7 @@ from retrieval.artifact import new_artifact, read_artifact, refuse_to_replace
 from retrieval.embed import Embeddings
 from retrieval.index import Index, flat_index, top_k
 from retrieval.metrics import retrieval_ranks
+from retrieval.side import Side
 
 
 def unit(rows):
@@ -104,10 +105,11 @@ def test_embeddings_and_index_come_back_as_they_were(tmp_path):
         top_k(flat_index(found.texts), found.images, 4)[1].tolist()
     )
     assert (loaded.model, loaded.fingerprint) == ("small", "aaaa")
-    assert loaded.text_records[4] == {"text": "text 4", "key": "00001", "image": 1}
+    assert loaded.text_records[4] == {"text": "text 4", "key": "00001"}
+    assert loaded.image_records[-1] == {"key": "00119", "sample": 119}
 
 
-@pytest.mark.parametrize("name", ["images.faiss", "texts.faiss", "images.jsonl", "texts.jsonl"])
+@pytest.mark.parametrize("name", ["images-0.faiss", "texts-0.faiss", "images-0.jsonl", "texts-0.jsonl"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_index_is_refused(tmp_path, name, damage):
     folder = Index.build(made()).save(tmp_path / "index")
@@ -126,10 +128,10 @@ def test_a_damaged_index_is_refused(tmp_path, name, damage):
 
 def test_parts_that_do_not_fit_are_refused(tmp_path):
     first, second = Index.build(made()), Index.build(made(images=50))
-    mixed = Index(
-        second.images, first.texts, first.image_records, first.text_records, first.model, first.fingerprint
-    )
-    mixed.save(tmp_path / "index")
+    assert first.images is not None
+    assert second.images is not None
+    images = Side(second.images.segments, first.images.records)
+    Index(images, first.texts, first.model, first.fingerprint).save(tmp_path / "index")
     with pytest.raises(
         ValueError, match=r"the images are \(50, 120, 24, 0\).* the manifest says \(50, 50, 24, 0\)"
     ):
