@@ -9,8 +9,8 @@ from typing import Any
 from open_clip.tokenizer import SimpleTokenizer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-# open_clip's own words and signs, without the marks of start and end, which stand for nothing when somebody types them.
-WORDS = r"(?i:<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# What open_clip's pattern takes for a word, a digit or a run of signs.
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def write_tokenizer(tokenizer: Any, path: Path) -> dict[str, Any]:
@@ -43,6 +43,9 @@ def write_tokenizer(tokenizer: Any, path: Path) -> dict[str, Any]:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    backend.add_special_tokens(
+        ["<start_of_text>", "<end_of_text>"]
+    )  # typed out, they are the marks to open_clip, too
     content = json.loads(backend.to_str())
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     return {"context_length": tokenizer.context_length, "clean": "lower"}
