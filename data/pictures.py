@@ -45,7 +45,7 @@ def open_picture(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own warning about large pictures: the limit is ours
         try:
-            image = Image.open(io.BytesIO(data), formats=formats)
+            image = Image.open(io.BytesIO(data), formats=None if formats is None else list(formats))
         except Image.DecompressionBombError as error:
             raise Fault("too_large_image", str(error)) from error
         except UnidentifiedImageError as error:

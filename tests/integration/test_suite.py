@@ -200,7 +200,7 @@ def test_changed_data_and_damaged_entries_are_embedded_again(sets, tmp_path, for
     assert both() == (27, [False, False])
     entries = sorted(cache.iterdir())
     for entry in entries:
-        for file in entry.glob("*.npy"):
+        for file in entry.rglob("*.npy"):
             rows = bytearray(file.read_bytes())
             rows[-1] ^= 1
             file.write_bytes(rows)

@@ -1,1 +1,0 @@
-"""Serve models over HTTP, show them on a page, and export them for machines without torch."""

@@ -1,1 +1,0 @@
-"""Towers for machines without torch. `serve.export.runtime` runs them and imports nothing else of PairStream."""
