@@ -98,6 +98,7 @@ def linear_probe(
     *,
     val_rows: Any = None,
     val_labels: Any = None,
+    iterations: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Linear probe by the CLIP paper's protocol: choose the L2 weight on a validation split, refit on all.
@@ -113,6 +114,7 @@ def linear_probe(
         classes: Number of classes.
         val_rows: The set's own validation split; a fifth of the training rows when None.
         val_labels: Its labels.
+        iterations: L-BFGS steps of a fit at most; the paper's is 1,000.
         seed: Of the drawn validation split.
 
     Returns:
@@ -144,11 +146,11 @@ def linear_probe(
 
     def score(l2: float) -> float:
         nonlocal probe
-        probe = fit_probe(fx, fy, classes, l2, start=probe)
+        probe = fit_probe(fx, fy, classes, l2, start=probe, iterations=iterations)
         return probe.accuracy(vx, vy)
 
     l2, searched = search_weight(score)
-    final = fit_probe(everything, labels, classes, l2)
+    final = fit_probe(everything, labels, classes, l2, iterations=iterations)
     right = F.linear(test, final.weight, final.bias).argmax(1) == target
     counts = torch.bincount(target, minlength=classes)
     hits = torch.bincount(target, right.double(), classes)

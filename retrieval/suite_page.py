@@ -97,6 +97,10 @@ def add_retrieval(report: Report, models: Sequence[str], evaluations: Sequence[E
     worst = order[::-1][:QUERIES].tolist()
     scores = (found.texts * found.images[found.image_of_text]).sum(1)
     best = np.lexsort((-scores, ranks))[:QUERIES].tolist()
+    report.text(
+        f"Texts of {models[0]} with their own picture on the left and what was found for them on the right: the best "
+        "(first ranks, highest cosine) and the worst (last ranks)."
+    )
     for title, chosen in (("best", best), ("worst", worst)):
         wall(report, evaluation, f"{models[0]}: {title} texts", chosen, ranks)
 

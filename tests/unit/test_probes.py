@@ -42,13 +42,15 @@ def test_the_fit_is_scikit_learns(digits, l2):
 
 
 def test_the_protocol_on_digits(digits):
-    got = linear_probe(*digits, 10)
+    got = linear_probe(*digits, 10, iterations=40)
     assert got["accuracy"] > 0.92
     assert not got["at_edge"]
     assert got["val_accuracy"] == max(got["searched"].values())
     x, y, test, target = digits
-    split = linear_probe(x[:400], y[:400], test, target, 10, val_rows=x[400:], val_labels=y[400:])
-    refit = fit_probe(torch.from_numpy(x), torch.from_numpy(y), 10, split["l2"])
+    split = linear_probe(
+        x[:400], y[:400], test, target, 10, val_rows=x[400:], val_labels=y[400:], iterations=40
+    )
+    refit = fit_probe(torch.from_numpy(x), torch.from_numpy(y), 10, split["l2"], iterations=40)
     assert split["accuracy"] == refit.accuracy(torch.from_numpy(test), torch.from_numpy(target))
 
 
