@@ -11,7 +11,7 @@ import yaml
 
 from data.shards import Sample, ShardWriter
 from pairstream.cli import main as pairstream
-from pairstream.recipe import load_recipe
+from pairstream.recipe import dump_recipe, load_recipe
 from pretrain.encoder import Encoder, build_encoder, load_encoder
 from pretrain.evaluator import load_evaluator
 from pretrain.recipe import Evaluation, TextTransformer, TowersModel, ViT
@@ -228,6 +228,8 @@ def test_bad_recipes_are_refused(sets, change, message):
 def test_carried_recipe_and_names_of_folders(tmp_path, capsys):
     recipe = load_recipe(SuiteRecipe, "retrieval", "zero_shot")
     assert [task.kind for task in recipe.tasks] == ["retrieval", "classification", "compositional"]
+    dump_recipe(recipe, tmp_path / "recipe.resolved.yaml")
+    assert load_recipe(SuiteRecipe, "retrieval", str(tmp_path / "recipe.resolved.yaml")) == recipe
     assert folder_names(["runs/a/model", "runs/b/model", "runs/a/model"]) == [
         "a-model",
         "b-model",
