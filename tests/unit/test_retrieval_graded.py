@@ -196,3 +196,17 @@ def test_many_near_ties_take_the_exact_product_and_few_the_gathered_one():
         wrong = [scores[i][query] for i in range(60) if i != owner[query]]
         assert int(by_text.above[query]) == sum(s > level for s in wrong)
         assert int(by_text.level[query]) == sum(s == level for s in wrong)
+
+
+def test_one_equal_row_among_many_is_a_tie_and_not_a_loss():
+    # Few doubtful pairs in a wide block: each is decided by itself.
+    rng = np.random.default_rng(6)
+    image = rng.standard_normal((400, 32)).astype(np.float32)
+    text = (image + 0.3 * rng.standard_normal((400, 32))).astype(np.float32)
+    text[7] = text[300]
+    by_image, by_text = retrieval_ranks(image, text, np.arange(400), block=1000)
+    assert int(by_image.level[7]) == 1
+    assert int(by_image.above[300]) == 0
+    assert int(by_image.level[300]) == 1
+    assert int((by_image.level > 0).sum()) == 2
+    assert int(by_text.level.sum()) == 0
