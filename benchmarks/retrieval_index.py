@@ -226,7 +226,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         "flat_cpu_ms_single": round(statistics.median(alone["flat"]), 3),
         "rows": rows,
         "dim": dim,
-        "pair_cosine_and_gap": [
+        "best_cosine_and_gap": [
             round(float((right_score(flat, asked)).mean()), 3),
             round(float(np.linalg.norm(images.mean(0) - texts.mean(0))), 3),
         ],
