@@ -23,10 +23,11 @@ class PairLoad:
 
     Attributes:
         transform: A picture uint8 (3, H, W) to uint8 (3, h, w).
-        captions: `random` (one, drawn anew each epoch), `first` or `all`.
+        captions: `random` (drawn anew each epoch), `first` or `all`.
         max_pixels: Larger pictures are faults.
         word_dropout: Share of a caption's words that are left out, drawn anew each epoch; one always stays.
         scaled_decode: Decode large JPEGs at a reduced size (`TrainTransform.load`).
+        captions_per_image: How many captions `random` draws, without replacement as long as there are enough.
 
     Raises:
         ValueError: `scaled_decode` with an evaluation transform, whose pixels are meant to be exact.
@@ -37,6 +38,7 @@ class PairLoad:
     max_pixels: int = MAX_PIXELS
     word_dropout: float = 0.0
     scaled_decode: bool = False
+    captions_per_image: int = 1
 
     def __post_init__(self) -> None:
         if self.scaled_decode and not isinstance(self.transform, TrainTransform):
@@ -49,7 +51,7 @@ class PairLoad:
         if not texts:
             raise Fault("missing_caption", "no caption in KEY.json and no text in KEY.txt")
         if self.captions == "random":
-            texts = [texts[rng.integers(len(texts))]]
+            texts = draw_captions(texts, self.captions_per_image, rng)
         elif self.captions == "first":
             texts = texts[:1]
         if self.word_dropout:
@@ -57,6 +59,19 @@ class PairLoad:
         if self.scaled_decode and isinstance(self.transform, TrainTransform):
             return self.transform.load(Picture(sample.image, max_pixels=self.max_pixels), rng), texts
         return self.transform(decode_image(sample.image, max_pixels=self.max_pixels), rng), texts
+
+
+def draw_captions(texts: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+    """Draw captions of one picture; none comes twice before each has come once.
+
+    Example:
+        >>> draw_captions(["a dog", "a brown dog"], 3, np.random.default_rng(0))
+        ['a brown dog', 'a dog', 'a brown dog']
+    """
+    if count == 1:
+        return [texts[rng.integers(len(texts))]]
+    order = rng.permutation(len(texts))
+    return [texts[order[place % len(order)]] for place in range(count)]
 
 
 def drop_words(text: str, share: float, rng: np.random.Generator) -> str:
@@ -79,11 +94,13 @@ class PairCollate:
         tokenize: Texts to int64 (n, context).
         size: (height, width) of the pictures, for a batch that holds none.
         captions: As in `PairLoad`.
+        captions_per_image: As in `PairLoad`; tokens of more than one are (b, captions_per_image, context).
     """
 
     tokenize: Callable[[Sequence[str]], torch.Tensor]
     size: tuple[int, int]
     captions: str = "random"
+    captions_per_image: int = 1
 
     def __call__(self, rows: list[tuple[torch.Tensor, list[str]]]) -> dict[str, Any]:
         texts = [text for _, several in rows for text in several]
@@ -93,6 +110,8 @@ class PairCollate:
         else:
             images = torch.zeros((0, 3, *self.size), dtype=torch.uint8)
             tokens = self.tokenize([""])[:0]
+        if self.captions_per_image > 1:
+            tokens = tokens.view(len(rows), self.captions_per_image, tokens.shape[-1])
         batch = {"images": images, "tokens": tokens.to(torch.int64), "texts": texts}
         if self.captions == "all":
             counts = torch.tensor([len(several) for _, several in rows], dtype=torch.int64)

@@ -249,6 +249,7 @@ def pair_stream(
     max_pixels: int = MAX_PIXELS,
     word_dropout: float = 0.0,
     scaled_decode: bool = False,
+    captions_per_image: int = 1,
     **options: Any,
 ) -> PairStream:
     """The stream of pictures and tokens that a dual encoder is trained and measured on.
@@ -259,21 +260,24 @@ def pair_stream(
         tokenize: Texts to int64 (n, context), for instance an open_clip tokenizer; `data.tokens` gives the ids of
             open_clip's `SimpleTokenizer` in its place, faster.
         batch_size: Samples per rank and batch.
-        captions: `random` draws one caption per picture and epoch, `first` takes the first, `all` gives all.
+        captions: `random` draws captions anew each epoch, `first` takes the first, `all` gives all.
         max_pixels: Pictures with more pixels are `too_large_image` faults.
         word_dropout: Share of each caption's words that is left out at random.
         scaled_decode: Decode large JPEGs at a reduced size, with `TrainTransform` only: 0.6 of the CPU time at 1024 px,
             pixels that differ by up to 2.5 of 255 on average.
+        captions_per_image: How many captions `random` draws for a picture.
         options: The other arguments of `PairStream`: seed, shuffle, rank, world_size, workers, max_faults,
             cache_dir.
 
     Returns:
         A stream whose batches hold `images` uint8 (b, 3, h, w), `tokens` int64 (b, context) and `texts`
-        (list of b strings). For `all`: `tokens` (n_texts, context), n_texts `texts`, and `image_of_text`
+        (list of b strings). For `captions_per_image` k above one: `tokens` (b, k, context) and b * k `texts`.
+        For `all`: `tokens` (n_texts, context), n_texts `texts`, and `image_of_text`
         int64 (n_texts,), the position of each text's picture in the batch.
 
     Raises:
-        ValueError: An unknown `captions`, `scaled_decode` with an `EvalTransform`, or as `PairStream` does.
+        ValueError: An unknown `captions`, several a picture that are not drawn, `scaled_decode` with an
+            `EvalTransform`, or as `PairStream` does.
 
     Example:
         >>> stream = pair_stream(                                                # doctest: +SKIP
@@ -284,6 +288,10 @@ def pair_stream(
     """
     if captions not in CAPTIONS:
         raise ValueError(f"captions {captions!r}: expected one of {', '.join(CAPTIONS)}")
-    load = PairLoad(transform, captions, max_pixels, word_dropout, scaled_decode)
-    collate = PairCollate(batch_tokenizer(tokenize), transform.size, captions)
+    if captions_per_image < 1 or (captions_per_image > 1 and captions != "random"):
+        raise ValueError(
+            f"captions_per_image {captions_per_image} with captions {captions!r}: expected 1, or more with 'random'"
+        )
+    load = PairLoad(transform, captions, max_pixels, word_dropout, scaled_decode, captions_per_image)
+    collate = PairCollate(batch_tokenizer(tokenize), transform.size, captions, captions_per_image)
     return PairStream(shards, load, collate, batch_size=batch_size, **options)

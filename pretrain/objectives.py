@@ -21,7 +21,9 @@ from pretrain.recipe import (
 from pretrain.soft_targets import Teacher, distillation_loss, hard_negative_info_nce, multi_positive_info_nce
 
 Features = tuple[Tensor, ...]
-"""Image features `(b, d)`, text features `(b, d)`, exponentiated logit_scale, and logit_bias of a model that has it."""
+"""Image features `(b, d)`, text features `(b, d)`, exponentiated logit_scale, and logit_bias of a model that has it.
+
+Of `data.captions_per_image` k above one, text features are `(b, k, d)`."""
 Objective = Callable[[Features, Tensor, Tensor], Tensor]
 """`objective(features, images, tokens)`: this rank's loss, whose gradients are exact after their mean over ranks."""
 
@@ -49,9 +51,7 @@ def build_objective(config: Loss, encoder: Encoder) -> Objective:
     if getattr(encoder.model, "logit_bias", None) is not None:
         encoder.model.logit_bias.requires_grad_(False)
     if isinstance(config, MultiPositiveConfig):
-        return lambda features, images, tokens: multi_positive_info_nce(
-            features[0], features[1], features[2], text_ids(tokens)
-        )
+        return lambda features, images, tokens: multi_positive_of(config, features, tokens)
     if isinstance(config, HardNegativesConfig):
         beta = config.beta
         return lambda features, images, tokens: hard_negative_info_nce(*features[:3], beta=beta)
@@ -66,6 +66,15 @@ def info_nce_of(config: InfoNCEConfig, features: Features) -> Tensor:
     if config.label_smoothing:
         loss = loss + config.label_smoothing * smoothing_term(*features[:3])
     return loss
+
+
+def multi_positive_of(config: MultiPositiveConfig, features: Features, tokens: Tensor) -> Tensor:
+    """An image's positives are its own captions and those that equal one of them."""
+    images, texts, scale = features[:3]
+    ids = text_ids(tokens)  # (b,) or (b, k)
+    return multi_positive_info_nce(
+        images, texts.flatten(0, -2), scale, ids, ids.flatten(), label_smoothing=config.label_smoothing
+    )
 
 
 def sigmoid_of(config: SigmoidConfig, features: Features) -> Tensor:
@@ -93,11 +102,14 @@ def text_ids(tokens: Tensor) -> Tensor:
     """An int64 for each row of tokens, equal for equal rows and, but for one chance in 2^60, different for others.
 
     Args:
-        tokens: int64 `(b, context)`.
+        tokens: int64 `(..., context)`.
+
+    Returns:
+        int64 `(...)`.
     """
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, tokens.shape[1:], generator=generator) * 2 + 1
-    return (tokens * factors.to(tokens.device)).sum(1)  # wraps around
+    factors = torch.randint(-(2**62), 2**62, tokens.shape[-1:], generator=generator) * 2 + 1
+    return (tokens * factors.to(tokens.device)).sum(-1)  # wraps around
 
 
 class Distillation:

@@ -177,6 +177,8 @@ class Data(Config):
     """References in the shuffle buffer, samples; 0 keeps the order of the shards."""
     captions: Literal["random", "first"] = "random"
     """Which caption of an image with several a step takes."""
+    captions_per_image: int = Field(default=1, ge=1)
+    """How many captions of an image a step takes; more than one want `loss: {kind: multi_positive}`."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Share of the area that the random crop keeps, least and most."""
     hflip: float = Field(default=0.0, ge=0, le=1)
@@ -225,9 +227,11 @@ class SigmoidConfig(Config):
 
 
 class MultiPositiveConfig(Config):
-    """InfoNCE in which equal captions in a batch are all positives, for sets with repeated captions."""
+    """InfoNCE in which all captions of an image, and captions that are equal, are positives."""
 
     kind: Literal["multi_positive"] = "multi_positive"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each label that is spread evenly over the batch."""
 
 
 class HardNegativesConfig(Config):
@@ -378,4 +382,11 @@ class PretrainRecipe(Config):
         starts = [lock.step for lock in self.locks]
         if starts and (starts[0] != 0 or starts != sorted(set(starts))):
             raise ValueError(f"locks must begin at step 0 and go upwards, got steps {starts}")
+        if self.data.captions_per_image > 1 and not (
+            self.data.captions == "random" and isinstance(self.loss, MultiPositiveConfig)
+        ):
+            raise ValueError(
+                f"data.captions_per_image {self.data.captions_per_image} needs data.captions: random and "
+                f"loss: {{kind: multi_positive}}, got {self.data.captions} and {self.loss.kind}"
+            )
         return self

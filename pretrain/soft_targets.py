@@ -40,11 +40,11 @@ def everyone(rows: Tensor) -> Everyone:
 
 
 def soft_targets(row_ids: Tensor, column_ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Equal shares for all columns with a row's id.
+    """Equal shares for all columns that share an id with a row.
 
     Args:
-        row_ids: int64 `(n,)`.
-        column_ids: int64 `(m,)`.
+        row_ids: int64 `(n,)`, or `(n, r)` for rows with several ids.
+        column_ids: int64 `(m,)` or `(m, s)`.
         dtype: Of the result.
 
     Returns:
@@ -53,7 +53,12 @@ def soft_targets(row_ids: Tensor, column_ids: Tensor, dtype: torch.dtype = torch
     Raises:
         ValueError: A row without a column of its id.
     """
-    positives = (row_ids[:, None] == column_ids[None, :]).to(dtype)  # (n, m)
+    rows, columns = row_ids.reshape(len(row_ids), -1), column_ids.reshape(len(column_ids), -1)
+    same = torch.zeros((len(rows), len(columns)), dtype=torch.bool, device=rows.device)
+    for own in rows.unbind(1):
+        for other in columns.unbind(1):
+            same |= own[:, None] == other[None, :]
+    positives = same.to(dtype)  # (n, m)
     counts = positives.sum(1, keepdim=True)
     if not bool((counts > 0).all()):
         raise ValueError(
@@ -69,8 +74,10 @@ def multi_positive_info_nce(
     logit_scale: Tensor,
     image_ids: Tensor,
     text_ids: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    """InfoNCE in which all texts of an image's id are its positives, and the other way round.
+    """InfoNCE in which all texts that share an id with an image are its positives, and the other way round.
 
     For several captions of an image, whose texts are then more than the images, and for batches in which
     captions repeat: to plain InfoNCE an equal caption is a negative that no model can tell from the positive.
@@ -79,8 +86,9 @@ def multi_positive_info_nce(
         image_features: This rank's `(b, d)`, rows of length one.
         text_features: This rank's `(m, d)`.
         logit_scale: Scalar, already exponentiated.
-        image_ids: int64 `(b,)`, comparable over ranks.
-        text_ids: int64 `(m,)`; `image_ids` when left out.
+        image_ids: int64 `(b,)`, or `(b, r)` for images with several ids; comparable over ranks.
+        text_ids: int64 `(m,)` or `(m, s)`; `image_ids` when left out.
+        label_smoothing: Share of each row's target that is spread evenly over all columns.
 
     Returns:
         Scalar: the mean of both cross-entropies, in nats. Without a repeated id it is InfoNCE.
@@ -93,9 +101,9 @@ def multi_positive_info_nce(
     """
     text_ids = image_ids if text_ids is None else text_ids
     for features, ids, name in ((image_features, image_ids, "image"), (text_features, text_ids, "text")):
-        if features.ndim != 2 or ids.shape != features.shape[:1]:
+        if features.ndim != 2 or ids.ndim not in (1, 2) or len(ids) != len(features):
             raise ValueError(
-                f"expected {name} features (n, d) with one id a row, got {tuple(features.shape)} "
+                f"expected {name} features (n, d) with ids (n,) or (n, r), got {tuple(features.shape)} "
                 f"and ids {tuple(ids.shape)}"
             )
     images, texts, scale = widen(image_features, text_features, logit_scale)
@@ -107,7 +115,9 @@ def multi_positive_info_nce(
         (texts, text_ids, all_images.rows, all_image_ids, all_texts.weight),
     ):
         target = soft_targets(ids, column_ids, rows.dtype)
-        total = total + F.cross_entropy(scale * rows @ columns.T, target, reduction="sum") * (weight / 2)
+        logits = scale * rows @ columns.T
+        entropy = F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
+        total = total + entropy * (weight / 2)
     return total
 
 

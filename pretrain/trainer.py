@@ -67,9 +67,13 @@ class DualEncoder(nn.Module):
         self.normalize = encoder.normalize
 
     def forward(self, images: Tensor, tokens: Tensor) -> Features:
-        """uint8 `(b, 3, h, w)` and int64 `(b, context)` to two `(b, d)`, the exponentiated scale and any bias."""
+        """uint8 `(b, 3, h, w)` and int64 `(b, context)` to two `(b, d)`, the exponentiated scale and any bias.
+
+        Tokens of several captions an image, `(b, k, context)`, give text features `(b, k, d)`.
+        """
         image_features = self.model.encode_image(self.normalize(images), normalize=True)  # (b, d)
-        text_features = self.model.encode_text(tokens, normalize=True)  # (b, d)
+        text_features = self.model.encode_text(tokens.flatten(0, -2), normalize=True)
+        text_features = text_features.unflatten(0, tokens.shape[:-1])  # (b, d) or (b, k, d)
         bias = getattr(self.model, "logit_bias", None)
         scalars = (self.model.logit_scale.exp(), *(() if bias is None else (bias,)))
         return image_features, text_features, *scalars
@@ -142,6 +146,7 @@ class Trainer:
             captions=recipe.data.captions,
             word_dropout=recipe.data.word_dropout,
             scaled_decode=recipe.data.scaled_decode,
+            captions_per_image=recipe.data.captions_per_image,
             batch_size=recipe.batch_size // self.world,
             seed=recipe.seed,
             shuffle=recipe.data.shuffle,

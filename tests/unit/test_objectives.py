@@ -87,20 +87,24 @@ def test_equal_captions_have_equal_ids(encoder):
         {"kind": "info_nce", "label_smoothing": 0.1, "tile": 3},
         {"kind": "sigmoid"},
         {"kind": "multi_positive"},
+        {"kind": "multi_positive", "label_smoothing": 0.1, "captions": 2},
         {"kind": "hard_negatives"},
         {"kind": "distillation"},
     ],
-    ids=lambda loss: loss["kind"],
+    ids=lambda loss: f"{loss['kind']}-{len(loss)}",
 )
 def test_each_kind_trains_and_in_parts_the_same(tiny_recipe, fresh_accelerate, tmp_path, encoder, loss):
     if loss["kind"] == "distillation":
         encoder.save(tmp_path / "teacher")
         loss = {**loss, "teachers": [str(tmp_path / "teacher")]}
+    captions = loss.get("captions", 1)
+    loss = {key: value for key, value in loss.items() if key != "captions"}
     ends, losses = [], []
     for micro_batch in (None, 3):
         fresh_accelerate()
         run = tmp_path / f"run-{micro_batch}"
         content = tiny_recipe(run=str(run), steps=3, loss=loss, micro_batch=micro_batch)
+        content["data"]["captions_per_image"] = captions
         trainer = Trainer(PretrainRecipe.model_validate(content))
         trainer.train()
         ends.append({name: value.clone() for name, value in trainer.model.state_dict().items()})

@@ -76,6 +76,10 @@ FAULTS = {
     "batch of one": ({"batch_size": 1}, r"batch_size: .*greater than or equal to 2 \(got 1\)"),
     "negative rate": ({"optim": {"lr": -1}}, r"optim.lr: .*greater than 0"),
     "no clipping by zero": ({"optim": {"clip_norm": 0}}, r"optim.clip_norm: .*greater than 0"),
+    "several captions of a loss for one": (
+        {"data": {"train": "x", "captions_per_image": 2}},
+        r"captions_per_image 2 needs data.captions: random and loss: {kind: multi_positive}, got random and info_nce",
+    ),
     "late lock": ({"locks": [{"step": 2}]}, r"locks must begin at step 0 and go upwards, got steps \[2\]"),
     "patches": (
         {"model": {"kind": "towers", "image_tower": {"kind": "vit", "image_size": 60, "patch_size": 16}}},

@@ -74,6 +74,29 @@ def test_several_captions_of_an_image_are_the_loop():
     check(lambda a, b, s: multi_positive_info_nce(a, b, s, image_ids, text_ids), loop, rows(3, 0), rows(6, 1))
 
 
+def test_rows_that_share_any_id_are_positives_and_labels_can_be_smoothed():
+    """Two captions an image, by their own ids; image 1 and image 2 have a caption in common."""
+    image_ids, text_ids = torch.tensor([[1, 2], [3, 4], [4, 5]]), torch.tensor([1, 2, 3, 4, 4, 5])
+    mine = [{0, 1}, {2, 3, 4}, {3, 4, 5}]  # texts of each image
+    smooth = 0.2
+
+    def loop(a, b, scale):
+        total = 0.0
+        theirs = [{i for i in range(3) if j in mine[i]} for j in range(6)]
+        for x, y, positives in ((a, b, mine), (b, a, theirs)):
+            for i, line in enumerate(logits(x, y, scale)):
+                shares = softmax(line)
+                said = sum(math.log(shares[j]) for j in positives[i]) / len(positives[i])
+                even = sum(math.log(share) for share in shares) / len(shares)
+                total -= ((1 - smooth) * said + smooth * even) / len(x) / 2
+        return total
+
+    def loss(a, b, s):
+        return multi_positive_info_nce(a, b, s, image_ids, text_ids, label_smoothing=smooth)
+
+    check(loss, loop, rows(3, 0), rows(6, 1))
+
+
 def test_without_a_repeated_id_it_is_info_nce():
     a, b, scale = rows(6, 0), rows(6, 1), torch.tensor(SCALE, dtype=torch.float64)
     came = multi_positive_info_nce(a, b, scale, torch.randperm(6))
@@ -99,7 +122,9 @@ def test_soft_targets_sum_to_one_and_need_a_positive():
     assert found.tolist() == [[0.5, 0.5, 0, 0], [0, 0, 1, 0], [0.5, 0.5, 0, 0]]
     with pytest.raises(ValueError, match="1 of 2 rows have no positive: every image needs a text"):
         soft_targets(torch.tensor([1, 4]), torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match=r"expected text features \(n, d\) with one id a row, got \(4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"expected text features \(n, d\) with ids \(n,\) or \(n, r\), got \(4, 5\)"
+    ):
         multi_positive_info_nce(rows(4, 0), rows(4, 1), torch.tensor(1.0), torch.arange(4), torch.arange(3))
 
 

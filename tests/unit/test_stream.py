@@ -481,6 +481,26 @@ def test_a_manifest_that_is_not_ours_is_ignored(tmp_path):
         assert key_stream(shards, batch_size=2).samples == 3
 
 
+def test_several_captions_of_a_picture_are_drawn_without_replacement(tmp_path, make_picture):
+    with ShardWriter(tmp_path / "shards") as writer:
+        writer.write(Sample("a", make_picture(seed=0), "jpg", ["a0", "a1", "a2"]))
+        writer.write(Sample("b", make_picture(seed=1), "jpg", ["b0"]))
+    options = {"transform": TrainTransform(16), "tokenize": tokenize, "batch_size": 2, "seed": 1}
+    stream = pair_stream(str(tmp_path / "shards"), captions_per_image=2, **options)
+    drawn = set()
+    for epoch in range(20):
+        (batch,) = list(stream.epoch(epoch))
+        assert batch["tokens"].shape[:2] == (2, 2)
+        assert torch.equal(batch["tokens"].flatten(0, 1), tokenize(batch["texts"]))
+        pairs = {texts[0][0]: texts for texts in (batch["texts"][:2], batch["texts"][2:])}
+        assert pairs["b"] == ["b0", "b0"]
+        drawn.add(tuple(pairs["a"]))
+    assert drawn == {(x, y) for x in ("a0", "a1", "a2") for y in ("a0", "a1", "a2") if x != y}
+    for wrong in ({"captions_per_image": 2, "captions": "first"}, {"captions_per_image": 0}):
+        with pytest.raises(ValueError, match="expected 1, or more with 'random'"):
+            pair_stream(str(tmp_path / "shards"), **options, **wrong)
+
+
 def test_words_are_left_out_at_random_but_never_all_of_them():
     words = [str(number) for number in range(1000)]
     kept = drop_words(" ".join(words), 0.3, np.random.default_rng(0)).split()
