@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pydantic import TypeAdapter
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
@@ -29,17 +27,15 @@ from finetune.recipe import (
     Task,
     VqaTask,
 )
+from finetune.saved import TaskModel, opened
 from finetune.text import IGNORED, require_end_and_pad, token_ids
-from pairstream.atomic import new_folder, write_text
-from pretrain.checkpoint import complete_checkpoints, save_tensors
+from pretrain.checkpoint import save_tensors
 from pretrain.encoder import Encoder, load_encoder
 
-TASK = "task.json"
-FORMAT = 1
 Picture = Image.Image | bytes | Tensor
 
 
-class VisionLanguageModel(nn.Module):
+class VisionLanguageModel(TaskModel):
     """Writes captions or answers, given a picture and a prompt.
 
     The sequence is `[image tokens][prompt][answer][end]`. Each picture is encoded once, however many texts there are
@@ -314,21 +310,8 @@ class VisionLanguageModel(nn.Module):
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the model as one folder that `load_task_model` opens offline.
-
-        Raises:
-            OSError: The disk is full or not writable; what was there before is untouched.
-        """
-        folder = Path(folder)
-        with new_folder(folder) as temporary:
-            self.write_into(temporary, final=folder)
-        return folder
-
-    def write_into(self, folder: Path, *, final: Path) -> None:
-        """Write all parts into an existing folder that will be known as `final`."""
-        (folder / "encoder").mkdir()
-        self.encoder.write_into(folder / "encoder", final=final / "encoder")
+    def write_parts(self, folder: Path) -> dict[str, Any]:
+        """Connector, language model and tokenizer."""
         state = {
             name: value.detach().cpu().contiguous() for name, value in self.connector.state_dict().items()
         }
@@ -336,13 +319,11 @@ class VisionLanguageModel(nn.Module):
         with no_bars():
             self.language_model.save_pretrained(folder / "language_model")
         self.tokenizer.save_pretrained(folder / "tokenizer")
-        content = {
-            "format": FORMAT,
+        return {
             "task": self.task.model_dump(),
             "decoding": self.decoding.model_dump(),
             "connector": self.connector_config.model_dump(),
         }
-        write_text(folder / TASK, json.dumps(content, indent=2) + "\n")
 
 
 def build_task_model(
@@ -413,27 +394,11 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def task_folder(folder: str | Path) -> Path:
-    """The task model that a folder means: itself, or the newest checkpoint of a run folder.
-
-    Raises:
-        FileNotFoundError: None is there.
-    """
-    folder = Path(folder).expanduser()
-    checkpoints = complete_checkpoints(folder / "checkpoints") if folder.is_dir() else []
-    for candidate in (folder, *(checkpoint / "model" for checkpoint in checkpoints)):
-        if (candidate / TASK).is_file():
-            return candidate
-    raise FileNotFoundError(
-        f"no task model in {folder}: expected {TASK} there, or a run folder of `finetune`"
-    )
-
-
 def load_task_model(folder: str | Path, *, device: str = "auto") -> VisionLanguageModel:
     """Open a saved captioner or VQA model; nothing is downloaded.
 
     Args:
-        folder: What `VisionLanguageModel.save` wrote, or a run folder of `pairstream finetune`.
+        folder: What `TaskModel.save` wrote, or a run folder of `pairstream finetune`.
         device: A torch device, or `auto`.
 
     Returns:
@@ -443,22 +408,14 @@ def load_task_model(folder: str | Path, *, device: str = "auto") -> VisionLangua
         FileNotFoundError: No task model is there.
         ValueError: A part is damaged or of another version.
     """
-    folder = task_folder(folder)
-    try:
-        content = json.loads((folder / TASK).read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+    with opened(folder) as (place, content):
         connector = TypeAdapter(Connector).validate_python(content["connector"])
         task = TypeAdapter(Task).validate_python(content["task"])
         decoding = Decoding(**content["decoding"])
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        language_model = AutoModelForCausalLM.from_pretrained(
-            folder / "language_model", local_files_only=True
-        )
-        state = load_file(folder / "connector.safetensors")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder}: a part of this task model is damaged or missing: {error}") from error
-    encoder = load_encoder(folder / "encoder", device=device)
+        tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer", local_files_only=True)
+        language_model = AutoModelForCausalLM.from_pretrained(place / "language_model", local_files_only=True)
+        state = load_file(place / "connector.safetensors")
+    encoder = load_encoder(place / "encoder", device=device)
     model = VisionLanguageModel(encoder, connector, language_model, tokenizer, task, decoding)
     model.connector.load_state_dict(state)
     return model.eval()

@@ -69,7 +69,7 @@ def predict(
         max_faults: Share of unusable pictures past which the work stops; each is left out and counted.
         overwrite: Begin anew, whatever --out holds.
     """
-    from finetune.model import task_folder
+    from finetune.saved import task_folder
 
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected at least 1")

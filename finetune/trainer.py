@@ -22,7 +22,6 @@ from finetune.model import (
     load_task_model,
     pretrained_language_model,
     small_language_model,
-    task_folder,
 )
 from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLanguageModel
 from finetune.report import write_report
@@ -36,6 +35,7 @@ from finetune.samples import (
     TrainCollate,
     TrainLoad,
 )
+from finetune.saved import task_folder
 from finetune.tasks import Row, make_task
 from finetune.text import IGNORED, train_tokenizer, wrap_tokenizer
 from pairstream.atomic import write_text

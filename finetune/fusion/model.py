@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.fusion.heads import build_head
 from finetune.fusion.recipe import ClassifyTask, Pooled
-from pairstream.atomic import new_folder, write_text
+from finetune.saved import TASK, TaskModel, opened
 from pretrain.checkpoint import save_tensors
 from pretrain.encoder import Encoder, load_encoder
 
-TASK = "task.json"
 WEIGHTS = "fusion.safetensors"
-FORMAT = 1
 IGNORED = -100  # the label of a sample that has none
 Picture = Image.Image | bytes | Tensor
 
 
-class FusionClassifier(nn.Module):
+class FusionClassifier(TaskModel):
     """Labels a picture and its text; either may be missing.
 
     Pooled heads take the encoder's two embeddings (one vector each); the others the towers' last tokens. A missing
@@ -232,24 +228,10 @@ class FusionClassifier(nn.Module):
             if not name.startswith("towers.")
         }
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the model as one folder that `load_classifier` opens offline.
-
-        Raises:
-            OSError: The disk is full or not writable; what was there before is untouched.
-        """
-        folder = Path(folder)
-        with new_folder(folder) as temporary:
-            self.write_into(temporary, final=folder)
-        return folder
-
-    def write_into(self, folder: Path, *, final: Path) -> None:
-        """Write all parts into an existing folder that will be known as `final`."""
-        (folder / "encoder").mkdir()
-        self.encoder.write_into(folder / "encoder", final=final / "encoder")
+    def write_parts(self, folder: Path) -> dict[str, Any]:
+        """Head, output and learnt vectors."""
         save_tensors(self.own_state(), folder / WEIGHTS)
-        content = {"format": FORMAT, "task": self.task.model_dump(), "labels": self.labels}
-        write_text(folder / TASK, json.dumps(content, indent=2) + "\n")
+        return {"task": self.task.model_dump(), "labels": self.labels}
 
 
 def load_classifier(
@@ -258,7 +240,7 @@ def load_classifier(
     """Open a saved classifier; nothing is downloaded.
 
     Args:
-        folder: What `FusionClassifier.save` wrote, or a run folder of `pairstream finetune`.
+        folder: What `TaskModel.save` wrote, or a run folder of `pairstream finetune`.
         device: A torch device, or `auto`.
         freeze_image_tower: For a model that goes on training.
 
@@ -269,27 +251,19 @@ def load_classifier(
         FileNotFoundError: No task model is there.
         ValueError: It is no classifier, or a part is damaged or of another version.
     """
-    from finetune.model import task_folder
-
-    folder = task_folder(folder)
-    try:
-        content: dict[str, Any] = json.loads((folder / TASK).read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+    with opened(folder) as (place, content):
         if content["task"]["kind"] != "classify":
             raise ValueError(f"a model for {content['task']['kind']}, not for classify")
         task, labels = ClassifyTask.model_validate(content["task"]), content["labels"]
-        state = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder}: a part of this task model is damaged or missing: {error}") from error
+        state = load_file(place / WEIGHTS)
     model = FusionClassifier(
-        load_encoder(folder / "encoder", device=device), task, labels, freeze_image_tower=freeze_image_tower
+        load_encoder(place / "encoder", device=device), task, labels, freeze_image_tower=freeze_image_tower
     )
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{folder}: {WEIGHTS} does not fit {TASK}: {error}") from error
+        raise ValueError(f"{place}: {WEIGHTS} does not fit {TASK}: {error}") from error
     absent = [name for name in missing if not name.startswith("towers.")]
     if absent or unexpected:
-        raise ValueError(f"{folder}: {WEIGHTS} does not fit {TASK}: {absent or unexpected}")
+        raise ValueError(f"{place}: {WEIGHTS} does not fit {TASK}: {absent or unexpected}")
     return model.eval()

@@ -1,0 +1,84 @@
+"""A task model on disk: one folder with the encoder, the weights on top of it, and task.json, which describes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from pairstream.atomic import new_folder, write_text
+from pretrain.checkpoint import complete_checkpoints
+from pretrain.encoder import Encoder
+
+TASK = "task.json"
+FORMAT = 1
+
+
+class TaskModel(nn.Module):
+    """What all models over an encoder have in common: the folder they are saved as."""
+
+    encoder: Encoder
+
+    def write_parts(self, folder: Path) -> dict[str, Any]:
+        """Write everything but the encoder into a folder; returns what task.json says of it."""
+        raise NotImplementedError
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model as one folder that opens offline.
+
+        Raises:
+            OSError: The disk is full or not writable; what was there before is untouched.
+        """
+        folder = Path(folder)
+        with new_folder(folder) as temporary:
+            self.write_into(temporary, final=folder)
+        return folder
+
+    def write_into(self, folder: Path, *, final: Path) -> None:
+        """Write all parts into an existing folder that will be known as `final`."""
+        (folder / "encoder").mkdir()
+        self.encoder.write_into(folder / "encoder", final=final / "encoder")
+        content = {"format": FORMAT, **self.write_parts(folder)}
+        write_text(folder / TASK, json.dumps(content, indent=2) + "\n")
+
+
+def task_folder(folder: str | Path) -> Path:
+    """The task model that a folder means: itself, or the newest checkpoint of a run folder.
+
+    Raises:
+        FileNotFoundError: None is there.
+    """
+    folder = Path(folder).expanduser()
+    checkpoints = complete_checkpoints(folder / "checkpoints") if folder.is_dir() else []
+    for candidate in (folder, *(checkpoint / "model" for checkpoint in checkpoints)):
+        if (candidate / TASK).is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"no task model in {folder}: expected {TASK} there, or a run folder of `finetune`"
+    )
+
+
+@contextmanager
+def opened(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A task model's folder and what its task.json says, for a block that reads the other parts.
+
+    Args:
+        folder: What `TaskModel.save` wrote, or a run folder of `finetune`.
+
+    Raises:
+        FileNotFoundError: No task model is there.
+        ValueError: What the block reads is missing, damaged or of another version.
+    """
+    folder = task_folder(folder)
+    try:
+        content = json.loads((folder / TASK).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+        yield folder, content
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{folder}: a part of this task model is damaged or missing: {error}") from error
