@@ -20,6 +20,10 @@ from data.faults import Fault, FaultRecord
 BLOCK = 512
 SPAN = 8 * BLOCK  # bytes of one read while scanning
 REGULAR = (b"0", b"\0", b"7")  # the last one is "contiguous", which is read as regular everywhere
+# A header as nearly all writers make it, of a regular file without a folder: key, extension, size, checksum.
+PLAIN = re.compile(
+    rb"(?=([^\0./_][^\0./]*)\.([^\0/]*)\0).{124}([0-7]{11})[\0 ].{12}([0-7]{6})\0 0.{188}\0.{166}", re.DOTALL
+)
 META = re.compile(rb"__[^/]*__($|/)")  # webdataset's own notes about a shard
 
 
@@ -45,6 +49,8 @@ class ShardIndex:
         sizes: Bytes of each file; int64 (files,).
         names: The extensions that occur, lower case.
         faults: What the scan found wrong.
+        bytes: Size of the shard.
+        tag: Version of a fetched shard's source (its ETag or time); empty for a local one.
     """
 
     path: str
@@ -56,6 +62,8 @@ class ShardIndex:
     sizes: np.ndarray
     names: tuple[str, ...]
     faults: tuple[FaultRecord, ...] = ()
+    bytes: int = 0
+    tag: str = ""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -78,45 +86,44 @@ class _Building:
     def __init__(self) -> None:
         self.numbers: dict[bytes, int] = {}  # key -> number of its sample
         self.codes: dict[bytes, int] = {}  # extension -> its code
-        self.files: tuple[list[int], ...] = ([], [], [], [])  # sample, extension, offset, size of each
+        self.files: list[int] = []  # sample, extension, offset and size of the first file, of the second, ...
 
-    def add(self, name: bytes, offset: int, size: int) -> None:
-        key, extension = split_name(name)
-        if not key:
-            return
-        samples, extensions, offsets, sizes = self.files
-        samples.append(self.numbers.setdefault(key, len(self.numbers)))
-        extensions.append(self.codes.setdefault(extension, len(self.codes)))
-        offsets.append(offset)
-        sizes.append(size)
+    def add(self, key: bytes, extension: bytes, offset: int, size: int) -> None:
+        sample = self.numbers.setdefault(key, len(self.numbers))
+        code = self.codes.setdefault(extension.lower(), len(self.codes))
+        self.files += (sample, code, offset, size)
 
     def drop_incomplete(self, cut_inside: bytes | None) -> None:
         """Forget the last sample when the cut took a part of it."""
-        samples = self.files[0]
+        samples = self.files[::4]
         if cut_inside is not None:
             dropped = self.numbers.get(split_name(cut_inside)[0])
         else:
             # The cut fell between two files. A last sample with fewer files than the first one has lost some.
-            dropped = samples[-1] if len(self.numbers) > 1 and samples.count(samples[-1]) < samples.count(0) else None
+            fewer = len(self.numbers) > 1 and samples.count(samples[-1]) < samples.count(0)
+            dropped = samples[-1] if fewer else None
         if dropped is None:
             return
         keys = [key for key, number in self.numbers.items() if number != dropped]
         self.numbers = {key: number for number, key in enumerate(keys)}
-        rows = [row for row in zip(*self.files, strict=True) if row[0] != dropped]
-        self.files = tuple(map(list, zip(*rows, strict=True))) if rows else ([], [], [], [])
-        self.files[0][:] = [number - (number > dropped) for number in self.files[0]]
+        rows = zip(samples, self.files[1::4], self.files[2::4], self.files[3::4], strict=True)
+        kept = [(row[0] - (row[0] > dropped), *row[1:]) for row in rows if row[0] != dropped]
+        self.files = [number for row in kept for number in row]
 
 
 def split_name(name: bytes) -> tuple[bytes, bytes]:
-    """A member's key, up to the first dot of its last part, and its extension in lower case.
+    """A member's key, up to the first dot of its last part, and its extension.
 
     Both are empty for what is no file of a sample: no dot, a hidden file, or webdataset's notes about a shard.
     """
-    folder, slash, base = name.rpartition(b"/")
-    stem, dot, extension = base.partition(b".")
+    stem, dot, extension = name.partition(b".")
+    if b"/" in name:
+        folder, slash, base = name.rpartition(b"/")
+        last, dot, extension = base.partition(b".")
+        stem = last and folder + slash + last
     if not stem or not dot or (name.startswith(b"__") and META.match(name)):
         return b"", b""
-    return folder + slash + stem, extension.lower()
+    return stem, extension
 
 
 def scan_shard(path: str | Path, name: str | None = None, expected: int | None = None) -> ShardIndex:
@@ -142,8 +149,9 @@ def scan_shard(path: str | Path, name: str | None = None, expected: int | None =
     promised = "" if expected is None else f" of the {expected} that the manifest promises"
     with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - unbuffered
         descriptor = file.fileno()
+        size = os.fstat(descriptor).st_size
         try:
-            _scan(descriptor, os.fstat(descriptor).st_size, found)
+            _scan(descriptor, size, found)
         except TruncatedError as error:
             found.drop_incomplete(cut_inside=error.args[1])
             whole = len(found.numbers)
@@ -159,10 +167,11 @@ def scan_shard(path: str | Path, name: str | None = None, expected: int | None =
             if expected is not None and expected > len(found.numbers):
                 detail = f"holds {len(found.numbers)} samples{promised}"
                 faults.append(FaultRecord("bad_shard", name, "", detail, count=expected - len(found.numbers)))
-    return _pack(str(path), name, found, faults)
+    return _pack(str(path), name, found, faults, size)
 
 
 def _scan(descriptor: int, size: int, found: _Building) -> None:
+    add = found.add
     position = base = 0
     buffer = b""
     longname: bytes | None = None
@@ -179,6 +188,13 @@ def _scan(descriptor: int, size: int, found: _Building) -> None:
                     "is empty" if not header else f"not a tar: {size} bytes, less than one header"
                 )
             raise TruncatedError(f"ends at byte {size} without the end-of-archive mark", None)
+        plain = None if pax or longname else PLAIN.match(header)
+        if plain is not None and _sum_is(int(plain[4], 8), header):
+            length, content = int(plain[3], 8), position + BLOCK
+            if content + length <= size:  # nearly all files take this way, at half the time of the other
+                add(plain[1], plain[2], content, length)
+                position = content + -(-length // BLOCK) * BLOCK
+                continue
         if not header[0] and header.count(0) == BLOCK:
             return
         _verify(header, position)
@@ -204,17 +220,24 @@ def _scan(descriptor: int, size: int, found: _Building) -> None:
                 if content + length > size:
                     told = member.decode("utf-8", "backslashreplace")
                     raise TruncatedError(f"ends at byte {size} inside {told!r}", member)
-                found.add(member, content, length)
+                key, extension = split_name(member)
+                if key:
+                    found.add(key, extension, content, length)
             elif kind not in REGULAR:
                 following = content if kind in b"123456" and kind else following  # these carry no content
         position = following
 
 
+def _sum_is(stored: int, header: bytes) -> bool:
+    """Whether a header has this checksum: the sum of all its bytes, with spaces in the checksum's own place.
+
+    The lower half of Adler-32 is 1 plus the sum modulo 65,521, and zlib has it ten times as fast as Python adds.
+    """
+    return (stored - 8 * 32 + sum(header[148:156]) + 1) % 65521 == zlib.adler32(header) & 0xFFFF
+
+
 def _verify(header: bytes, position: int) -> None:
-    stored = _number(header[148:156], position)
-    # The checksum is the sum of all bytes, with spaces in its own place; so is the lower half of Adler-32, plus one
-    # and modulo 65,521, which zlib has ten times as fast as Python adds.
-    if (stored + 1) % 65521 != zlib.adler32(header[:148] + b" " * 8 + header[156:]) & 0xFFFF:
+    if not _sum_is(_number(header[148:156], position), header):
         if position:
             raise BadTarError(f"damaged header at byte {position}")
         kinds = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK": "zip"}
@@ -257,9 +280,9 @@ def _pax(text: bytes, position: int) -> dict[str, bytes]:
     return records
 
 
-def _pack(path: str, name: str, found: _Building, faults: list[FaultRecord]) -> ShardIndex:
+def _pack(path: str, name: str, found: _Building, faults: list[FaultRecord], size: int) -> ShardIndex:
     keys, extensions = list(found.numbers), list(found.codes)
-    samples, codes, offsets, sizes = (np.array(column, dtype=np.int64) for column in found.files)
+    samples, codes, offsets, sizes = np.array(found.files, dtype=np.int64).reshape(-1, 4).T
     _, first = np.unique(samples * max(len(extensions), 1) + codes, return_index=True)
     again = np.setdiff1d(np.arange(len(samples)), first)
     for sample, code in {int(samples[file]): int(codes[file]) for file in again}.items():
@@ -279,6 +302,7 @@ def _pack(path: str, name: str, found: _Building, faults: list[FaultRecord]) -> 
         sizes=sizes[kept],
         names=tuple(extension.decode("utf-8", "backslashreplace") for extension in extensions),
         faults=tuple(faults),
+        bytes=size,
     )
 
 
