@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import logging
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from data.index import SUFFIX, cache_home
+from data.tar import ShardIndex
 from pairstream.atomic import TEMPORARY, aside, fsync_path
 
 logger = logging.getLogger(__name__)
@@ -98,6 +100,25 @@ class ShardCache:
                     return path, self.fetch(name, path)
         return path, ""
 
+    def locate(self, index: ShardIndex) -> str:
+        """The local path of an indexed shard, for `data.tar.ShardReader`.
+
+        Raises:
+            FetchError: It cannot be had, or is another than the one that was indexed.
+        """
+        try:
+            path, tag = self.local(index.name)
+        except FileNotFoundError as error:
+            raise FetchError(str(error)) from error
+        # The tag is there only when the shard was fetched just now.
+        if tag and (path.stat().st_size != index.bytes or tag != (index.tag or tag)):
+            Path(index.path + SUFFIX).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise FetchError(
+                "is another at its source than when it was indexed; the next start takes the new one"
+            )
+        return str(path)
+
     def use(self, path: Path) -> bool:
         """Note that a shard is read now; False when it is not there."""
         try:
@@ -109,7 +130,9 @@ class ShardCache:
     def fetch(self, name: str, path: Path) -> str:
         """Bring a shard into the cache; returns its source's version."""
         require_scheme(name)
-        for left in self.folder.glob(f"{TEMPORARY}{path.name}-*"):  # of a process that was killed: the lock is ours
+        for left in self.folder.glob(
+            f"{TEMPORARY}{path.name}-*"
+        ):  # of a process that was killed: the lock is ours
             left.unlink(missing_ok=True)
         temporary = aside(path)
         try:
@@ -140,6 +163,8 @@ class ShardCache:
             except TooLargeError:
                 raise
             except Exception as error:  # whatever a file system or its network library raises
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    raise
                 failures = 1 if file.tell() > before else failures + 1
                 reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
                 hopeless = (
@@ -181,6 +206,10 @@ class ShardCache:
                     total -= taken
 
 
+class FetchError(OSError):
+    """A shard cannot be had, and asking again at once is of no use."""
+
+
 class TooLargeError(ValueError):
     """A shard is larger than the whole cache may be."""
 
@@ -200,7 +229,9 @@ class Ranges:
         if self.name.startswith(("http://", "https://")):
             from aiohttp import ClientTimeout
 
-            options["client_kwargs"] = {"timeout": ClientTimeout(total=None, connect=TIMEOUT, sock_read=TIMEOUT)}
+            options["client_kwargs"] = {
+                "timeout": ClientTimeout(total=None, connect=TIMEOUT, sock_read=TIMEOUT)
+            }
         # A fresh one: file systems are not made to be used after a fork.
         self.system, self.path = fsspec.core.url_to_fs(self.name, use_listings_cache=False, **options)
         info = self.system.info(self.path)

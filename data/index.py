@@ -150,7 +150,9 @@ def unpack(head: dict[str, Any], body: bytes, path: Path, name: str) -> ShardInd
         first += arrays[-1].nbytes
     starts, offsets, sizes, extensions, keys = arrays
     size, tag, _ = head["stamp"]
-    faults = tuple(FaultRecord(cause, name, key, detail, count) for cause, key, detail, count in head["faults"])
+    faults = tuple(
+        FaultRecord(cause, name, key, detail, count) for cause, key, detail, count in head["faults"]
+    )
     return ShardIndex(
         path=str(path),
         name=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -44,14 +45,20 @@ class RawSample:
     record: dict[str, Any] = field(default_factory=dict)
     text: str | None = None
 
-    def captions(self) -> list[str]:
+    def captions(self, key: str | None = None) -> list[str]:
         """The texts of the picture: `captions` of the JSON, else its `caption`, else `KEY.txt`; blanks left
         out.
+
+        Args:
+            key: Another JSON key to take them from, instead.
 
         Raises:
             Fault: `bad_json` when the JSON's captions are not text.
         """
-        captions = self.record.get("captions") or self.record.get("caption") or self.text or []
+        if key is None:
+            captions = self.record.get("captions") or self.record.get("caption") or self.text or []
+        else:
+            captions = self.record.get(key) or []
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise Fault("bad_json", f"captions should be a list of texts, got {captions!r}"[:200])
@@ -97,7 +104,11 @@ def read_sample(index: ShardIndex, sample: int, number: int, reader: ShardReader
 
 
 def index_shards(
-    shards: Shards, *, cache_dir: str | Path | None = None, cache: ShardCache | None = None, tolerant: bool = False
+    shards: Shards,
+    *,
+    cache_dir: str | Path | None = None,
+    cache: ShardCache | None = None,
+    tolerant: bool = False,
 ) -> list[ShardIndex]:
     """Index all shards of a specification, fetching those that come from elsewhere and have no index yet.
 
@@ -115,20 +126,26 @@ def index_shards(
     """
     names = expand_shards(shards)
     cache = cache or ShardCache(Path(cache_dir or cache_folder()))
-    promises = {folder: read_manifest(folder / MANIFEST) for folder in {cache.path(name).parent for name in names}}
+    promises = {
+        folder: read_manifest(folder / MANIFEST) for folder in {cache.path(name).parent for name in names}
+    }
 
     def look(name: str) -> ShardIndex | FaultRecord:
         path = cache.path(name)
         promised = promises[path.parent].get(path.name, {}).get("samples")
         expected = promised if isinstance(promised, int) else None
         try:
-            known = fetched_index(path, name, expected) if is_remote(name) else None
+            known = (
+                fetched_index(path, name, expected)
+                if is_remote(name) and (tolerant or path.is_file())
+                else None
+            )
             if known is not None:
                 return known
             path, tag = cache.local(name)
             return index_shard(path, name, expected, tag=tag)
         except OSError as error:
-            if not tolerant:
+            if not tolerant or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             return FaultRecord("unreadable_shard", name, "", str(error), expected or 0)
 
@@ -140,7 +157,9 @@ def index_shards(
     sizes = [len(index) for index in found if isinstance(index, ShardIndex)]
     usual = max(1, round(sum(sizes) / len(sizes))) if sizes else 1
     return [
-        index if isinstance(index, ShardIndex) else empty_index(replace(index, count=index.count or usual), cache)
+        index
+        if isinstance(index, ShardIndex)
+        else empty_index(replace(index, count=index.count or usual), cache)
         for index in found
     ]
 

@@ -10,6 +10,7 @@ import os
 import re
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -264,7 +265,9 @@ def _decimal(text: bytes, position: int) -> int:
 
 def _name(header: bytes) -> bytes:
     name = header[:100].split(b"\0", 1)[0]
-    if header[345] and header[257:263] == b"ustar\0":  # GNU's own format keeps other things in the prefix field
+    if (
+        header[345] and header[257:263] == b"ustar\0"
+    ):  # GNU's own format keeps other things in the prefix field
         return header[345:500].split(b"\0", 1)[0] + b"/" + name
     return name
 
@@ -306,39 +309,66 @@ def _pack(path: str, name: str, found: _Building, faults: list[FaultRecord], siz
     )
 
 
+def lies_there(index: ShardIndex) -> str:
+    """The path of a shard that needs no fetching."""
+    return index.path
+
+
 class ShardReader:
     """Reads files out of indexed shards and keeps the descriptors of the last few shards open.
 
     Args:
         capacity: Shards that stay open.
+        locate: Gives the path of a shard that is to be opened, fetching it where needed.
     """
 
-    def __init__(self, capacity: int = 32):
-        self.capacity = capacity
+    def __init__(self, capacity: int = 32, locate: Callable[[ShardIndex], str] = lies_there):
+        self.capacity, self.locate = capacity, locate
         self.open: OrderedDict[str, int] = OrderedDict()
+        self.failed: dict[str, str] = {}  # what could not be had is not asked for again, sample by sample
 
     def read(self, index: ShardIndex, offset: int, size: int) -> bytes:
         """Content of one file.
 
         Raises:
-            Fault: `truncated_tar` when the shard became shorter since it was indexed, `bad_shard` when it is
-                gone.
+            Fault: `truncated_tar` when the shard became shorter since it was indexed, `unreadable_shard` when it
+                is gone or the disk fails.
         """
-        descriptor = self.open.get(index.path)
+        descriptor = self.open.get(index.name)
         if descriptor is None:
-            try:
-                descriptor = os.open(index.path, os.O_RDONLY)
-            except OSError as error:
-                raise Fault("bad_shard", f"cannot be opened any more: {error}") from error
-            self.open[index.path] = descriptor
-            if len(self.open) > self.capacity:
-                os.close(self.open.popitem(last=False)[1])
+            descriptor = self.open_shard(index)
         else:
-            self.open.move_to_end(index.path)
-        content = os.pread(descriptor, size, offset)
+            self.open.move_to_end(index.name)
+        try:
+            content = os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise Fault("unreadable_shard", f"cannot be read: {error}") from error
         if len(content) < size:
             raise Fault("truncated_tar", "the shard is shorter now than when it was indexed")
         return content
+
+    def open_shard(self, index: ShardIndex) -> int:
+        """A descriptor of a shard that is not open yet."""
+        if index.name in self.failed:
+            raise Fault("unreadable_shard", self.failed[index.name])
+        for attempt in range(3):
+            try:
+                descriptor = os.open(self.locate(index), os.O_RDONLY)
+                break
+            except FileNotFoundError as error:
+                # Between locating and opening, a shard may have to make room for another one.
+                if attempt == 2 or index.path == index.name:
+                    raise self._fail(index, error) from error
+            except OSError as error:
+                raise self._fail(index, error) from error
+        self.open[index.name] = descriptor
+        if len(self.open) > self.capacity:
+            os.close(self.open.popitem(last=False)[1])
+        return descriptor
+
+    def _fail(self, index: ShardIndex, error: Exception) -> Fault:
+        self.failed[index.name] = f"cannot be opened any more: {error}"
+        return Fault("unreadable_shard", self.failed[index.name])
 
     def close(self) -> None:
         while self.open:

@@ -465,8 +465,8 @@ def test_impossible_ranges_and_captions(tmp_path, pairs):
         with pytest.raises(ValueError, match=f"expected 0 <= start <= stop, got start={start}, stop={stop}"):
             stream.iterate(start, stop)
     assert list(stream.iterate(2, 2)) == []
-    with pytest.raises(ValueError, match="captions 'longest': expected one of random, first, all"):
-        pair_stream(pairs, transform=EvalTransform(8), tokenize=tokenize, batch_size=2, captions="longest")
+    with pytest.raises(ValueError, match="captions 'latest': expected one of random, first, longest, all"):
+        pair_stream(pairs, transform=EvalTransform(8), tokenize=tokenize, batch_size=2, captions="latest")
 
 
 def test_no_shards():
