@@ -13,6 +13,7 @@ import os
 import time
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def index_shard(
         index = read_index(file, path, name, stamp)
         if index is not None:
             return index
-    index = scan_shard(path, name, expected)
+    index = replace(scan_shard(path, name, expected), tag=tag or "")
     if tag is not None or not 0 <= time.time() - found.st_mtime < YOUNG:
         keep_index(index, path, stamp)
     return index

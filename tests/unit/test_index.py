@@ -132,7 +132,7 @@ def test_a_damaged_index_is_made_anew(shard, scans, damage):
 
 def test_the_index_of_a_fetched_shard_outlives_it(shard):
     index = index_shard(shard, "http://host/a.tar", tag="v1")
-    assert index.tag == ""  # a scan does not know it
+    assert index.tag == "v1"
     shard.unlink()
     found = fetched_index(shard, "http://host/a.tar", None)
     assert (len(found), found.tag, found.bytes) == (5, "v1", index.bytes)

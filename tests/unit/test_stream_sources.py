@@ -56,11 +56,17 @@ def plain(batch):
 def whole(ranks: list[list]) -> list:
     """Global batches from the batches of each rank."""
     return [
-        (parts[0].step, sum((part.keys for part in parts), []), sum((part["draws"] for part in parts), []))
+        (
+            parts[0].step,
+            [key for part in parts for key in part.keys],
+            [x for part in parts for x in part["draws"]],
+        )
         for parts in zip(*ranks, strict=True)
     ]
 
 
+# On a machine of fewer cores torch says so.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize("mix", ["samples", "batches"])
 def test_the_same_global_batches_for_any_workers_ranks_and_stops(sources, mix):
     one = stream_of(sources, mix=mix)
@@ -101,13 +107,7 @@ def test_sources_of_rows_and_the_size_of_the_state(sources, tmp_path):
     assert batch.sources.dtype == torch.int64
     assert batch.sources.bincount().tolist() == [6, 2]
     assert stream.mixture.epochs_seen(7) == {"a": 42 / 21, "b": 14 / 11}
-    many = (
-        stream_of([Source(write_keys(tmp_path / "c", [3] * 40)), sources[1]], temperature=1)
-        if False
-        else None
-    )
     one = PairStream(write_keys(tmp_path / "c", [3] * 40), load_key, collate_keys, batch_size=4)
-    assert many is None
     assert abs(len(json.dumps(one.state_dict())) - len(json.dumps(stream.state_dict()))) < 50
 
 
