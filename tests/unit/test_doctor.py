@@ -97,7 +97,7 @@ def test_exit_code_text_and_json(sick, tmp_path, make_picture, capsys):
         writer.write(Sample("a", make_picture(0), "jpg", ["a text"]))
     assert main(["doctor", str(tmp_path / "well")]) == 0
     assert "nothing found" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--json takes one file, got .*: put SHARDS before it"):
+    with pytest.raises(ValueError, match=r"--json takes one file, got .*: put SHARDS before it"):
         main(["doctor", str(sick), "--json", "a", "b"])
 
 
