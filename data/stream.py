@@ -75,7 +75,8 @@ class PairStream:
 
     A bad sample is left out and counted, which makes its batch shorter: ranks may hold batches of different
     length, and a rank may even hold none of the last batch of an epoch. `collate` must therefore accept an
-    empty list. A sample whose shard cannot be read any more counts as bad too, and one of the next shard stands in.
+    empty list. A sample whose shard cannot be read any more counts as bad too; when shuffling (for
+    training, that is), one of the next shard stands in.
 
     Args:
         shards: What `data.shards.expand_shards` takes: a folder, files, globs, braces, URLs, `pipe:` commands; or
@@ -285,7 +286,7 @@ class PairStream:
         columns = np.stack([mine.sources, mine.epochs, mine.numbers], axis=1)  # (rows, 3)
         for source, epoch, number in columns.tolist():
             row = self.make_row(source, epoch, number, reader, faults)
-            if row is None and faults[-1].cause == "unreadable_shard":
+            if row is None and self.window and faults[-1].cause == "unreadable_shard":
                 row = self.stand_in(step, source, epoch, number, reader)
             if row is not None:
                 rows.append(row[0])
