@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +54,40 @@ class Rows:
     sources: np.ndarray
     epochs: np.ndarray
     numbers: np.ndarray
+
+
+def as_sources(shards: str | Path | Iterable[str | Path | Source]) -> list[Source]:
+    """A specification as sources with distinct names; shards alone are one source.
+
+    Raises:
+        ValueError: Shards and sources together, or two sources of one name.
+    """
+    if isinstance(shards, str | Path):
+        return [Source(shards, name=str(shards))]
+    words = list(shards)
+    sources = [word for word in words if isinstance(word, Source)]
+    if not sources:
+        return [
+            Source(
+                [word for word in words if not isinstance(word, Source)], name=str(words[0]) if words else ""
+            )
+        ]
+    if len(sources) < len(words):
+        raise ValueError(
+            "a mixture is a list of sources, got sources and bare shards together: make each a source"
+        )
+    named = [
+        replace(
+            source,
+            name=source.name
+            or str(source.shards if isinstance(source.shards, str | Path) else source.shards[0]),
+        )
+        for source in sources
+    ]
+    names = [source.name for source in named]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the sources of a mixture need different names, got {', '.join(names)}")
+    return named
 
 
 def quotas(total: int, weights: Sequence[int]) -> list[int]:

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data.ahead import Ahead
 from data.faults import Fault, FaultLog, FaultRecord
-from data.fetch import ShardCache, cache_folder
-from data.mixture import Mix, Mixture, Rows, Source, whole_weights
+from data.fetch import ShardCache, cache_folder, is_remote
+from data.mixture import Mix, Mixture, Rows, Source, as_sources, whole_weights
 from data.order import WINDOW, EpochOrder, rank_slice, sample_rng, source_seed
 from data.pairs import CAPTIONS, PairCollate, PairLoad
 from data.samples import RawSample, Shards, index_shards, read_sample
@@ -175,6 +176,8 @@ class PairStream:
         self.bases = np.cumsum(
             [0, *(len(index) for index in self.indices)]
         )  # global index of each first sample
+        self.remote = any(is_remote(index.name) for index in self.indices)
+        self.lookahead = -(-self.window // self.global_batch) + 1  # batches; the next window's shards
         self.step = 0
 
     @property
@@ -233,6 +236,15 @@ class PairStream:
         """Shard and number within the shard of a global sample index."""
         shard = int(np.searchsorted(self.bases, number, side="right")) - 1
         return self.indices[shard], number - int(self.bases[shard])
+
+    def shards_of(self, step: int) -> list[int]:
+        """Numbers of the shards that global batch `step` reads from."""
+        numbers = self.mixture.rows(step, 0, self.global_batch).numbers
+        return np.unique(np.searchsorted(self.bases, numbers, side="right") - 1).tolist()
+
+    def fetch(self, shard: int) -> None:
+        """Bring a shard into the cache, by its number."""
+        self.cache.locate(self.indices[shard])
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from where `state_dict` would say that the stream is, without end."""
@@ -342,45 +354,17 @@ class _Steps(IterableDataset):
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         step = self.start + number
-        with ShardReader(locate=self.stream.cache.locate) as reader:
+        stream = self.stream
+        with ShardReader(locate=stream.cache.locate) as reader, Ahead(stream.fetch, number, count) as ahead:
             while self.stop is None or step < self.stop:
-                yield self.stream.make_batch(step, reader)
+                if stream.remote:
+                    ahead.ask(
+                        stream.shards_of(
+                            min(step + stream.lookahead, (self.stop or step + stream.lookahead + 1) - 1)
+                        )
+                    )
+                yield stream.make_batch(step, reader)
                 step += count
-
-
-def as_sources(shards: Shards | Sequence[Source]) -> list[Source]:
-    """A specification as sources with distinct names; shards alone are one source.
-
-    Raises:
-        ValueError: Shards and sources together, or two sources of one name.
-        TypeError: `shards` is neither.
-    """
-    if isinstance(shards, str | Path):
-        return [Source(shards, name=str(shards))]
-    words = list(shards)
-    sources = [word for word in words if isinstance(word, Source)]
-    if not sources:
-        return [
-            Source(
-                [word for word in words if not isinstance(word, Source)], name=str(words[0]) if words else ""
-            )
-        ]
-    if len(sources) < len(words):
-        raise ValueError(
-            "a mixture is a list of sources, got sources and bare shards together: make each a source"
-        )
-    named = [
-        replace(
-            source,
-            name=source.name
-            or str(source.shards if isinstance(source.shards, str | Path) else source.shards[0]),
-        )
-        for source in sources
-    ]
-    names = [source.name for source in named]
-    if len(set(names)) < len(names):
-        raise ValueError(f"the sources of a mixture need different names, got {', '.join(names)}")
-    return named
 
 
 def as_it_is(made: Any) -> Any:

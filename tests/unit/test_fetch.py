@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import fsspec
 import pytest
 
 import data.fetch as module
+from data.ahead import Ahead
 from data.fetch import ShardCache, cache_folder, local_shard
 from data.shards import Sample, ShardWriter
 from data.stream import PairStream
@@ -321,6 +323,38 @@ def test_a_shard_that_cannot_be_had_at_the_start_counts_against_the_budget(serve
         PairStream(urls, load, collate, **options)
     stream = PairStream(urls, load, collate, max_faults=0.4, **options)
     assert (stream.samples, stream.faults) == (10, {"unreadable_shard": 5})
+
+
+def test_shards_of_later_batches_are_fetched_before_their_turn(server, tmp_path):
+    urls = [f"{server.url}/{n}.tar" for n in range(6)]
+    stream = PairStream(urls, load, collate, batch_size=5, cache_dir=tmp_path, shuffle=False)
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    server.asked.clear()
+    batches = stream.iterate(0, 6)
+    next(batches)
+    for _ in range(500):  # the next shard comes while nobody asks for its batch
+        if "/1.tar" in server.paths:
+            break
+        time.sleep(0.02)
+    assert "/1.tar" in server.paths
+    assert stream.shards_of(1) == [1]
+    assert [batch.keys for batch in batches] == [list("01234")] * 5
+    assert server.paths == [f"/{n}.tar" for n in range(6)]  # each once
+
+
+def test_workers_share_what_is_fetched_ahead_and_failures_are_left_to_the_reader():
+    fetched = []
+
+    def fetch(shard: int) -> None:
+        fetched.append(shard)
+        raise FileNotFoundError(shard)
+
+    with Ahead(fetch, 1, 2) as ahead:
+        ahead.ask(range(6))
+        ahead.ask(range(3, 8))
+        ahead.pool.shutdown(wait=True)
+    assert sorted(fetched) == [1, 3, 5, 7]
 
 
 def test_local_paths_stay_and_the_cache_follows_xdg(monkeypatch, tmp_path):
