@@ -294,10 +294,10 @@ def test_a_shard_that_is_gone_at_its_source_is_counted(server, tmp_path, monkeyp
     urls = [f"{server.url}/{n}.tar" for n in range(4)]
     stream = PairStream(urls, load, collate, batch_size=5, cache_dir=tmp_path, shuffle=False, max_faults=0.3)
     stream.cache.path(urls[1]).unlink()  # dropped from the cache
-    server.script = [404]
+    server.script = [404, 404]
     batches = [batch.keys for batch in stream.epoch()]
     assert stream.faults == {"unreadable_shard": 5}
-    assert len(server.asked) == 5  # asked for once more, and not again for each sample
+    assert len(server.asked) == 6  # asked for ahead and when it was read, and not again for each sample
     assert batches == [list("01234"), [], list("01234"), list("01234")]
     assert [batch.indices.tolist() for batch in stream.iterate(5, 6)] == [[5, 6, 7, 8, 9]]  # it is back
 

@@ -105,7 +105,8 @@ def test_sources_that_a_recipe_cannot_have(train, words):
 def test_a_recipe_with_sources_and_the_command_line(tmp_path):
     path = tmp_path / "mix.yaml"
     path.write_text(
-        "run: r\nsteps: 9\nschedule: {warmup: 1}\ndata:\n  train:\n    - {shards: a, weight: 2}\n    - {shards: [b, c], weight: 1}\n"
+        "run: r\nsteps: 9\nschedule: {warmup: 1}\ndata:\n  train:\n"
+        "    - {shards: a, weight: 2}\n    - {shards: [b, c], weight: 1}\n"
     )
     recipe = load_recipe(PretrainRecipe, "pretrain", str(path), ["--optim.lr", "1e-4"])
     assert recipe.data.names == "a, ('b', 'c')"
