@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from data.order import EpochOrder
 
-Mix = Literal["samples", "batches"]
+Mix: TypeAlias = Literal["samples", "batches"]
+Sources: TypeAlias = "str | Path | Iterable[str | Path | Source]"  # shards, or sources to be mixed
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Rows:
     numbers: np.ndarray
 
 
-def as_sources(shards: str | Path | Iterable[str | Path | Source]) -> list[Source]:
+def as_sources(shards: Sources) -> list[Source]:
     """A specification as sources with distinct names; shards alone are one source.
 
     Raises:

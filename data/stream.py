@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data.ahead import Ahead
 from data.faults import Fault, FaultLog, FaultRecord
 from data.fetch import ShardCache, cache_folder, is_remote
-from data.mixture import Mix, Mixture, Rows, Source, as_sources, whole_weights
+from data.mixture import Mix, Mixture, Rows, Source, Sources, as_sources, whole_weights
 from data.order import WINDOW, EpochOrder, rank_slice, sample_rng, source_seed
 from data.pairs import CAPTIONS, PairCollate, PairLoad
-from data.samples import RawSample, Shards, index_shards, read_sample
+from data.samples import RawSample, index_shards, read_sample
 from data.tar import ShardIndex, ShardReader
 from data.tokens import batch_tokenizer
 from data.transforms import MAX_PIXELS, EvalTransform, TrainTransform
@@ -110,7 +110,7 @@ class PairStream:
 
     def __init__(
         self,
-        shards: Shards | Sequence[Source],
+        shards: Sources,
         load: Load,
         collate: Collate,
         *,
@@ -376,7 +376,7 @@ def start_worker(_: int) -> None:
 
 
 def pair_stream(
-    shards: Shards | Sequence[Source],
+    shards: Sources,
     *,
     transform: EvalTransform | TrainTransform,
     tokenize: Callable[[Sequence[str]], torch.Tensor],
@@ -423,7 +423,7 @@ def pair_stream(
         raise ValueError(f"captions {captions!r}: expected one of {', '.join(CAPTIONS)}")
     load = PairLoad(transform, captions, max_pixels, word_dropout, scaled_decode)
     if not isinstance(shards, str | Path):
-        shards = [own_captions(word, load) if isinstance(word, Source) else word for word in shards]  # pyright: ignore
+        shards = [own_captions(word, load) if isinstance(word, Source) else word for word in shards]
     collate = PairCollate(batch_tokenizer(tokenize), transform.size, captions)
     return PairStream(shards, load, collate, batch_size=batch_size, **options)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from pairstream.atomic import write_text
 from pairstream.errors import nearest
@@ -154,8 +154,12 @@ def keys_of(kind: Any, location: Sequence[int | str]) -> list[str]:
         choices = alternatives(kind) if kind is not None else []
         models = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
         named = any(part in choice.model_fields for choice in models)
-        is_tag = not named and any(
-            "kind" in choice.model_fields and choice.model_fields["kind"].default == part for choice in models
+        is_tag = not named and (
+            tagged(kind, part) is not None
+            or any(
+                "kind" in choice.model_fields and choice.model_fields["kind"].default == part
+                for choice in models
+            )
         )
         if not is_tag:
             keys.append(str(part))
@@ -185,6 +189,18 @@ def step_into(kind: Any, part: int | str) -> Any:
                 return choice
         elif get_origin(choice) in (list, tuple) and isinstance(part, int):
             return get_args(choice)[0]
+    return tagged(kind, part)
+
+
+def tagged(kind: Any, part: int | str) -> Any:
+    """The alternative that a union knows by a pydantic `Tag`; None when there is none of that name."""
+    inner = get_args(kind)
+    if get_origin(kind) is Annotated:
+        if any(isinstance(note, Tag) and note.tag == part for note in inner[1:]):
+            return inner[0]
+        return tagged(inner[0], part)
+    if get_origin(kind) in (Union, types.UnionType):
+        return next((found for choice in inner if (found := tagged(choice, part)) is not None), None)
     return None
 
 

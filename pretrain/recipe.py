@@ -191,10 +191,25 @@ class DataSource(Config):
         return self
 
 
+def train_kind(value: Any) -> str:
+    """Which of the ways to name training data this is."""
+    if isinstance(value, list | tuple) and not all(isinstance(word, str) for word in value):
+        return "sources"
+    return "shards" if isinstance(value, list | tuple) else "one"
+
+
+Train = Annotated[
+    Annotated[str, Tag("one")]
+    | Annotated[tuple[str, ...], Tag("shards")]
+    | Annotated[tuple[DataSource, ...], Tag("sources")],
+    Discriminator(train_kind),
+]
+
+
 class Data(Config):
     """The training pairs and how they are read."""
 
-    train: str | tuple[str, ...] | tuple[DataSource, ...]
+    train: Train
     """Shards: a folder, glob, braces, URL or `pipe:` command; or several; or a list of sources to be mixed."""
     temperature: float | None = Field(default=None, gt=0)
     """Of sources without weights: these are samples ** (1 / temperature). 1 goes by size, a large one is even."""

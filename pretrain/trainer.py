@@ -328,7 +328,8 @@ class Trainer:
     def loss_of(self, features: Features, inputs: tuple[Tensor, ...]) -> Tensor:
         """The recipe's loss; in a mixture, steps that are logged also keep each source's share of it."""
         if self.watched is not None:
-            self.source_losses = source_losses(*features[:3], self.watched, len(self.stream.sources))
+            images, texts, scale = features[:3]
+            self.source_losses = source_losses(images, texts, scale, self.watched, len(self.stream.sources))
         return self.objective(features, *inputs)
 
     def log_sources(self, seconds: float) -> dict[str, Any]:

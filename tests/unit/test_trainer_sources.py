@@ -90,7 +90,9 @@ def test_losses_of_sources_are_rows_of_info_nce():
             "rewritten captions need both rewritten_key and rewritten_share",
         ),
         ([{"shards": "a", "weihgt": 1}], "unknown key; did you mean 'weight'"),
-        ([{"shards": "a", "weight": 0}], "greater than 0"),
+        ([{"shards": "a", "weight": 0}], r"data.train.0.weight: Input should be greater than 0 \(got 0\)"),
+        (["a", {"shards": "b"}], r"a.yaml: data.train.0: Input should be a valid dictionary .*got 'a'"),
+        (7, r"a.yaml: data.train: Input should be a valid string \(got 7\)"),
     ],
 )
 def test_sources_that_a_recipe_cannot_have(train, words):
@@ -111,5 +113,9 @@ def test_a_recipe_with_sources_and_the_command_line(tmp_path):
     recipe = load_recipe(PretrainRecipe, "pretrain", str(path), ["--optim.lr", "1e-4"])
     assert recipe.data.names == "a, ('b', 'c')"
     assert recipe.data.train[1].weight == 1
-    other = load_recipe(PretrainRecipe, "pretrain", str(path), ["--data.train", "elsewhere"])
-    assert other.data.names == "elsewhere"
+    other = load_recipe(PretrainRecipe, "pretrain", str(path), ["--data.train.0.weight", "5"])
+    assert [source.weight for source in other.data.train] == [5, 1]
+    path.write_text("run: r\nsteps: 9\nschedule: {warmup: 1}\ndata: {train: a}\n")
+    for words, train in ((["b"], "b"), (["b", "c"], ("b", "c"))):
+        plain = load_recipe(PretrainRecipe, "pretrain", str(path), ["--data.train", *words])
+        assert plain.data.train == train
