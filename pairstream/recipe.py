@@ -100,7 +100,8 @@ def override(recipe: RecipeT, words: Sequence[str], source: str = "the recipe") 
             default = tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
             if isinstance(info.default, info.type):
                 default = getattr(info.default, name)
-            fields.append(StructFieldSpec(name, field.annotation, default, field.description))  # pyright: ignore
+            kind = offered(field.annotation, default)
+            fields.append(StructFieldSpec(name, kind, default, field.description))  # pyright: ignore
 
         def construct(**values: Any) -> Any:
             return info.type.model_construct(**values)
@@ -117,6 +118,24 @@ def override(recipe: RecipeT, words: Sequence[str], source: str = "the recipe") 
             config=(tyro.conf.AvoidSubcommands,),
         )
     return validate(type(recipe), changed.model_dump(mode="json"), f"{source} with {' '.join(words)}")
+
+
+def offered(annotation: Any, default: Any) -> Any:
+    """What the command line may set of a key: where plain values and lists of configurations may stand, the one that
+    the recipe has. tyro would make subcommands of such a choice.
+    """
+    choices = alternatives(annotation)
+    lists = [
+        choice
+        for choice in choices
+        if get_origin(choice) in (list, tuple)
+        and any(isinstance(inner, type) and issubclass(inner, Config) for inner in get_args(choice))
+    ]
+    plain = [choice for choice in choices if choice not in lists]
+    if not lists or not plain:
+        return annotation
+    has_list = isinstance(default, list | tuple) and any(isinstance(value, Config) for value in default)
+    return Union[tuple(lists if has_list else plain)]
 
 
 def validate(kind: type[RecipeT], content: dict[str, Any], source: str) -> RecipeT:

@@ -83,7 +83,7 @@ def test_every_bad_sample_is_named(sick, workers):
 
 def test_oversized_by_bytes(sick):
     causes = examine(sick, max_bytes=1, decode=False)["causes"]
-    assert causes["oversized_image"] == 10  # all pictures that get so far
+    assert causes["oversized_image"] == 11  # all pictures that get so far
 
 
 def test_exit_code_text_and_json(sick, tmp_path, make_picture, capsys):
