@@ -21,9 +21,11 @@ from data.faults import Fault, FaultRecord
 BLOCK = 512
 SPAN = 8 * BLOCK  # bytes of one read while scanning
 REGULAR = (b"0", b"\0", b"7")  # the last one is "contiguous", which is read as regular everywhere
-# A header as nearly all writers make it, of a regular file without a folder: key, extension, size, checksum.
+# A header as nearly all writers make it, of a regular file without a folder: key, extension, size, checksum's field,
+# checksum.
 PLAIN = re.compile(
-    rb"(?=([^\0./_][^\0./]*)\.([^\0/]*)\0).{124}([0-7]{11})[\0 ].{12}([0-7]{6})\0 0.{188}\0.{166}", re.DOTALL
+    rb"(?=([^\0./_][^\0./]*)\.([^\0/]*)\0).{124}([0-7]{11})[\0 ].{12}(([0-7]{6})\0 )0.{188}\0.{166}",
+    re.DOTALL,
 )
 META = re.compile(rb"__[^/]*__($|/)")  # webdataset's own notes about a shard
 
@@ -172,7 +174,8 @@ def scan_shard(path: str | Path, name: str | None = None, expected: int | None =
 
 
 def _scan(descriptor: int, size: int, found: _Building) -> None:
-    add = found.add
+    add, adler32 = found.add, zlib.adler32
+    special = False  # whether the next member's name or size stands in a header of its own
     position = base = 0
     buffer = b""
     longname: bytes | None = None
@@ -189,10 +192,11 @@ def _scan(descriptor: int, size: int, found: _Building) -> None:
                     "is empty" if not header else f"not a tar: {size} bytes, less than one header"
                 )
             raise TruncatedError(f"ends at byte {size} without the end-of-archive mark", None)
-        plain = None if pax or longname else PLAIN.match(header)
-        if plain is not None and _sum_is(int(plain[4], 8), header):
+        plain = None if special else PLAIN.match(header)
+        # Nearly all files take this way, at half the time of the other. A call of `_sum_is` would be a fifth of it.
+        if plain and (int(plain[5], 8) - 255 + sum(plain[4])) % 65521 == adler32(header) & 0xFFFF:
             length, content = int(plain[3], 8), position + BLOCK
-            if content + length <= size:  # nearly all files take this way, at half the time of the other
+            if content + length <= size:
                 add(plain[1], plain[2], content, length)
                 position = content + -(-length // BLOCK) * BLOCK
                 continue
@@ -207,6 +211,7 @@ def _scan(descriptor: int, size: int, found: _Building) -> None:
             if content + length > size:
                 raise TruncatedError(f"ends at byte {size} inside a header", None)
             text = os.pread(descriptor, length, content)
+            special = True
             if kind == b"L":
                 longname = text.split(b"\0", 1)[0]
             else:
@@ -216,7 +221,7 @@ def _scan(descriptor: int, size: int, found: _Building) -> None:
             if "size" in pax:
                 length = _decimal(pax["size"], position)
                 following = content + -(-length // BLOCK) * BLOCK
-            longname, pax = None, {}
+            longname, pax, special = None, {}, False
             if kind in REGULAR and not member.endswith(b"/"):
                 if content + length > size:
                     told = member.decode("utf-8", "backslashreplace")

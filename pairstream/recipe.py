@@ -135,7 +135,7 @@ def offered(annotation: Any, default: Any) -> Any:
     if not lists or not plain:
         return annotation
     has_list = isinstance(default, list | tuple) and any(isinstance(value, Config) for value in default)
-    return Union[tuple(lists if has_list else plain)]
+    return Union[tuple(lists if has_list else plain)]  # noqa: UP007 - of as many as there are
 
 
 def validate(kind: type[RecipeT], content: dict[str, Any], source: str) -> RecipeT:
