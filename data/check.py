@@ -97,23 +97,13 @@ def check_shards(
     Raises:
         ValueError: No shards.
     """
-    from data.fetch import local_shard
     from data.samples import read_manifest
-    from data.shards import MANIFEST, expand_shards
-    from pairstream.progress import ProgressBar
+    from data.shards import MANIFEST
 
-    names = expand_shards(shards)
-    paths = [local_shard(name) for name in names]
-    manifests = {folder: read_manifest(folder / MANIFEST) for folder in {path.parent for path in paths}}
-    jobs = [
-        (name, path, manifests[path.parent].get(path.name)) for name, path in zip(names, paths, strict=True)
-    ]
+    jobs = find_jobs(shards)
+    manifests = {folder: read_manifest(folder / MANIFEST) for folder in {path.parent for _, path, _ in jobs}}
     look = partial(check_shard, decode=decode, max_pixels=max_pixels)
-    found: list[ShardFindings] = []
-    with ProgressBar("check", len(jobs), show=progress) as bar:
-        for shard in _each(look, jobs, workers):
-            found.append(shard)
-            bar.advance(note=f"{sum(one.samples for one in found)} samples")
+    found: list[ShardFindings] = list(each_shard("check", look, jobs, workers, progress))
     faults = [fault for shard in found for fault in shard.faults]
     for folder, entries in manifests.items():
         faults += [
@@ -125,7 +115,33 @@ def check_shards(
     return summarise(found, faults, compared=any(manifests.values()))
 
 
-def _each(look: Any, jobs: list[Any], workers: int) -> Iterator[ShardFindings]:
+def find_jobs(shards: str | Path | Iterable[str | Path]) -> list[tuple[str, Path, dict[str, Any] | None]]:
+    """The shards of a specification: name, local file, and what a manifest promises of each."""
+    from data.fetch import local_shard
+    from data.samples import read_manifest
+    from data.shards import MANIFEST, expand_shards
+
+    names = expand_shards(shards)
+    paths = [local_shard(name) for name in names]
+    manifests = {folder: read_manifest(folder / MANIFEST) for folder in {path.parent for path in paths}}
+    return [
+        (name, path, manifests[path.parent].get(path.name)) for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def each_shard(what: str, look: Any, jobs: list[Any], workers: int, progress: bool) -> Iterator[Any]:
+    """What `look` finds in each shard, in their order, with a bar."""
+    from pairstream.progress import ProgressBar
+
+    samples = 0
+    with ProgressBar(what, len(jobs), show=progress) as bar:
+        for shard in _each(look, jobs, workers):
+            samples += shard.samples
+            bar.advance(note=f"{samples} samples")
+            yield shard
+
+
+def _each(look: Any, jobs: list[Any], workers: int) -> Iterator[Any]:
     if workers <= 1 or len(jobs) == 1:
         yield from (look(*job) for job in jobs)
         return
@@ -154,7 +170,7 @@ class _Looked:
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def __getitem__(self, number: int) -> ShardFindings:
+    def __getitem__(self, number: int) -> Any:
         return self.look(*self.jobs[number])
 
 

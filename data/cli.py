@@ -7,6 +7,7 @@ from importlib import import_module
 COMMANDS = {
     "prepare": ("data.prepare:prepare", "turn a data set as its authors publish it into shards"),
     "check": ("data.check:check", "count, measure and test what shards hold"),
+    "doctor": ("data.doctor:doctor", "name every damaged, duplicate, oversized or empty sample"),
 }
 
 
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int | None:
         argv: The words after `pairstream data`.
 
     Returns:
-        The exit code; `check` gives 1 for damaged shards.
+        The exit code; `check` and `doctor` give 1 for damaged shards.
 
     Raises:
         ValueError: No such command.

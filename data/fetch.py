@@ -1,86 +1,306 @@
-"""Shards from http(s): fetched once into a cache folder, then read like any local file."""
+"""Shards from elsewhere: fetched into a cache folder of bounded size, then read like any local file."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import http.client
+import importlib.util
 import logging
 import os
-import shutil
+import subprocess
 import time
-import urllib.error
-import urllib.request
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from pairstream.atomic import aside, fsync_path
+from filelock import FileLock
+
+from data.index import SUFFIX, cache_home
+from data.tar import ShardIndex
+from pairstream.atomic import TEMPORARY, aside, fsync_path
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
+PART = 8 << 20  # bytes of one request
 TIMEOUT = 60.0  # seconds without a byte
+ABANDONED = 3600.0  # seconds; a half-written file that nobody has touched for so long has no writer any more
 GIVE_UP = {400, 401, 403, 404, 405, 410, 451}  # another attempt gets the same answer
+PIPE = "pipe:"
+VERSION = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime", "updated", "created")
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 
 
 def cache_folder() -> Path:
     """Where fetched shards are kept: `$XDG_CACHE_HOME/pairstream/shards`, by default under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pairstream" / "shards"
+    return cache_home() / "shards"
+
+
+def is_remote(name: str) -> bool:
+    """Whether a shard's name is a URL or a `pipe:` command, and no local path."""
+    return name.startswith(PIPE) or "://" in name
 
 
 def local_shard(name: str, cache_dir: str | Path | None = None, *, backoff: float = 1.0) -> Path:
-    """The local file of a shard, fetched first when it is a URL.
+    """`ShardCache.local` for one shard, in a cache without a limit."""
+    return ShardCache(Path(cache_dir or cache_folder()), backoff=backoff).local(name)[0]
 
-    A URL names one immutable file: what is in the cache is not asked for again.
 
-    Args:
-        name: A path or an http(s) URL.
-        cache_dir: The cache folder; `cache_folder()` when None.
-        backoff: Seconds before the second attempt; doubled for each further one, five attempts in all.
+@dataclass(frozen=True)
+class ShardCache:
+    """Shards that were fetched, the least recently used of which make room for others.
 
-    Returns:
-        The local path.
+    Any number of processes may share the folder: each shard is fetched by one of them while the others wait, and a
+    shard that is dropped while somebody reads it stays readable for him. A name stands for one immutable file: what is
+    in the cache is not asked for again.
+
+    Attributes:
+        folder: The cache folder.
+        limit: Bytes that all shards in it may take together; None for no limit.
+        backoff: Seconds before the second attempt; doubled for each further one, five attempts in all without
+            progress.
+    """
+
+    folder: Path
+    limit: int | None = None
+    backoff: float = 1.0
+
+    def path(self, name: str) -> Path:
+        """Where the shard of a name lies, or would lie."""
+        if not is_remote(name):
+            return Path(name)
+        digest = hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
+        last = "" if name.startswith(PIPE) else Path(urlsplit(name).path).name
+        return self.folder / f"{digest}-{last or 'shard.tar'}"
+
+    def local(self, name: str) -> tuple[Path, str | None]:
+        """The local file of a shard, fetched first when it is not there.
+
+        Args:
+            name: A path, a URL of any scheme that fsspec knows, or `pipe:` and a shell command that writes the shard.
+
+        Returns:
+            The path, and the version of its source: empty when unknown or not asked for, None for a local path.
+
+        Raises:
+            FileNotFoundError: It cannot be had; the message has the name and the last answer.
+            ValueError: An unknown scheme, or a shard larger than the limit.
+            ImportError: The scheme needs a package that is not installed.
+        """
+        path = self.path(name)
+        if not is_remote(name):
+            return path, None
+        if not self.use(path):
+            locks = self.folder / ".locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            with FileLock(locks / path.name):
+                if not self.use(path):
+                    return path, self.fetch(name, path)
+        return path, ""
+
+    def locate(self, index: ShardIndex) -> str:
+        """The local path of an indexed shard, for `data.tar.ShardReader`.
+
+        Raises:
+            FetchError: It cannot be had, or is another than the one that was indexed.
+        """
+        try:
+            path, tag = self.local(index.name)
+        except FileNotFoundError as error:
+            raise FetchError(str(error)) from error
+        # The tag is there only when the shard was fetched just now.
+        if tag and (path.stat().st_size != index.bytes or tag != (index.tag or tag)):
+            Path(index.path + SUFFIX).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise FetchError(
+                "is another at its source than when it was indexed; the next start takes the new one"
+            )
+        return str(path)
+
+    def use(self, path: Path) -> bool:
+        """Note that a shard is read now; False when it is not there."""
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def fetch(self, name: str, path: Path) -> str:
+        """Bring a shard into the cache; returns its source's version."""
+        require_scheme(name)
+        for left in self.folder.glob(
+            f"{TEMPORARY}{path.name}-*"
+        ):  # of a process that was killed: the lock is ours
+            left.unlink(missing_ok=True)
+        temporary = aside(path)
+        try:
+            with temporary.open("wb") as file:
+                transfer = Pipe(name) if name.startswith(PIPE) else Ranges(name)
+                self.persist(transfer, file)
+            if transfer.size is None:
+                self.make_room(0, name)  # it has become known only now
+            fsync_path(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return transfer.tag
+
+    def persist(self, transfer: Pipe | Ranges, file: BinaryIO) -> None:
+        """Carry a transfer through, with pauses after each failure."""
+        failures = 0
+        while True:
+            before = file.tell()
+            try:
+                if not transfer.begun:
+                    transfer.begin()
+                    if transfer.size is not None:
+                        self.make_room(transfer.size, transfer.name)
+                        file.truncate(transfer.size)  # others that count the folder see it whole
+                transfer.carry_on(file)
+                return
+            except TooLargeError:
+                raise
+            except Exception as error:  # whatever a file system or its network library raises
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                failures = 1 if file.tell() > before else failures + 1
+                reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                hopeless = (
+                    isinstance(error, FileNotFoundError | PermissionError)
+                    or getattr(error, "status", None) in GIVE_UP
+                )
+                if hopeless or failures == ATTEMPTS:
+                    raise FileNotFoundError(
+                        f"shard {transfer.name} cannot be fetched ({failures} attempts): {reason}. "
+                        "Check the address and the connection, or copy the shard and give its local path."
+                    ) from error
+                pause = self.backoff * 2 ** (failures - 1)
+                logger.warning("shard %s: %s; another attempt in %.0f s", transfer.name, reason, pause)
+                time.sleep(pause)
+
+    def make_room(self, size: int, name: str) -> None:
+        """Drop the least recently used shards until one of `size` bytes fits in."""
+        if self.limit is None:
+            return
+        if size > self.limit:
+            raise TooLargeError(
+                f"shard {name} has {size:,} bytes, more than cache_limit ({self.limit:,}): raise the limit"
+            )
+        with FileLock(self.folder / ".locks" / "room"):
+            held = []
+            for entry in os.scandir(self.folder):
+                with suppress(FileNotFoundError):  # dropped by another process
+                    if entry.is_file() and not entry.name.endswith(SUFFIX):
+                        found = entry.stat()
+                        held.append((found.st_mtime, found.st_size, entry))
+            total = sum(taken for _, taken, _ in held) + size
+            for used, taken, entry in sorted(held, key=lambda row: row[0]):
+                if total <= self.limit:
+                    break
+                written = entry.name.startswith(TEMPORARY)
+                if not written or time.time() - used > ABANDONED:
+                    with suppress(FileNotFoundError):
+                        Path(entry.path).unlink()
+                    total -= taken
+
+
+class FetchError(OSError):
+    """A shard cannot be had, and asking again at once is of no use."""
+
+
+class TooLargeError(ValueError):
+    """A shard is larger than the whole cache may be."""
+
+
+class Ranges:
+    """A file of any file system that fsspec knows, a range at a time, so that a broken one is all that is lost."""
+
+    def __init__(self, name: str):
+        self.name, self.tag, self.begun = name, "", False
+        self.size: int | None = None
+
+    def begin(self) -> None:
+        """Ask for size and version."""
+        import fsspec
+
+        options: dict[str, Any] = {}
+        if self.name.startswith(("http://", "https://")):
+            from aiohttp import ClientTimeout
+
+            options["client_kwargs"] = {
+                "timeout": ClientTimeout(total=None, connect=TIMEOUT, sock_read=TIMEOUT)
+            }
+        # A fresh one: file systems are not made to be used after a fork.
+        self.system, self.path = fsspec.core.url_to_fs(self.name, use_listings_cache=False, **options)
+        info = self.system.info(self.path)
+        self.size = info.get("size")
+        self.ranges = info.get("partial", True)
+        self.tag = next((str(info[key]) for key in VERSION if info.get(key)), "")
+        self.begun = True
+
+    def carry_on(self, file: BinaryIO) -> None:
+        """Go on where the last range ended."""
+        if self.size is None or not self.ranges:
+            content = self.system.cat_file(self.path)
+            if self.size is not None and len(content) != self.size:
+                raise ConnectionError(f"{len(content)} of {self.size} bytes came")
+            file.write(content)
+            return
+        while file.tell() < self.size:
+            first = file.tell()
+            last = min(first + PART, self.size)
+            content = self.system.cat_file(self.path, start=first, end=last)
+            if len(content) == self.size != last - first:  # the server knows no ranges and sent everything
+                content = content[first:]
+            elif len(content) != last - first:
+                raise ConnectionError(f"{len(content)} of {last - first} bytes came from byte {first} on")
+            file.write(content)
+
+
+class Pipe:
+    """What a shell command writes; it starts over when it fails."""
+
+    def __init__(self, name: str):
+        self.name, self.tag, self.begun = name, "", True
+        self.size: int | None = None
+
+    def begin(self) -> None:
+        """Nothing is known before it has run."""
+
+    def carry_on(self, file: BinaryIO) -> None:
+        """Run it."""
+        file.seek(0)
+        file.truncate()
+        command = self.name.removeprefix(PIPE)
+        done = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE, check=False)
+        file.seek(0)  # the child moved the place that both share; a failure has made no progress
+        if done.returncode:
+            said = done.stderr.decode("utf-8", "replace").strip()[-300:]
+            raise ConnectionError(f"the command ended with {done.returncode}{': ' if said else ''}{said}")
+
+
+def require_scheme(name: str) -> None:
+    """Make sure that a name's scheme is known and its package installed.
 
     Raises:
-        FileNotFoundError: The URL cannot be had; the message has the URL and the last answer.
-        ValueError: Another scheme than http or https.
+        ValueError: fsspec knows no such scheme.
+        ImportError: Its package is absent.
     """
-    if "://" not in name:
-        return Path(name)
-    parts = urlsplit(name)
-    if parts.scheme not in ("http", "https"):
-        raise ValueError(
-            f"shard {name}: expected a local path or an http(s) URL, got the scheme {parts.scheme!r}"
+    from fsspec.registry import get_filesystem_class, known_implementations, registry
+
+    if name.startswith(PIPE):
+        return
+    scheme = name.partition("://")[0]
+    package = PACKAGES.get(scheme)
+    if package and importlib.util.find_spec(package) is None:
+        raise ImportError(
+            f"shard {name}: {scheme}:// needs the package {package}: pip install 'pairstream[remote]'"
         )
-    digest = hashlib.sha256(name.encode("utf-8")).hexdigest()[:16]
-    path = Path(cache_dir or cache_folder()) / f"{digest}-{Path(parts.path).name or 'shard.tar'}"
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(ATTEMPTS):
-        try:
-            _fetch(name, path)
-            return path
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            if getattr(error, "code", None) in GIVE_UP or attempt + 1 == ATTEMPTS:
-                raise FileNotFoundError(
-                    f"shard {name} cannot be fetched ({attempt + 1} attempts): {error}. "
-                    "Check the address and the connection, or copy the shard and give its local path."
-                ) from error
-            logger.warning("shard %s: %s; another attempt in %.0f s", name, error, backoff * 2**attempt)
-            time.sleep(backoff * 2**attempt)
-    raise AssertionError("unreachable")
-
-
-def _fetch(url: str, path: Path) -> None:
-    temporary = aside(path)
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "pairstream"})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, temporary.open("wb") as file:
-            shutil.copyfileobj(answer, file, 1 << 20)
-            expected = answer.headers.get("Content-Length")
-            if expected is not None and file.tell() != int(expected):
-                raise ConnectionError(f"the connection ended after {file.tell()} of {expected} bytes")
-        fsync_path(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if scheme not in known_implementations and scheme not in registry:
+        raise ValueError(
+            f"shard {name}: expected a local path, `pipe:COMMAND`, or a URL whose scheme fsspec knows (http, https, "
+            f"s3, gs, hf, ...), got the scheme {scheme!r}"
+        )
+    get_filesystem_class(scheme)

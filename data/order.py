@@ -26,6 +26,8 @@ class EpochOrder:
         counts: Samples of each shard.
         seed: The run's seed.
         window: Samples that are mixed with one another; 0 keeps the shards and samples in their order.
+        replacement: Draw the shards of an epoch with replacement, all equally likely, until it has as many
+            samples as the set: some come more than once, others (about a third) not at all.
 
     Raises:
         ValueError: A negative window.
@@ -36,7 +38,7 @@ class EpochOrder:
         [1, 2, 3]
     """
 
-    def __init__(self, counts: Sequence[int], *, seed: int, window: int):
+    def __init__(self, counts: Sequence[int], *, seed: int, window: int, replacement: bool = False):
         if window < 0:
             raise ValueError(f"shuffle is a number of samples, at least 0, got {window}")
         self.counts = np.asarray(counts, dtype=np.int64)
@@ -46,6 +48,7 @@ class EpochOrder:
         self.total = int(self.bases[-1])
         self.seed = seed
         self.window = window
+        self.replacement = replacement
         self.kept: dict[tuple[str, int, int], np.ndarray] = {}
 
     def positions(self, epoch: int, start: int, stop: int) -> np.ndarray:
@@ -53,8 +56,10 @@ class EpochOrder:
         start, stop = max(start, 0), min(stop, self.total)
         if stop <= start:
             return np.zeros(0, dtype=np.int64)
-        if not self.window:
+        if not self.window and not self.replacement:
             return np.arange(start, stop)
+        if not self.window:
+            return self._laid_out(epoch, start, stop)
         parts = []
         for number in range(start // self.window, -(-stop // self.window)):
             first = number * self.window
@@ -71,17 +76,42 @@ class EpochOrder:
         return self._keep(("window", epoch, number), lambda: self._make_window(epoch, number))
 
     def _make_window(self, epoch: int, number: int) -> np.ndarray:
-        shards = self._keep(
-            ("shards", epoch, 0),
-            lambda: np.random.default_rng((self.seed, epoch, SHARDS)).permutation(len(self.counts)),
-        )
-        ends = np.cumsum(self.counts[shards])
         first = number * self.window
-        linear = np.arange(first, min(first + self.window, self.total))
+        samples = self._laid_out(epoch, first, min(first + self.window, self.total))
+        return np.random.default_rng((self.seed, epoch, SAMPLES, number)).permutation(samples)
+
+    def shards(self, epoch: int) -> np.ndarray:
+        """The shards in the order of an epoch; int64 (shards,), or as many as fill it with replacement."""
+        if not self.window and not self.replacement:
+            return np.arange(len(self.counts))
+        return self._keep(("shards", epoch, 0), lambda: self._make_shards(epoch))
+
+    def _make_shards(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, epoch, SHARDS))
+        if not self.replacement:
+            return rng.permutation(len(self.counts))
+        filled = np.flatnonzero(self.counts)
+        drawn = rng.choice(filled, size=len(filled))
+        while self.counts[drawn].sum() < self.total:
+            drawn = np.concatenate([drawn, rng.choice(filled, size=len(filled))])
+        return drawn
+
+    def _laid_out(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Samples `[start, stop)` of the epoch's shards laid end to end."""
+        shards = self.shards(epoch)
+        ends = np.cumsum(self.counts[shards])
+        linear = np.arange(start, stop)
         place = np.searchsorted(ends, linear, side="right")
         shard = shards[place]
-        samples = self.bases[shard] + linear - (ends[place] - self.counts[shard])
-        return np.random.default_rng((self.seed, epoch, SAMPLES, number)).permutation(samples)
+        return self.bases[shard] + linear - (ends[place] - self.counts[shard])
+
+    def followers(self, epoch: int, index: int) -> list[int]:
+        """For a sample, those at the same place of the shards that follow its own in an epoch's order."""
+        shard, sample = self.locate(index)
+        shards = [int(other) for other in self.shards(epoch) if self.counts[other]]
+        place = shards.index(shard)
+        others = [other for other in shards[place + 1 :] + shards[:place] if other != shard]
+        return [int(self.bases[other]) + sample % int(self.counts[other]) for other in others]
 
     def _keep(self, name: tuple[str, int, int], make) -> np.ndarray:
         """The last few results, since neighbouring batches ask for the same window."""
@@ -90,6 +120,13 @@ class EpochOrder:
                 del self.kept[next(iter(self.kept))]
             self.kept[name] = make()
         return self.kept[name]
+
+
+def source_seed(seed: int, source: int) -> int:
+    """The seed of the order of a mixture's source; that of the first is the run's."""
+    return (
+        seed if source == 0 else int(np.random.SeedSequence((seed, source)).generate_state(1, np.uint64)[0])
+    )
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:

@@ -14,7 +14,7 @@ from data.pictures import MAX_PIXELS, Picture
 from data.samples import RawSample
 from data.transforms import EvalTransform, TrainTransform, decode_image
 
-CAPTIONS = ("random", "first", "all")
+CAPTIONS = ("random", "first", "longest", "all")
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,18 @@ class PairLoad:
 
     Attributes:
         transform: A picture uint8 (3, H, W) to uint8 (3, h, w).
-        captions: `random` (drawn anew each epoch), `first` or `all`.
+        captions: `random` (drawn anew each epoch), `first`, `longest` (most characters) or `all`.
         max_pixels: Larger pictures are faults.
         word_dropout: Share of a caption's words that are left out, drawn anew each epoch; one always stays.
         scaled_decode: Decode large JPEGs at a reduced size (`TrainTransform.load`).
         captions_per_image: How many captions `random` draws, without replacement as long as there are enough.
+        rewritten_key: JSON key of captions that a model wrote anew, a text or a list of texts.
+        rewritten_share: Probability with which, each epoch anew, a picture that has such captions takes them in
+            place of its own.
 
     Raises:
-        ValueError: `scaled_decode` with an evaluation transform, whose pixels are meant to be exact.
+        ValueError: `scaled_decode` with an evaluation transform, whose pixels are meant to be exact; or only one of
+            the two that rewritten captions need.
     """
 
     transform: EvalTransform | TrainTransform
@@ -39,21 +43,37 @@ class PairLoad:
     word_dropout: float = 0.0
     scaled_decode: bool = False
     captions_per_image: int = 1
+    rewritten_key: str | None = None
+    rewritten_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.scaled_decode and not isinstance(self.transform, TrainTransform):
             raise ValueError(
                 f"scaled_decode is for TrainTransform, got {type(self.transform).__name__}: leave it out"
             )
+        if self.captions_per_image > 1 and self.captions != "random":
+            raise ValueError(
+                f"captions_per_image {self.captions_per_image} with captions {self.captions!r}: several are drawn, "
+                "expected 'random'"
+            )
+        if (self.rewritten_key is None) != (self.rewritten_share == 0) or not 0 <= self.rewritten_share <= 1:
+            raise ValueError(
+                "rewritten captions need their JSON key and a share above 0, up to 1, got rewritten_key "
+                f"{self.rewritten_key!r} and rewritten_share {self.rewritten_share}"
+            )
 
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
         texts = sample.captions()  # before the picture: a missing caption then costs no decoding
+        if self.rewritten_key and rng.random() < self.rewritten_share:
+            texts = sample.captions(self.rewritten_key) or texts
         if not texts:
             raise Fault("missing_caption", "no caption in KEY.json and no text in KEY.txt")
         if self.captions == "random":
             texts = draw_captions(texts, self.captions_per_image, rng)
         elif self.captions == "first":
             texts = texts[:1]
+        elif self.captions == "longest":
+            texts = [max(texts, key=len)]
         if self.word_dropout:
             texts = [drop_words(text, self.word_dropout, rng) for text in texts]
         if self.scaled_decode and isinstance(self.transform, TrainTransform):

@@ -232,7 +232,7 @@ def check_out(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out} is a file: expected a folder")
     held = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    other = [entry for entry in held if entry != MANIFEST and not entry.endswith(".tar")]
+    other = [entry for entry in held if entry != MANIFEST and not entry.endswith((".tar", ".tar.idx"))]
     if other:
         raise FileExistsError(
             f"--out {out} holds other files than shards ({other[0]} ...), which would be lost: "

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from data.faults import Fault
-from data.fetch import local_shard
-from data.shards import IMAGE_EXTENSIONS, MANIFEST, expand_shards
-from data.tar import ShardIndex, ShardReader, scan_shard
+import numpy as np
 
+from data.faults import Fault, FaultRecord
+from data.fetch import ShardCache, cache_folder, is_remote
+from data.index import fetched_index, index_shard
+from data.shards import IMAGE_EXTENSIONS, MANIFEST, expand_shards
+from data.tar import ShardIndex, ShardReader
+
+FETCHES = 8  # shards that are fetched at a time while a set is indexed
 Shards: TypeAlias = str | Path | Iterable[str | Path]  # what `data.shards.expand_shards` understands
 
 
@@ -39,14 +45,20 @@ class RawSample:
     record: dict[str, Any] = field(default_factory=dict)
     text: str | None = None
 
-    def captions(self) -> list[str]:
+    def captions(self, key: str | None = None) -> list[str]:
         """The texts of the picture: `captions` of the JSON, else its `caption`, else `KEY.txt`; blanks left
         out.
+
+        Args:
+            key: Another JSON key to take them from, instead.
 
         Raises:
             Fault: `bad_json` when the JSON's captions are not text.
         """
-        captions = self.record.get("captions") or self.record.get("caption") or self.text or []
+        if key is None:
+            captions = self.record.get("captions") or self.record.get("caption") or self.text or []
+        else:
+            captions = self.record.get(key) or []
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise Fault("bad_json", f"captions should be a list of texts, got {captions!r}"[:200])
@@ -91,18 +103,81 @@ def read_sample(index: ShardIndex, sample: int, number: int, reader: ShardReader
     return RawSample(index.key(sample), index.name, number, image, extension, record, text)
 
 
-def index_shards(shards: Shards, *, cache_dir: str | Path | None = None) -> list[ShardIndex]:
-    """Index all shards of a specification, fetching those that are URLs; see `PairStream` for the
-    arguments."""
-    promised: dict[Path, dict[str, Any]] = {}
-    indices = []
-    for name in expand_shards(shards):
-        path = local_shard(name, cache_dir)
-        if path.parent not in promised:
-            promised[path.parent] = read_manifest(path.parent / MANIFEST)
-        expected = promised[path.parent].get(path.name, {}).get("samples")
-        indices.append(scan_shard(path, name, expected if isinstance(expected, int) else None))
-    return indices
+def index_shards(
+    shards: Shards,
+    *,
+    cache_dir: str | Path | None = None,
+    cache: ShardCache | None = None,
+    tolerant: bool = False,
+) -> list[ShardIndex]:
+    """Index all shards of a specification, fetching those that come from elsewhere and have no index yet.
+
+    Args:
+        shards: What `data.shards.expand_shards` takes.
+        cache_dir: Where fetched shards are kept; `data.fetch.cache_folder()` when None.
+        cache: The same with its limit, in its place.
+        tolerant: Give a shard that cannot be had an empty index with an `unreadable_shard` fault, whose count is
+            what the manifest promises or what the others hold on average.
+
+    Raises:
+        ValueError: No shards.
+        FileNotFoundError: A shard cannot be fetched, unless `tolerant`.
+        OSError: A local shard cannot be read, unless `tolerant`.
+    """
+    names = expand_shards(shards)
+    cache = cache or ShardCache(Path(cache_dir or cache_folder()))
+    promises = {
+        folder: read_manifest(folder / MANIFEST) for folder in {cache.path(name).parent for name in names}
+    }
+
+    def look(name: str) -> ShardIndex | FaultRecord:
+        path = cache.path(name)
+        promised = promises[path.parent].get(path.name, {}).get("samples")
+        expected = promised if isinstance(promised, int) else None
+        try:
+            known = (
+                fetched_index(path, name, expected)
+                if is_remote(name) and (tolerant or path.is_file())
+                else None
+            )
+            if known is not None:
+                return known
+            path, tag = cache.local(name)
+            return index_shard(path, name, expected, tag=tag)
+        except OSError as error:
+            if not tolerant or error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return FaultRecord("unreadable_shard", name, "", str(error), expected or 0)
+
+    if any(map(is_remote, names)):
+        with ThreadPoolExecutor(FETCHES) as pool:
+            found = list(pool.map(look, names))
+    else:
+        found = list(map(look, names))
+    sizes = [len(index) for index in found if isinstance(index, ShardIndex)]
+    usual = max(1, round(sum(sizes) / len(sizes))) if sizes else 1
+    return [
+        index
+        if isinstance(index, ShardIndex)
+        else empty_index(replace(index, count=index.count or usual), cache)
+        for index in found
+    ]
+
+
+def empty_index(fault: FaultRecord, cache: ShardCache) -> ShardIndex:
+    """The index of a shard that cannot be read."""
+    none = np.zeros(0, dtype=np.int64)
+    return ShardIndex(
+        path=str(cache.path(fault.shard)),
+        name=fault.shard,
+        keys=np.zeros(0, dtype="S1"),
+        starts=np.zeros(1, dtype=np.int64),
+        extensions=none.astype(np.uint16),
+        offsets=none,
+        sizes=none,
+        names=(),
+        faults=(fault,),
+    )
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:

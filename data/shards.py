@@ -152,7 +152,7 @@ def expand_shards(shards: str | Path | Iterable[str | Path]) -> list[str]:
 
     Args:
         shards: One or several of: a folder (all its `*.tar`), a file, a glob, braces as in
-            `train-{00000..00041}.tar`, an http(s) URL with or without braces.
+            `train-{00000..00041}.tar`, a URL with or without braces, `pipe:` and a command that writes a shard.
 
     Returns:
         Sorted paths of a glob or folder, otherwise the given order; no duplicates.
@@ -166,7 +166,7 @@ def expand_shards(shards: str | Path | Iterable[str | Path]) -> list[str]:
     found: list[str] = []
     for word in words:
         for name in expand_braces(str(word)):
-            if "://" in name:
+            if name.startswith("pipe:") or "://" in name:
                 found.append(name)
             elif Path(name).is_dir():
                 found += sorted(str(path) for path in Path(name).glob("*.tar"))
@@ -176,7 +176,7 @@ def expand_shards(shards: str | Path | Iterable[str | Path]) -> list[str]:
                 found += sorted(glob.glob(name))  # noqa: PTH207 - the pattern may be absolute
             else:
                 raise ValueError(
-                    f"no shards at {name}: expected a .tar file, a folder of them, a glob or a URL"
+                    f"no shards at {name}: expected a .tar file, a folder of them, a glob, a URL or pipe:COMMAND"
                 )
     if not found:
         raise ValueError(f"no shards found: {', '.join(map(str, words))} matches no .tar file")

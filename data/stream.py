@@ -8,8 +8,12 @@ run to run.
 
 from __future__ import annotations
 
+import hashlib
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data.ahead import Ahead
 from data.faults import Fault, FaultLog, FaultRecord
-from data.order import WINDOW, EpochOrder, rank_slice, sample_rng
+from data.fetch import ShardCache, cache_folder, is_remote
+from data.mixture import Mix, Mixture, Rows, Source, Sources, as_sources, whole_weights
+from data.order import WINDOW, EpochOrder, rank_slice, sample_rng, source_seed
 from data.pairs import CAPTIONS, PairCollate, PairLoad
-from data.samples import RawSample, Shards, index_shards, read_sample
-from data.tar import ShardReader
+from data.samples import RawSample, index_shards, read_sample
+from data.tar import ShardIndex, ShardReader
 from data.tokens import batch_tokenizer
 from data.transforms import MAX_PIXELS, EvalTransform, TrainTransform
 
@@ -39,6 +46,7 @@ class Batch:
         keys: Keys of the samples, in order.
         indices: Their global indices; int64 (b,).
         data: What `collate` made of them; `batch["images"]` is short for `batch.data["images"]`.
+        sources: Number of each sample's source; int64 (b,), zeros where there is one.
     """
 
     step: int
@@ -46,6 +54,7 @@ class Batch:
     keys: list[str]
     indices: torch.Tensor
     data: dict[str, Any]
+    sources: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -61,16 +70,18 @@ class PairStream:
     - Every sample exactly once per epoch, for any number of shards, workers and ranks.
     - Global batch t holds the same samples for any world size, as long as `batch_size * world_size` stays.
     - The state is one number: `iterate(start=t)` goes on where a run stopped after t batches, decoding
-      nothing else.
+      nothing else; `state_dict` has it, with what it takes to know that the batches are the same ones.
     - A sample's random numbers come from (seed, epoch, its index), so that pixels do not depend on who loads
       them.
 
     A bad sample is left out and counted, which makes its batch shorter: ranks may hold batches of different
     length, and a rank may even hold none of the last batch of an epoch. `collate` must therefore accept an
-    empty list.
+    empty list. A sample whose shard cannot be read any more counts as bad too; when shuffling (for
+    training, that is), one of the next shard stands in.
 
     Args:
-        shards: What `data.shards.expand_shards` takes: a folder, files, globs, braces, http(s) URLs.
+        shards: What `data.shards.expand_shards` takes: a folder, files, globs, braces, URLs, `pipe:` commands; or
+            a list of `Source`, which are mixed (`data.mixture.Mixture` says how).
         load: `load(sample, rng) -> row`; raises `Fault` for a sample that cannot be used.
         collate: `collate(rows) -> dict`; tensors in it are pinned when CUDA is there.
         batch_size: Samples per rank and batch.
@@ -82,11 +93,14 @@ class PairStream:
         workers: Loader processes of this rank; 0 loads in this one.
         max_faults: Largest share of bad samples, in [0, 1), judged once 100 samples were seen and at the end
             of an epoch; 0 stops at the first.
-        cache_dir: Where shards from URLs are kept; `~/.cache/pairstream/shards` when None.
+        cache_dir: Where shards from elsewhere are kept; `~/.cache/pairstream/shards` when None.
+        cache_limit: Bytes that the shards there may take; None for no limit.
+        temperature: Of a mixture whose sources have no weights: they are `samples ** (1 / temperature)`; None
+            and 1 go by size.
+        mix: `samples` gives every batch its exact share of each source, `batches` takes each from one source.
 
     Raises:
         ValueError: No shards, no samples, too many faults, or an argument out of range.
-        FileNotFoundError: A shard that cannot be had.
 
     Example:
         >>> stream = PairStream("shards/", load, collate, batch_size=256, workers=4)     # doctest: +SKIP
@@ -96,7 +110,7 @@ class PairStream:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Sources,
         load: Load,
         collate: Collate,
         *,
@@ -108,6 +122,9 @@ class PairStream:
         workers: int = 0,
         max_faults: float = 0.01,
         cache_dir: str | Path | None = None,
+        cache_limit: int | None = None,
+        temperature: float | None = None,
+        mix: Mix = "samples",
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is the samples per rank, at least 1, got {batch_size}")
@@ -117,37 +134,121 @@ class PairStream:
             raise ValueError(f"workers must be at least 0, got {workers}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
+        if cache_limit is not None and cache_limit < 1:
+            raise ValueError(f"cache_limit is a number of bytes, at least 1, got {cache_limit}")
         self.load, self.collate = load, collate
         self.batch_size, self.rank, self.world_size, self.workers = batch_size, rank, world_size, workers
         self.max_faults = max_faults
+        self.cache = ShardCache(Path(cache_dir or cache_folder()), cache_limit)
+        self.sources = as_sources(shards)
         scan = FaultLog(max_faults)
-        self.indices = index_shards(shards, cache_dir=cache_dir)
+        found = [index_shards(source.shards, cache=self.cache, tolerant=True) for source in self.sources]
+        self.indices = [index for indices in found for index in indices]
         faults = [fault for index in self.indices for fault in index.faults]
         self.samples = sum(len(index) for index in self.indices)
         scan.add(faults, self.samples + sum(fault.count for fault in faults))
-        if not self.samples:
-            names = ", ".join(index.name for index in self.indices[:3])
-            why = "".join(f"\n  {fault}" for fault in faults[:3])
-            raise ValueError(f"no samples in {len(self.indices)} shards ({names} ...){why}")
+        for source, indices in zip(self.sources, found, strict=True):
+            if not any(map(len, indices)):
+                names = ", ".join(index.name for index in indices[:3])
+                why = "".join(f"\n  {fault}" for fault in faults[:3])
+                what = f"source {source.name}: " if len(self.sources) > 1 else ""
+                raise ValueError(f"{what}no samples in {len(indices)} shards ({names} ...){why}")
         scan.judge(final=True)
         self.counts = scan.counts
-        window = (WINDOW if shuffle else 0) if isinstance(shuffle, bool) else shuffle
-        self.order = EpochOrder([len(index) for index in self.indices], seed=seed, window=window)
+        self.seed = seed
+        self.window = (WINDOW if shuffle else 0) if isinstance(shuffle, bool) else shuffle
+        orders = [
+            EpochOrder(
+                [len(index) for index in indices],
+                seed=source_seed(seed, number),
+                window=self.window,
+                replacement=source.replacement,
+            )
+            for number, (source, indices) in enumerate(zip(self.sources, found, strict=True))
+        ]
+        weights = whole_weights(
+            [order.total for order in orders], [source.weight for source in self.sources], temperature
+        )
         self.global_batch = batch_size * world_size
-        self.batches_per_epoch = -(-self.samples // self.global_batch)
+        names = [source.name for source in self.sources]
+        self.mixture = Mixture(orders, weights, names, global_batch=self.global_batch, mix=mix)
+        self.batches_per_epoch = self.mixture.batches_per_epoch
+        self.bases = np.cumsum(
+            [0, *(len(index) for index in self.indices)]
+        )  # global index of each first sample
+        self.remote = any(is_remote(index.name) for index in self.indices)
+        self.lookahead = -(-self.window // self.global_batch) + 1  # batches; the next window's shards
+        self.step = 0
 
     @property
     def faults(self) -> dict[str, int]:
         """Bad samples so far, by cause: those that the scan found and those of this rank's batches."""
         return dict(self.counts)
 
-    def indices_of(self, step: int) -> np.ndarray:
-        """Global sample indices of this rank's part of global batch `step`; int64 (<= batch_size,)."""
-        epoch, number = divmod(step, self.batches_per_epoch)
-        first = number * self.global_batch
-        count = min(self.global_batch, self.samples - first)
-        start, stop = rank_slice(count, self.rank, self.world_size)
-        return self.order.positions(epoch, first + start, first + stop)
+    def state_dict(self) -> dict[str, Any]:
+        """What going on elsewhere needs: the number of the next batch, and which batches these are. Of constant size.
+
+        `step` counts what was taken from the iterator, so that a loader's read-ahead is not lost.
+        """
+        return {"step": self.step, "faults": self.faults, **self.identity}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the order of the batches."""
+        digest = hashlib.sha256()
+        for index in self.indices:
+            digest.update(f"{len(index)} {zlib.crc32(index.keys.tobytes())}\n".encode())
+        names = [[order.total, order.replacement] for order in self.mixture.orders]
+        return {
+            "samples": self.samples,
+            "shards": digest.hexdigest()[:32],
+            "sources": [[*name, weight] for name, weight in zip(names, self.mixture.weights, strict=True)],
+            "mix": self.mixture.mix if len(names) > 1 else None,
+            "seed": self.seed,
+            "shuffle": self.window,
+            "global_batch": self.global_batch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let `iter(stream)` go on where another stream's `state_dict` was taken.
+
+        Ranks and workers may be others; what decides the order may not.
+
+        Raises:
+            ValueError: The state is of other batches; the message has what differs.
+        """
+        mine = self.identity
+        other = [name for name, value in mine.items() if state.get(name) != value]
+        if other or not isinstance(state.get("step"), int) or state["step"] < 0:
+            told = ", ".join(
+                f"{name} {state.get(name)!r}, here {mine.get(name)!r}" for name in other or ["step"]
+            )
+            raise ValueError(f"the state of another stream cannot be taken up: it has {told}")
+        self.step = state["step"]
+        self.counts = Counter(state["faults"])
+
+    def rows_of(self, step: int) -> Rows:
+        """This rank's part of global batch `step`, at most `batch_size` rows."""
+        start, stop = rank_slice(self.mixture.size(step), self.rank, self.world_size)
+        return self.mixture.rows(step, start, stop)
+
+    def locate(self, number: int) -> tuple[ShardIndex, int]:
+        """Shard and number within the shard of a global sample index."""
+        shard = int(np.searchsorted(self.bases, number, side="right")) - 1
+        return self.indices[shard], number - int(self.bases[shard])
+
+    def shards_of(self, step: int) -> list[int]:
+        """Numbers of the shards that global batch `step` reads from."""
+        numbers = self.mixture.rows(step, 0, self.global_batch).numbers
+        return np.unique(np.searchsorted(self.bases, numbers, side="right") - 1).tolist()
+
+    def fetch(self, shard: int) -> None:
+        """Bring a shard into the cache, by its number."""
+        self.cache.locate(self.indices[shard])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from where `state_dict` would say that the stream is, without end."""
+        return self.iterate(self.step)
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch."""
@@ -187,32 +288,60 @@ class PairStream:
             log.judge(final=whole and ends)
             if ends:
                 log.summarise(f"epoch {epoch}")
-            yield Batch(step, epoch, made["keys"], made["indices"], made["data"])
+            self.step = step + 1
+            yield Batch(step, epoch, made["keys"], made["indices"], made["data"], made["sources"])
 
     def make_batch(self, step: int, reader: ShardReader) -> dict[str, Any]:
         """Read, load and collate this rank's part of one global batch; runs in a worker."""
-        epoch = step // self.batches_per_epoch
-        rows, keys, indices, faults = [], [], [], []
-        numbers = self.indices_of(step).tolist()
-        for number in numbers:
-            shard, sample = self.order.locate(number)
-            index = self.indices[shard]
-            try:
-                raw = read_sample(index, sample, number, reader)
-                rows.append(self.load(raw, sample_rng(self.order.seed, epoch, number)))
-            except Fault as fault:
-                faults.append(FaultRecord(fault.cause, index.name, index.key(sample), fault.detail))
-            else:
-                keys.append(raw.key)
-                indices.append(number)
+        rows, keys, taken, faults = [], [], [], []
+        mine = self.rows_of(step)
+        columns = np.stack([mine.sources, mine.epochs, mine.numbers], axis=1)  # (rows, 3)
+        for source, epoch, number in columns.tolist():
+            row = self.make_row(source, epoch, number, reader, faults)
+            if row is None and self.window and faults[-1].cause == "unreadable_shard":
+                row = self.stand_in(step, source, epoch, number, reader)
+            if row is not None:
+                rows.append(row[0])
+                keys.append(row[1])
+                taken.append((row[2], source))
+        numbers = torch.tensor(taken, dtype=torch.int64).reshape(-1, 2)
         return {
             "step": step,
             "keys": keys,
-            "indices": torch.tensor(indices, dtype=torch.int64),
+            "indices": numbers[:, 0],
+            "sources": numbers[:, 1],
             "data": self.collate(rows),
             "faults": faults,
-            "seen": len(numbers),
+            "seen": len(mine.numbers),
         }
+
+    def make_row(
+        self, source: int, epoch: int, number: int, reader: ShardReader, faults: list[FaultRecord]
+    ) -> tuple[Any, str, int] | None:
+        """Read and load one sample: its row, key and global index; None and one more fault when it is bad."""
+        index, sample = self.locate(number)
+        load = self.sources[source].load or self.load
+        try:
+            raw = read_sample(index, sample, number, reader)
+            return load(raw, sample_rng(self.seed, epoch, number)), raw.key, number
+        except Fault as fault:
+            faults.append(FaultRecord(fault.cause, index.name, index.key(sample), fault.detail))
+            return None
+
+    def stand_in(
+        self, step: int, source: int, epoch: int, number: int, reader: ShardReader
+    ) -> tuple[Any, str, int] | None:
+        """A sample for the place of one whose shard cannot be read, by the epoch's order; None when it is bad too.
+
+        It must not be in the batch already: a pair would be its own negative.
+        """
+        for other in self.mixture.stand_ins(source, epoch, number):
+            faults: list[FaultRecord] = []
+            row = self.make_row(source, epoch, other, reader, faults)
+            if not faults or faults[0].cause != "unreadable_shard":
+                whole = self.mixture.rows(step, 0, self.global_batch)
+                return None if other in whole.numbers else row
+        return None
 
 
 class _Steps(IterableDataset):
@@ -225,9 +354,16 @@ class _Steps(IterableDataset):
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         step = self.start + number
-        with ShardReader() as reader:
+        stream = self.stream
+        with ShardReader(locate=stream.cache.locate) as reader, Ahead(stream.fetch, number, count) as ahead:
             while self.stop is None or step < self.stop:
-                yield self.stream.make_batch(step, reader)
+                if stream.remote:
+                    ahead.ask(
+                        stream.shards_of(
+                            min(step + stream.lookahead, (self.stop or step + stream.lookahead + 1) - 1)
+                        )
+                    )
+                yield stream.make_batch(step, reader)
                 step += count
 
 
@@ -240,7 +376,7 @@ def start_worker(_: int) -> None:
 
 
 def pair_stream(
-    shards: Shards,
+    shards: Sources,
     *,
     transform: EvalTransform | TrainTransform,
     tokenize: Callable[[Sequence[str]], torch.Tensor],
@@ -255,19 +391,20 @@ def pair_stream(
     """The stream of pictures and tokens that a dual encoder is trained and measured on.
 
     Args:
-        shards: What `data.shards.expand_shards` takes.
+        shards: What `PairStream` takes.
         transform: `TrainTransform` or `EvalTransform`.
         tokenize: Texts to int64 (n, context), for instance an open_clip tokenizer; `data.tokens` gives the ids of
             open_clip's `SimpleTokenizer` in its place, faster.
         batch_size: Samples per rank and batch.
-        captions: `random` draws captions anew each epoch, `first` takes the first, `all` gives all.
+        captions: `random` draws captions anew each epoch, `first` takes the first, `longest` that of most characters,
+            `all` gives all. A `Source` may have its own, and rewritten captions.
         max_pixels: Pictures with more pixels are `too_large_image` faults.
         word_dropout: Share of each caption's words that is left out at random.
         scaled_decode: Decode large JPEGs at a reduced size, with `TrainTransform` only: 0.6 of the CPU time at 1024 px,
             pixels that differ by up to 2.5 of 255 on average.
         captions_per_image: How many captions `random` draws for a picture.
         options: The other arguments of `PairStream`: seed, shuffle, rank, world_size, workers, max_faults,
-            cache_dir.
+            cache_dir, cache_limit, temperature, mix.
 
     Returns:
         A stream whose batches hold `images` uint8 (b, 3, h, w), `tokens` int64 (b, context) and `texts`
@@ -288,10 +425,32 @@ def pair_stream(
     """
     if captions not in CAPTIONS:
         raise ValueError(f"captions {captions!r}: expected one of {', '.join(CAPTIONS)}")
-    if captions_per_image < 1 or (captions_per_image > 1 and captions != "random"):
-        raise ValueError(
-            f"captions_per_image {captions_per_image} with captions {captions!r}: expected 1, or more with 'random'"
-        )
+    if captions_per_image < 1:
+        raise ValueError(f"captions_per_image {captions_per_image}: expected at least 1")
     load = PairLoad(transform, captions, max_pixels, word_dropout, scaled_decode, captions_per_image)
+    if not isinstance(shards, str | Path):
+        shards = [own_captions(word, load) if isinstance(word, Source) else word for word in shards]
     collate = PairCollate(batch_tokenizer(tokenize), transform.size, captions, captions_per_image)
     return PairStream(shards, load, collate, batch_size=batch_size, **options)
+
+
+def own_captions(source: Source, load: PairLoad) -> Source:
+    """A source that loads by its own choice of captions.
+
+    Raises:
+        ValueError: A choice that is unknown, or that cannot be mixed with the stream's.
+    """
+    captions = source.captions or load.captions
+    if (captions == "all") != (load.captions == "all"):
+        raise ValueError(f"source {source.name}: captions 'all' and {captions!r} cannot stand in one batch")
+    if captions not in CAPTIONS:
+        raise ValueError(
+            f"source {source.name}: captions {captions!r}: expected one of {', '.join(CAPTIONS)}"
+        )
+    own = replace(
+        load,
+        captions=captions,
+        rewritten_key=source.rewritten_key,
+        rewritten_share=source.rewritten_share or 0.0,
+    )
+    return replace(source, load=own)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 
 from pairstream.atomic import write_text
 from pairstream.errors import nearest
@@ -100,7 +100,8 @@ def override(recipe: RecipeT, words: Sequence[str], source: str = "the recipe") 
             default = tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
             if isinstance(info.default, info.type):
                 default = getattr(info.default, name)
-            fields.append(StructFieldSpec(name, field.annotation, default, field.description))  # pyright: ignore
+            kind = offered(field.annotation, default)
+            fields.append(StructFieldSpec(name, kind, default, field.description))  # pyright: ignore
 
         def construct(**values: Any) -> Any:
             return info.type.model_construct(**values)
@@ -117,6 +118,24 @@ def override(recipe: RecipeT, words: Sequence[str], source: str = "the recipe") 
             config=(tyro.conf.AvoidSubcommands,),
         )
     return validate(type(recipe), changed.model_dump(mode="json"), f"{source} with {' '.join(words)}")
+
+
+def offered(annotation: Any, default: Any) -> Any:
+    """What the command line may set of a key: where plain values and lists of configurations may stand, the one that
+    the recipe has. tyro would make subcommands of such a choice.
+    """
+    choices = alternatives(annotation)
+    lists = [
+        choice
+        for choice in choices
+        if get_origin(choice) in (list, tuple)
+        and any(isinstance(inner, type) and issubclass(inner, Config) for inner in get_args(choice))
+    ]
+    plain = [choice for choice in choices if choice not in lists]
+    if not lists or not plain:
+        return annotation
+    has_list = isinstance(default, list | tuple) and any(isinstance(value, Config) for value in default)
+    return Union[tuple(lists if has_list else plain)]  # noqa: UP007 - of as many as there are
 
 
 def validate(kind: type[RecipeT], content: dict[str, Any], source: str) -> RecipeT:
@@ -154,8 +173,12 @@ def keys_of(kind: Any, location: Sequence[int | str]) -> list[str]:
         choices = alternatives(kind) if kind is not None else []
         models = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
         named = any(part in choice.model_fields for choice in models)
-        is_tag = not named and any(
-            "kind" in choice.model_fields and choice.model_fields["kind"].default == part for choice in models
+        is_tag = not named and (
+            tagged(kind, part) is not None
+            or any(
+                "kind" in choice.model_fields and choice.model_fields["kind"].default == part
+                for choice in models
+            )
         )
         if not is_tag:
             keys.append(str(part))
@@ -185,6 +208,18 @@ def step_into(kind: Any, part: int | str) -> Any:
                 return choice
         elif get_origin(choice) in (list, tuple) and isinstance(part, int):
             return get_args(choice)[0]
+    return tagged(kind, part)
+
+
+def tagged(kind: Any, part: int | str) -> Any:
+    """The alternative that a union knows by a pydantic `Tag`; None when there is none of that name."""
+    inner = get_args(kind)
+    if get_origin(kind) is Annotated:
+        if any(isinstance(note, Tag) and note.tag == part for note in inner[1:]):
+            return inner[0]
+        return tagged(inner[0], part)
+    if get_origin(kind) in (Union, types.UnionType):
+        return next((found for choice in inner if (found := tagged(choice, part)) is not None), None)
     return None
 
 

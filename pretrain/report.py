@@ -23,7 +23,7 @@ def model_card(
         "---\nlibrary_name: open_clip\ntags: [clip, contrastive, image-text]\n---\n"
         f"# {recipe.run.rstrip('/').rsplit('/', 1)[-1]}, step {step}\n\n"
         f"A dual encoder trained by PairStream {__version__} on {samples_seen:,} pairs (repeats counted) of "
-        f"`{recipe.data.train}`.\n\n"
+        f"`{recipe.data.names}`.\n\n"
         "```python\nimport open_clip\n"
         'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:PATH-OF-THIS-FOLDER")\n'
         'tokenizer = open_clip.get_tokenizer("local-dir:PATH-OF-THIS-FOLDER")\n```\n\n'

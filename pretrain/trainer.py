@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from data.mixture import Source
 from data.stream import Batch, PairStream, pair_stream
 from data.transforms import TrainTransform
 from pairstream.progress import ProgressBar
@@ -37,6 +37,7 @@ from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_r
 from pretrain.recipe import Lock, PretrainRecipe
 from pretrain.report import flatten, model_card, write_report
 from pretrain.selfcheck import check_gradients
+from pretrain.source_losses import source_losses
 from pretrain.towers import read_checkpoint
 
 # What `tower_lr` leaves alone, by the names open_clip's models give their parameters.
@@ -51,7 +52,7 @@ FREE: Any = {
     **dict.fromkeys(
         ("run", "processes", "precision", "log_every", "checkpoint", "evaluate", "trackers"), True
     ),
-    "data": {"train", "workers", "max_faults"},
+    "data": {"train", "workers", "max_faults", "cache_dir", "cache_gb"},
 }
 
 
@@ -121,6 +122,8 @@ class Trainer:
             clear_leftovers(self.folder.checkpoints)
         self.step, self.samples_seen, self.history = 0, 0, {}
         self.saved: dict[str, Tensor] = {}
+        self.watched: Tensor | None = None  # sources of the rows of a step whose loss is told by source
+        self.source_losses: Tensor | None = None
         if resume:
             self.restore()
         if self.main and self.step == 0:
@@ -134,8 +137,12 @@ class Trainer:
                 f"batch_size {recipe.batch_size} (over all ranks) cannot be split over {self.world} processes: "
                 f"take a multiple of {self.world}"
             )
+        sources = [
+            word if isinstance(word, str) else Source(**word.model_dump())
+            for word in ((recipe.data.train,) if isinstance(recipe.data.train, str) else recipe.data.train)
+        ]
         stream = pair_stream(
-            recipe.data.train,
+            sources,
             transform=TrainTransform(
                 self.encoder.image_size,
                 scale=recipe.data.crop_scale,
@@ -154,11 +161,15 @@ class Trainer:
             world_size=self.world,
             workers=recipe.data.workers,
             max_faults=recipe.data.max_faults,
+            cache_dir=recipe.data.cache_dir,
+            cache_limit=round(recipe.data.cache_gb * 1e9) if recipe.data.cache_gb else None,
+            temperature=recipe.data.temperature,
+            mix=recipe.data.mix,
         )
         if stream.samples < recipe.batch_size:
             raise ValueError(
                 f"batch_size {recipe.batch_size} is larger than the whole set ({stream.samples} samples in "
-                f"{recipe.data.train}): the pairs of a batch must differ. Take a smaller batch or more data."
+                f"{recipe.data.names}): the pairs of a batch must differ. Take a smaller batch or more data."
             )
         return stream
 
@@ -179,7 +190,7 @@ class Trainer:
         weights = read_checkpoint(found[0] / "model").model.state_dict()
         self.model.load_state_dict(weights)
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
-        self.stream.counts = Counter(state["faults"])
+        self.stream.load_state_dict(state["stream"])
         self.folder.rewind_log(self.step)
         if state["world_size"] != self.world:
             self.say(
@@ -244,7 +255,7 @@ class Trainer:
         load_optimizer_state(self.optimizer, self.saved)
         wrapped, optimizer = self.accelerator.prepare(network, self.optimizer)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        window = Window(self.accelerator.device)
+        window, self.logged = Window(self.accelerator.device), self.step
         waited = time.monotonic()
         for batch in self.stream.iterate(self.step, stop):
             window.waiting += time.monotonic() - waited
@@ -259,7 +270,7 @@ class Trainer:
                 self.mean_loss(window)  # before anything is kept of a run that has diverged
             if self.step % recipe.log_every == 0 or self.step == recipe.steps:
                 record = self.log_window(window, batch, lr)
-                window = Window(self.accelerator.device)
+                window, self.logged = Window(self.accelerator.device), self.step
                 loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
                 bar.advance(0, note=f"loss {loss}, {record['samples_per_s']:.0f} samples/s")
             bar.advance()
@@ -287,6 +298,8 @@ class Trainer:
             return 0
         set_training_mode(self.model)
         inputs = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+        told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
+        self.watched = batch.sources if told and len(self.stream.sources) > 1 else None
         loss = self.backward(wrapped, inputs)
         norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_norm or math.inf)
         optimizer.step()
@@ -305,17 +318,44 @@ class Trainer:
             return tuple(feature.float() for feature in features)
 
         if self.recipe.micro_batch is None:
-            loss = self.objective(network(*inputs), *inputs)
+            loss = self.loss_of(network(*inputs), inputs)
             self.accelerator.backward(loss)
             return loss
         return cached_backward(
             network,
             inputs,
-            lambda features: self.objective(features, *inputs),
+            lambda features: self.loss_of(features, inputs),
             micro_batch=self.recipe.micro_batch,
             backward=self.accelerator.backward,
             no_sync=lambda: self.accelerator.no_sync(wrapped),
         )
+
+    def loss_of(self, features: Features, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The recipe's loss; in a mixture, steps that are logged also keep each source's share of it."""
+        if self.watched is not None:
+            images, texts, scale = features[:3]
+            self.source_losses = source_losses(images, texts, scale, self.watched, len(self.stream.sources))
+        return self.objective(features, *inputs)
+
+    def log_sources(self, seconds: float) -> dict[str, Any]:
+        """What the log says of a mixture's sources: samples and epochs so far, samples/s, the last step's loss."""
+        mixture = self.stream.mixture
+        counts = zip(mixture.drawn(self.logged), mixture.drawn(self.step), strict=True)
+        rates = [(after - before) / seconds for before, after in counts]
+        losses = [None] * len(rates) if self.source_losses is None else self.source_losses.tolist()
+        self.source_losses = None
+        epochs = mixture.epochs_seen(self.step)
+        return {
+            name: {
+                "samples": drawn,
+                "epochs": epochs[name],
+                "samples_per_s": rate,
+                "loss": None if loss is None or math.isnan(loss) else loss,
+            }
+            for name, drawn, rate, loss in zip(
+                mixture.names, mixture.drawn(self.step), rates, losses, strict=True
+            )
+        }
 
     def mean_loss(self, window: Window) -> float | None:
         """`Window.mean_loss`, with what can be done about a run that has diverged."""
@@ -343,6 +383,8 @@ class Trainer:
             "memory_mb": peak_memory_mb(self.accelerator.device),
             "faults": dict(self.stream.faults),
         }
+        if len(self.stream.sources) > 1:
+            record["sources"] = self.log_sources(elapsed)
         self.folder.log(record)
         if self.accelerator.trackers:
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
@@ -386,7 +428,7 @@ class Trainer:
                     "world_size": self.world,
                     "identity": self.identity(),
                     "history": self.history,
-                    "faults": self.stream.faults,
+                    "stream": self.stream.state_dict(),
                 },
                 keep=self.recipe.checkpoint.keep,
             )

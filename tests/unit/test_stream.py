@@ -465,8 +465,8 @@ def test_impossible_ranges_and_captions(tmp_path, pairs):
         with pytest.raises(ValueError, match=f"expected 0 <= start <= stop, got start={start}, stop={stop}"):
             stream.iterate(start, stop)
     assert list(stream.iterate(2, 2)) == []
-    with pytest.raises(ValueError, match="captions 'longest': expected one of random, first, all"):
-        pair_stream(pairs, transform=EvalTransform(8), tokenize=tokenize, batch_size=2, captions="longest")
+    with pytest.raises(ValueError, match="captions 'latest': expected one of random, first, longest, all"):
+        pair_stream(pairs, transform=EvalTransform(8), tokenize=tokenize, batch_size=2, captions="latest")
 
 
 def test_no_shards():
@@ -496,8 +496,11 @@ def test_several_captions_of_a_picture_are_drawn_without_replacement(tmp_path, m
         assert pairs["b"] == ["b0", "b0"]
         drawn.add(tuple(pairs["a"]))
     assert drawn == {(x, y) for x in ("a0", "a1", "a2") for y in ("a0", "a1", "a2") if x != y}
-    for wrong in ({"captions_per_image": 2, "captions": "first"}, {"captions_per_image": 0}):
-        with pytest.raises(ValueError, match="expected 1, or more with 'random'"):
+    for wrong, told in (
+        ({"captions_per_image": 2, "captions": "first"}, "several are drawn, expected 'random'"),
+        ({"captions_per_image": 0}, "captions_per_image 0: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=told):
             pair_stream(str(tmp_path / "shards"), **options, **wrong)
 
 
