@@ -78,7 +78,7 @@ def coco_questions(asked: Path, answered: Path | None, pictures: Path) -> Counte
             questions[image_id].append({"question_id": question_id, "question": question, **known})
     rows = []
     for image_id, where in first.items():
-        name = f"COCO_{pictures.name}_{image_id:012d}.jpg"
+        name = f"COCO_{pictures.name.lower()}_{image_id:012d}.jpg"
         meta = {"image_id": image_id, "questions": questions[image_id]}
         rows.append(Row(name, pictures / name, where, (), meta))
     return read_rows(rows, faults, captioned=False)
