@@ -1,4 +1,4 @@
-"""`pairstream data ...`: make shards and check them."""
+"""`pairstream data ...`: get pairs, make shards and check them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from importlib import import_module
 
 COMMANDS = {
     "prepare": ("data.prepare:prepare", "turn a data set as its authors publish it into shards"),
+    "download": ("data.download.command:download", "fetch the pictures of a list of URLs into shards"),
     "check": ("data.check:check", "count, measure and test what shards hold"),
 }
 
