@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -237,8 +238,10 @@ def require_img2dataset() -> None:
             f"this is Python {sys.version_info.major}.{sys.version_info.minor}. Download with Python 3.10 to 3.12; every "
             "other command reads the shards with any Python."
         )
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    require("img2dataset", "download", "`pairstream data download`")
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would ask the network for a newer version
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        require("img2dataset", "download", "`pairstream data download`")
 
 
 def open_source(source: str, table: Sequence[str]) -> tuple[Preset | None, list[Path]]:

@@ -12,17 +12,21 @@ import json
 import os
 import traceback
 import urllib.request
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would ask the network for a newer version
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it says in its own ways that its age shows
+    from img2dataset.downloader import Downloader, is_disallowed
+    from img2dataset.resizer import Resizer
+    from img2dataset.writer import WebDatasetSampleWriter
+
 import pyarrow as pa
 import pyarrow.parquet as pq
-from img2dataset.downloader import Downloader, is_disallowed
-from img2dataset.resizer import Resizer
-from img2dataset.writer import WebDatasetSampleWriter
 from PIL import Image
 
 from data.download.polite import AGENT, Director, Journal, Manners, PictureOpener
