@@ -35,7 +35,7 @@ from data.pictures import Picture
 from pairstream.atomic import fsync_path, write_text
 
 WORK = "_download"  # the folder of unfinished things inside the folder of shards
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a stranger's bytes: no others are tried
 ID_DIGITS = 5  # of a shard's name
 # What img2dataset adds to the columns of a part.
 RESULT_COLUMNS = ("key", "status", "error_message", "width", "height", "original_width", "original_height", "sha256")
@@ -170,7 +170,9 @@ class PartDownloader(Downloader):
         opener = PictureOpener(self.manners, journal, Director(self.manners), is_disallowed)
         urllib.request.install_opener(opener)  # type: ignore[arg-type]
         try:
-            super().download_shard((number, str(part)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the age of its libraries, once a picture
+                super().download_shard((number, str(part)))
         finally:
             urllib.request.install_opener(None)  # type: ignore[arg-type]
             journal.close()
