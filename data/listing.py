@@ -38,7 +38,7 @@ SOURCES = (
            "https://shannon.cs.illinois.edu/DenotationGraph/", "captioning, retrieval (Karpathy's test split)"),
     Source("coco", "prepare", "123,287 photographs, 5 captions each", FLICKR_TERMS,
            "https://cocodataset.org/#download", "captioning, retrieval (Karpathy's test split)"),
-    Source("nocaps", "prepare", "4,500 photographs, 10 captions each (val)", "captions CC BY 2.0; pictures of Open Images",
+    Source("nocaps", "prepare", "4,500 photographs, 10 captions each (val)", "captions CC BY 2.0; Open Images pictures",
            "https://nocaps.org/download", "judging captions of things that COCO does not have"),
     Source("visual_genome", "prepare", "108,077 photographs, 5.4 million regions, 1.7 million questions", "CC BY 4.0",
            "https://homes.cs.washington.edu/~ranjay/visualgenome/", "pretraining, regions, VQA"),
@@ -62,8 +62,9 @@ SOURCES = (
            "the Python package easy-vqa", "quick VQA runs, offline"),
     Source("nlvr", "prepare", "92,244 pictures with a true or false sentence", "CC BY 4.0",
            "https://github.com/lil-lab/nlvr", "image-text classification: true or false"),
-    Source("nlvr2", "prepare", "107,292 pairs of photographs with a true or false sentence", "CC BY 4.0; pictures on request",
-           "https://github.com/lil-lab/nlvr", "image-text classification: true or false over two photographs"),
+    Source("nlvr2", "prepare", "107,292 pairs of photographs with a true or false sentence",
+           "CC BY 4.0; pictures on request", "https://github.com/lil-lab/nlvr",
+           "image-text classification: true or false over two photographs"),
     Source("mvsa_single", "prepare", "5,129 tweets, 1 annotator (4,511 of them agree)", RESEARCH,
            "https://mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-social-data/", "sentiment of posts"),
     Source("mvsa_multiple", "prepare", "19,600 tweets, 3 annotators (17,024 of them agree)", RESEARCH,
@@ -72,7 +73,7 @@ SOURCES = (
            "https://hatefulmemeschallenge.com", "image-text classification: hateful or not"),
     Source("scenes", "prepare", "as many as one asks for, drawn", "CC BY-SA 4.0 (art of OpenMoji)",
            "the extra `data`; it is drawn on this machine", "the whole path offline"),
-    Source("csv", "prepare, download", "a table of one's own (.csv, .tsv, .jsonl; download: .parquet and .json too)", "yours",
+    Source("csv", "prepare, download", "a table of one's own; download also takes .parquet", "yours",
            "your disk, or URLs", "your own pairs"),
     Source("hf", "prepare", "any set that the library `datasets` opens: hf:OWNER/NAME or hf:FOLDER", "see its card",
            "https://huggingface.co/datasets", "anything with a column of pictures and one of texts"),
@@ -80,7 +81,8 @@ SOURCES = (
            "https://ai.google.com/research/ConceptualCaptions/download", "pretraining, clean captions"),
     Source("cc12m", "download", "12.4 million pairs", LINKS,
            "https://github.com/google-research-datasets/conceptual-12m", "pretraining"),
-    Source("laion400m", "download", "413 million pairs", LINKS, "https://laion.ai/blog/laion-400-open-dataset/", "pretraining"),
+    Source("laion400m", "download", "413 million pairs", LINKS,
+           "https://laion.ai/blog/laion-400-open-dataset/", "pretraining"),
     Source("laion2b", "download", "2.3 billion pairs", LINKS, "https://laion.ai/blog/laion-5b/", "pretraining"),
     Source("relaion2b", "download", "2.1 billion pairs", LINKS, "https://laion.ai/blog/relaion-5b/",
            "pretraining; LAION-2B without links to suspected abuse"),
@@ -112,6 +114,6 @@ def show(*, json: bool = False) -> int:
         table.add_row(*asdict(source).values())
     console = Console()
     if not console.is_terminal:  # a pipe gets whole lines
-        console.width = 260
+        console.width = 1000
     console.print(table)
     return 0

@@ -55,7 +55,9 @@ def samples(root: Path, split: str = "train") -> Counted:
     faults: list[Skipped] = []
     for question_id, row in content.items():
         where = f"{path.name}: {question_id}"
-        image_id, question = (row.get(key) if isinstance(row, dict) else None for key in ("imageId", "question"))
+        image_id, question = (
+            row.get(key) if isinstance(row, dict) else None for key in ("imageId", "question")
+        )
         if not (isinstance(image_id, str) and isinstance(question, str)):
             faults.append(Skipped("bad_row", where, "expected imageId and question"))
             continue
@@ -75,7 +77,13 @@ def samples(root: Path, split: str = "train") -> Counted:
         first.setdefault(image_id, where)
         questions[image_id].append(entry)
     rows = [
-        Row(f"{image_id}.jpg", pictures / f"{image_id}.jpg", where, (), {"image_id": image_id, "questions": asked})
+        Row(
+            f"{image_id}.jpg",
+            pictures / f"{image_id}.jpg",
+            where,
+            (),
+            {"image_id": image_id, "questions": asked},
+        )
         for image_id, where in first.items()
         for asked in (questions[image_id],)
     ]

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data.adapters.common import Counted, Row, Skipped, need_file, need_folder, need_split, read_json_lines, read_rows
+from data.adapters.common import (
+    Counted,
+    Row,
+    Skipped,
+    need_file,
+    need_folder,
+    need_split,
+    read_json_lines,
+    read_rows,
+)
 
 LABELS = {0: "not hateful", 1: "hateful"}
 FILES = {
@@ -23,11 +32,12 @@ FILES = {
 def samples(root: Path, split: str = "train") -> Counted:
     """Hateful Memes: 8,500 to train on, 500 / 540 (dev seen / unseen) and 1,000 / 2,000 (test seen / unseen).
 
-    The text is the sample's `text` and its caption; `label` is `hateful` or `not hateful`, and absent where the file has
-    none (the first release of the test split).
+    The text is the sample's `text` and its caption; `label` is `hateful` or `not hateful`, and absent where the
+    file has none (the first release of the test split).
 
     Args:
-        root: Holds `train.jsonl`, `dev_seen.jsonl` (or `dev.jsonl`), `test_seen.jsonl` (or `test.jsonl`), ... and `img/`.
+        root: Holds `train.jsonl`, `dev_seen.jsonl` (or `dev.jsonl`), `test_seen.jsonl` (or `test.jsonl`), ... and
+            `img/`.
         split: `train`, `val` (= `dev`, the seen one), `test` (the seen one), or `dev_seen`, `dev_unseen`, `test_seen`,
             `test_unseen`.
 

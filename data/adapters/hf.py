@@ -24,14 +24,16 @@ def samples(
 ) -> Counted:
     """A set that the library `datasets` can open.
 
-    Pictures are taken as they are stored, without decoding. A set on the hub is streamed; nothing of it is kept on the disk.
+    Pictures are taken as they are stored, without decoding. A set on the hub is streamed; nothing of it is kept on
+    the disk.
 
     Args:
-        source: `OWNER/NAME` (or `OWNER/NAME:CONFIG`) on the hub, a folder that `save_to_disk` wrote, or a folder of parquet,
-            JSON or CSV files, or of pictures with `metadata.csv` or `metadata.jsonl`.
+        source: `OWNER/NAME` (or `OWNER/NAME:CONFIG`) on the hub, a folder that `save_to_disk` wrote, or a folder
+            of parquet, JSON or CSV files, or of pictures with `metadata.csv` or `metadata.jsonl`.
         split: As the set calls it.
         image_column: By default the one whose type is Image.
-        caption_columns: By default the first of caption, captions, title and text. A list of texts gives several captions.
+        caption_columns: By default the first of caption, captions, title and text. A list of texts gives several
+            captions.
         keep_columns: Copied into the samples' JSON; all plain ones by default.
 
     Raises:
@@ -42,19 +44,24 @@ def samples(
     rows = open_rows(datasets, source, split)
     features = rows.features or {}
     if not features:  # a streamed set may not say before it is read
-        features = {name: None for name in next(iter(rows), {})}
+        features = dict.fromkeys(next(iter(rows), {}))
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     image = choose(source, features, image_column, images or [n for n in features if n in ("image", "img", "jpg")],
                    "pictures", "--image-column")  # fmt: skip
     texts = [
-        choose(source, features, name, CAPTION_COLUMNS, "captions", "--caption-columns") for name in caption_columns or (None,)
+        choose(source, features, name, CAPTION_COLUMNS, "captions", "--caption-columns")
+        for name in caption_columns or (None,)
     ]
-    kept = [choose(source, features, name, (), "kept values", "--keep-columns") for name in keep_columns or ()]
+    kept = [
+        choose(source, features, name, (), "kept values", "--keep-columns") for name in keep_columns or ()
+    ]
     if image in images:
         rows = rows.cast_column(image, datasets.Image(decode=False))
     plain = kept or [name for name in features if name not in (image, *texts)]
     total = len(rows) if hasattr(rows, "__len__") else 0
-    labels = {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    labels = {
+        name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+    }
     return Counted(total, read(rows, split, image, texts, plain, labels))
 
 
@@ -66,14 +73,20 @@ def open_rows(datasets: Any, source: str, split: str) -> Any:
         if not isinstance(held, dict):
             return held
         if split not in held:
-            raise ValueError(f"hf:{source} has no split {split!r}: it has {', '.join(held)}{nearest(split, held)}")
+            raise ValueError(
+                f"hf:{source} has no split {split!r}: it has {', '.join(held)}{nearest(split, held)}"
+            )
         return held[split]
     name, _, config = source.partition(":")
     local = folder.is_dir()
     if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise FileNotFoundError(f"hf:{source}: no such folder, and no name on the hub looks like it (OWNER/NAME)")
+        raise FileNotFoundError(
+            f"hf:{source}: no such folder, and no name on the hub looks like it (OWNER/NAME)"
+        )
     try:
-        return datasets.load_dataset(str(folder) if local else name, config or None, split=split, streaming=not local)
+        return datasets.load_dataset(
+            str(folder) if local else name, config or None, split=split, streaming=not local
+        )
     except ValueError as error:  # its message lists the splits, or the configurations
         raise ValueError(f"hf:{source}, split {split!r}: {error}") from error
 
@@ -85,11 +98,15 @@ def choose(
     if given is not None:
         if given in features:
             return given
-        raise ValueError(f"hf:{source}: no column {given!r}: it has {', '.join(features)}{nearest(given, features)}")
+        raise ValueError(
+            f"hf:{source}: no column {given!r}: it has {', '.join(features)}{nearest(given, features)}"
+        )
     for name in usual:
         if name in features:
             return name
-    raise ValueError(f"hf:{source}: which column holds the {what}? It has {', '.join(features)}; name one with {option}")
+    raise ValueError(
+        f"hf:{source}: which column holds the {what}? It has {', '.join(features)}; name one with {option}"
+    )
 
 
 def read(

@@ -1,4 +1,4 @@
-"""Folders that img2dataset has written: Conceptual Captions, LAION, SBU, and any other set of URLs once it is fetched."""
+"""Folders that img2dataset has written: Conceptual Captions, LAION, SBU, or any other set of URLs, fetched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.adapters.common import Counted, Row, Skipped, find_file, load_json, near, read_json, read_lines, read_row, read_rows
+from data.adapters.common import (
+    Counted,
+    Row,
+    Skipped,
+    find_file,
+    load_json,
+    near,
+    read_json,
+    read_lines,
+    read_row,
+    read_rows,
+)
 from data.adapters.csv import read_csv
 from data.faults import Fault
 from data.samples import read_sample
@@ -15,7 +26,14 @@ from data.tar import ShardReader, scan_shard
 from pairstream.errors import require
 
 LIST_NAMES = ("Train-GCC-training_output.csv", "train.tsv", "train.csv", "validation.tsv", "val.csv")
-RESULTS = ("key", "status", "error_message", "url", "caption", "exif")  # in the JSON already, or of no use in it
+RESULTS = (
+    "key",
+    "status",
+    "error_message",
+    "url",
+    "caption",
+    "exif",
+)  # in the JSON already, or of no use in it
 
 
 def laion(root: Path) -> Counted:
@@ -35,8 +53,9 @@ def conceptual_captions(root: Path) -> Counted:
     """Conceptual Captions (3M or 12M), fetched.
 
     Args:
-        root: What img2dataset wrote, as tar files or as folders of files; or pictures with a list of `title` and `filepath`
-            (`Train-GCC-training_output.csv`, as the script that came with CLIP makes it) or of captions and paths.
+        root: What img2dataset wrote, as tar files or as folders of files; or pictures with a list of `title` and
+            `filepath` (`Train-GCC-training_output.csv`, as the script that came with CLIP makes it) or of captions
+            and paths.
 
     Raises:
         FileNotFoundError: None of these is there.
@@ -67,7 +86,9 @@ def sbu(root: Path) -> Counted:
     listed = find_file(root, "sbu-captions-all.json")
     if listed is not None:
         content = load_json(listed)
-        urls, captions = (content.get(key) if isinstance(content, dict) else None for key in ("image_urls", "captions"))
+        urls, captions = (
+            content.get(key) if isinstance(content, dict) else None for key in ("image_urls", "captions")
+        )
         if not isinstance(urls, list) or not isinstance(captions, list):
             raise ValueError(f"{listed}: expected an object with the lists image_urls and captions")
         pairs = [(f"{listed.name}[{place}]", url) for place, url in enumerate(urls)]
@@ -95,7 +116,9 @@ def from_list(path: Path) -> Counted:
     picture = next((by_name[name] for name in ("filepath", "file", "path", "image") if name in by_name), None)
     text = next((by_name[name] for name in ("title", "caption", "text") if name in by_name), None)
     if picture is None or text is None:
-        raise ValueError(f"{path}: expected the columns filepath and title (or caption), it has {', '.join(columns)}")
+        raise ValueError(
+            f"{path}: expected the columns filepath and title (or caption), it has {', '.join(columns)}"
+        )
     rows: list[Row] = []
     faults: list[Skipped] = []
     for line, row in content:
@@ -112,7 +135,7 @@ def files(root: Path, name: str) -> Counted:
     pictures = [path for path in near(root) if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")]
     if not pictures:
         raise FileNotFoundError(
-            f"no pictures of {name} in {root}: expected the folder that img2dataset wrote (00000.tar ... or 00000/ ...); "
+            f"no pictures of {name} in {root}: expected what img2dataset wrote (00000.tar ... or 00000/ ...); "
             "`pairstream data download` fetches them"
         )
 
@@ -154,7 +177,9 @@ def shards(root: Path, name: str) -> Counted:
                     key = index.key(number)
                     yield one(index, number, key, columns.pop(key, {}), reader)
                 for key in columns:  # the list says that it was fetched
-                    yield Skipped("missing_image", f"{tar.name}: {key}", "is in the parquet file but not in the shard")
+                    yield Skipped(
+                        "missing_image", f"{tar.name}: {key}", "is in the parquet file but not in the shard"
+                    )
 
     return Counted(total, read())
 

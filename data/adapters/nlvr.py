@@ -23,15 +23,21 @@ from data.faults import Fault
 
 PERMUTATIONS = 6  # pictures of one NLVR example: the orders of its three boxes
 GAP = 8  # pixels between two photographs
-NLVR2_FILES = {"train": "train.json", "val": "dev.json", "dev": "dev.json", "test": "test1.json", "test2": "test2.json"}
+NLVR2_FILES = {
+    "train": "train.json",
+    "val": "dev.json",
+    "dev": "dev.json",
+    "test": "test1.json",
+    "test2": "test2.json",
+}
 
 
 def nlvr2(root: Path, split: str = "train") -> Counted:
     """NLVR2: 86,373 sentences to train on, 6,982 to develop with, 6,967 in each public test split.
 
-    Each sample is one sentence; its picture is the two photographs side by side, left first, brought to the height of the
-    lower one with a white gap between. The sentence is the sample's `text` and its one question; `label` and the answers
-    are `true` or `false`. There is no caption: half of the sentences are false.
+    Each sample is one sentence; its picture is the two photographs side by side, left first, brought to the height
+    of the lower one with a white gap between. The sentence is the sample's `text` and its one question; `label`
+    and the answers are `true` or `false`. There is no caption: half of the sentences are false.
 
     Args:
         root: Holds `train.json`, `dev.json`, `test1.json`, `test2.json` (there or in `data/`) and the pictures as the
@@ -65,8 +71,8 @@ def nlvr2(root: Path, split: str = "train") -> Counted:
 def nlvr(root: Path, split: str = "train") -> Counted:
     """NLVR: 74,460 / 5,940 / 5,934 drawings with a sentence each, true or false.
 
-    Every example has six pictures, the orders of its three boxes; each is a sample, as results are published. The record
-    is that of NLVR2; `image_id` is the example's.
+    Every example has six pictures, the orders of its three boxes; each is a sample, as results are published. The
+    record is that of NLVR2; `image_id` is the example's.
 
     Args:
         root: Holds `train/train.json` and `train/images/DIRECTORY/train-ID-K.png`, and the same for `dev` and `test`.
@@ -96,9 +102,7 @@ def nlvr(root: Path, split: str = "train") -> Counted:
     return read_rows(rows, faults, captioned=False)
 
 
-def read_example(
-    row: dict[str, Any], where: str, faults: list[Skipped]
-) -> tuple[str, dict[str, Any]] | None:
+def read_example(row: dict[str, Any], where: str, faults: list[Skipped]) -> tuple[str, dict[str, Any]] | None:
     """Identifier and record of one line; None when it is bad, which is added to `faults`."""
     identifier, sentence = row.get("identifier"), row.get("sentence")
     label = str(row.get("label")).lower()  # "True" in NLVR2, "true" in NLVR
@@ -131,7 +135,9 @@ def beside(left: bytes, right: Path) -> bytes:
         raise Fault("undecodable_image", f"{right.name} or its left neighbour: {error}") from error
     height = min(picture.height for picture in pictures)
     scaled = [
-        picture.resize((max(round(picture.width * height / picture.height), 1), height), Image.Resampling.BICUBIC)
+        picture.resize(
+            (max(round(picture.width * height / picture.height), 1), height), Image.Resampling.BICUBIC
+        )
         for picture in pictures
     ]
     joined = Image.new("RGB", (scaled[0].width + GAP + scaled[1].width, height), "white")

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from data.adapters.common import Counted, Row, Skipped, need_file, need_folder, need_split, read_json, read_rows
+from data.adapters.common import (
+    Counted,
+    Row,
+    Skipped,
+    need_file,
+    need_folder,
+    need_split,
+    read_json,
+    read_rows,
+)
 
 
 def samples(root: Path, split: str = "val") -> Counted:
     """NoCaps: 4,500 photographs with ten captions each; an evaluation set, there is nothing to train on.
 
-    The JSON has `image_id`, `open_images_id` and `domain` (`in-domain`, `near-domain`, `out-domain`, by which results are
-    published).
+    The JSON has `image_id`, `open_images_id` and `domain` (`in-domain`, `near-domain`, `out-domain`, by which
+    results are published).
 
     Args:
         root: Holds `nocaps_val_4500_captions.json` and the pictures in `validation/`, `val/` or `images/`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,10 +39,11 @@ def samples(root: Path, *, crops: bool = False) -> Counted:
     """Visual Genome: 108,077 photographs, 5.4 million region descriptions, 1.7 million questions.
 
     A sample is a whole photograph with the descriptions of its regions as captions (each once), as vision-language
-    pretraining uses the set; its JSON also has `regions` (`region_id`, `phrase`, `box` as x, y, width, height in pixels)
-    and, where `question_answers.json` is there, `questions` (the one answer written ten times). With `crops` each region is
-    a sample of its own: the part of the picture and its phrase. The set has no splits; about half of its pictures are
-    COCO's too (`coco_id` in `image_data.json`): mind that when COCO is what you test on.
+    pretraining uses the set; its JSON also has `regions` (`region_id`, `phrase`, `box` as x, y, width, height in
+    pixels) and, where `question_answers.json` is there, `questions` (the one answer written ten times). With
+    `crops` each region is a sample of its own: the part of the picture and its phrase. The set has no splits;
+    about half of its pictures are COCO's too (`coco_id` in `image_data.json`): mind that when COCO is what you
+    test on.
 
     Args:
         root: Holds `region_descriptions.json` or `question_answers.json` or both, and the pictures in `VG_100K/` and
@@ -112,7 +112,9 @@ def read_regions(path: Path, photographs: dict[int, Photograph], faults: list[Sk
                 )
                 continue
             if phrase:
-                photograph.regions.append({"region_id": region.get("region_id"), "phrase": phrase, "box": box})
+                photograph.regions.append(
+                    {"region_id": region.get("region_id"), "phrase": phrase, "box": box}
+                )
 
 
 def read_questions(path: Path, photographs: dict[int, Photograph], faults: list[Skipped]) -> None:
@@ -146,7 +148,9 @@ def read_coco_ids(path: Path | None) -> dict[int, dict[str, int]]:
     }
 
 
-def cut_out(photographs: dict[int, Photograph], place: Any, faults: list[Skipped]) -> Iterator[Sample | Skipped]:
+def cut_out(
+    photographs: dict[int, Photograph], place: Any, faults: list[Skipped]
+) -> Iterator[Sample | Skipped]:
     """Each region as a picture of its own; a photograph is decoded once."""
     yield from faults
     for image_id, photograph in photographs.items():

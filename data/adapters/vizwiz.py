@@ -31,8 +31,8 @@ def samples(root: Path, split: str = "train") -> Counted:
     sentence about a spoilt picture, are left out.
 
     Args:
-        root: Holds `train.json`, `val.json`, `test.json` (there, in `Annotations/` or in `annotations/`) and the folders
-            `train/`, `val/` and `test/`.
+        root: Holds `train.json`, `val.json`, `test.json` (there, in `Annotations/` or in `annotations/`) and the
+            folders `train/`, `val/` and `test/`.
         split: VQA: 20,523 / 4,319 / 8,000 questions. Captions: 23,431 / 7,750 / 8,000 pictures. Answers and captions of
             `test` are not public.
 

@@ -158,7 +158,9 @@ def run(
     verify = bool(preset and preset.verify) if verify_hash is None else verify_hash
     if verify and "source_sha256" not in chosen.kept.values():
         if verify_hash:
-            raise ValueError(f"--verify-hash needs a column sha256, and {files[0]} has none (or --keep-columns drops it)")
+            raise ValueError(
+                f"--verify-hash needs a column sha256, and {files[0]} has none (or --keep-columns drops it)"
+            )
         verify = False
 
     from data.download.outcome import done_parts, rows_to_retry, write_outcome
@@ -174,7 +176,8 @@ def run(
     if retry[0]:
         if len(done) < planned:
             raise ValueError(
-                f"{out} is not finished ({len(done):,} of {planned:,} parts): run the command without --retry-failed first"
+                f"{out} is not finished ({len(done):,} of {planned:,} parts): "
+                "run the command without --retry-failed first"
             )
         again = stage(rows_to_retry(out, done, rounds, retry[1]), samples_per_shard, work, planned)
         if again:
@@ -235,8 +238,8 @@ def require_img2dataset() -> None:
     if sys.version_info >= (3, 13):
         raise ImportError(
             "`pairstream data download` needs img2dataset, which stops below Python 3.13 (it uses the module imghdr): "
-            f"this is Python {sys.version_info.major}.{sys.version_info.minor}. Download with Python 3.10 to 3.12; every "
-            "other command reads the shards with any Python."
+            f"this is Python {sys.version_info.major}.{sys.version_info.minor}. Download with Python 3.10 to 3.12; "
+            "every other command reads the shards with any Python."
         )
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would ask the network for a newer version
     with warnings.catch_warnings():
@@ -260,12 +263,15 @@ def open_source(source: str, table: Sequence[str]) -> tuple[Preset | None, list[
         return preset, list_files(table)
     if table:
         raise ValueError(
-            f"--table goes with a published list, and {source!r} is none of {', '.join(PRESETS)}{nearest(source, PRESETS)}"
+            f"--table goes with a published list, and {source!r} is none of {', '.join(PRESETS)}"
+            f"{nearest(source, PRESETS)}"
         )
     try:
         return None, list_files([source])
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}, or one of {', '.join(PRESETS)}{nearest(source, PRESETS)}") from None
+        raise FileNotFoundError(
+            f"{error}, or one of {', '.join(PRESETS)}{nearest(source, PRESETS)}"
+        ) from None
 
 
 def open_plan(
@@ -347,7 +353,9 @@ def stage(tables: Iterator[Any], size: int, work: Path, first: int) -> int:
         nonlocal waiting, parts
         while waiting and (final or sum(table.num_rows for table in waiting) >= size):
             joined = pa.concat_tables(waiting, promote_options="permissive")
-            write_table(joined.slice(0, size).combine_chunks(), work / "rows" / f"{shard_name(first + parts)}.arrow")
+            write_table(
+                joined.slice(0, size).combine_chunks(), work / "rows" / f"{shard_name(first + parts)}.arrow"
+            )
             parts += 1
             rest = joined.slice(size)
             waiting = [rest] if rest.num_rows else []

@@ -28,8 +28,8 @@ def distribute(
         downloader: Called with each part; it is pickled.
         jobs: Number and rows file of each part, read as needed.
         processes: Worker processes on one machine; a cluster decides by itself.
-        cluster: Address of a running cluster (`ray`: `auto` or `HOST:PORT`; `pyspark`: `spark://HOST:PORT`); None starts
-            one on this machine for as long as it takes.
+        cluster: Address of a running cluster (`ray`: `auto` or `HOST:PORT`; `pyspark`: `spark://HOST:PORT`); None
+            starts one on this machine for as long as it takes.
 
     Raises:
         ImportError: The library of that distributor is absent.
@@ -38,7 +38,9 @@ def distribute(
     distributor = require("img2dataset.distributor", "download", "downloading")
     if name == "multiprocessing":
         if cluster is not None:
-            raise ValueError("--cluster is the address of a Ray or Spark cluster: add --distributor ray or pyspark")
+            raise ValueError(
+                "--cluster is the address of a Ray or Spark cluster: add --distributor ray or pyspark"
+            )
         with quiet():
             distributor.multiprocessing_distributor(processes, downloader, jobs, SUBJOB, 1)
     elif name == "ray":
@@ -81,7 +83,11 @@ def ray_session(processes: int, cluster: str | None) -> Iterator[None]:
     if address is None:
         local = {}
     ray.init(
-        address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment()}, **local
+        address=address,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": environment()},
+        **local,
     )
     try:
         yield

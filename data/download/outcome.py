@@ -78,7 +78,9 @@ def failures(folder: Path, parts: dict[int, dict[str, Any]], rounds: Iterable[ra
     for number, record in parts.items():
         table = pq.read_table(folder / f"{shard_name(number)}.parquet")
         table = table.filter(pc.not_equal(table["status"], "success"))
-        again = [rows for turn, arrays in tried.items() if turn > attempt_of.get(number, 0) for rows in arrays]
+        again = [
+            rows for turn, arrays in tried.items() if turn > attempt_of.get(number, 0) for rows in arrays
+        ]
         if again and table.num_rows:
             seen = pc.is_in(table["source_row"], value_set=pa.concat_arrays(again))
             table = table.filter(pc.invert(seen))
@@ -88,7 +90,14 @@ def failures(folder: Path, parts: dict[int, dict[str, Any]], rounds: Iterable[ra
         table = table.append_column("detail", pa.array([detail for _, detail in said], pa.string()))
         skipped = pa.Table.from_pylist(
             record["skipped"],
-            pa.schema([("source_row", pa.int64()), ("url", pa.string()), ("cause", pa.string()), ("detail", pa.string())]),
+            pa.schema(
+                [
+                    ("source_row", pa.int64()),
+                    ("url", pa.string()),
+                    ("cause", pa.string()),
+                    ("detail", pa.string()),
+                ]
+            ),
         )
         joined = pa.concat_tables([table, skipped], promote_options="default")
         if joined.num_rows:
@@ -154,7 +163,9 @@ def write_outcome(folder: Path, rounds: list[range], settings: dict[str, Any]) -
             writer.write_table(table.select(kinds.names).cast(kinds))
             causes.update(table["cause"].to_pylist())
             opted = table.filter(pc.is_in(table["cause"], value_set=pa.array(OPT_OUT)))
-            for url, cause, detail in zip(*(opted[key].to_pylist() for key in ("url", "cause", "detail")), strict=True):
+            for url, cause, detail in zip(
+                *(opted[key].to_pylist() for key in ("url", "cause", "detail")), strict=True
+            ):
                 host = urlsplit(url).netloc
                 hosts[host] += 1
                 listed.writerow((url, host, cause.removeprefix("opt_out_"), detail))

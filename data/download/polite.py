@@ -29,10 +29,19 @@ AGENT = "pairstream"
 BLOCK = 1 << 16
 ROBOTS_BYTES = 500_000  # RFC 9309: a parser must read at least this much
 # What files of pictures begin with. Servers call pictures by all sorts of content types.
-PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f\xff")
+PICTURES = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF8",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"\0\0\0\x0cjP",
+    b"\xff\x4f\xff",
+)
 
 
-class Refused(OSError):
+class Refused(OSError):  # noqa: N818 - a server's or our own no, counted and seldom an error
     """No picture; its text is `cause: detail`, which is what img2dataset keeps of it."""
 
     def __init__(self, cause: str, detail: str = ""):
@@ -248,7 +257,9 @@ class Answer:
 class PictureOpener:
     """The opener of a worker process while it fetches one part."""
 
-    def __init__(self, manners: Manners, journal: Journal, director: Director, disallowed: Callable[..., bool]):
+    def __init__(
+        self, manners: Manners, journal: Journal, director: Director, disallowed: Callable[..., bool]
+    ):
         self.manners, self.journal, self.director, self.disallowed = manners, journal, director, disallowed
 
     def open(self, fullurl: Any, data: Any = None, timeout: Any = None) -> Answer:
@@ -346,7 +357,9 @@ def is_cut(body: bytes) -> bool:
     if body.startswith(b"\x89PNG"):
         return b"IEND" not in body
     if body[:4] == b"RIFF":
-        return int.from_bytes(body[4:8], "little") + 8 > len(body) + 1  # some writers leave out the padding byte
+        return (
+            int.from_bytes(body[4:8], "little") + 8 > len(body) + 1
+        )  # some writers leave out the padding byte
     return False
 
 
@@ -379,7 +392,10 @@ def explain(error: BaseException) -> tuple[str, str]:
         (TimeoutError, "timeout"),
         (socket.gaierror, "no_such_host"),
         (ConnectionRefusedError, "connection_refused"),
-        ((ConnectionResetError, BrokenPipeError, ConnectionAbortedError, RemoteDisconnected), "connection_reset"),
+        (
+            (ConnectionResetError, BrokenPipeError, ConnectionAbortedError, RemoteDisconnected),
+            "connection_reset",
+        ),
         (ssl.SSLError, "tls_error"),
         (IncompleteRead, "truncated_body"),
         ((InvalidURL, UnicodeError, ValueError), "bad_url"),

@@ -66,6 +66,9 @@ PRESETS: dict[str, Preset] = {
         "captions",
     ),
     "redcaps": Preset(
-        "RedCaps, 12 million rows (JSON files by subreddit and year)", "https://redcaps.xyz", "image_url", "caption"
+        "RedCaps, 12 million rows (JSON files by subreddit and year)",
+        "https://redcaps.xyz",
+        "image_url",
+        "caption",
     ),
 }

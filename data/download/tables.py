@@ -103,7 +103,13 @@ def choose_columns(
     given = preset if preset is not None else None
     link = pick(path, there, url, (given.url,) if given else (), URL_COLUMNS, "URLs", "--url-column")
     words = pick(
-        path, there, caption, (given.caption,) if given else (), CAPTION_COLUMNS, "captions", "--caption-column"
+        path,
+        there,
+        caption,
+        (given.caption,) if given else (),
+        CAPTION_COLUMNS,
+        "captions",
+        "--caption-column",
     )
     boxes = given.boxes if given and given.boxes in there else None
     for name in keep or ():
@@ -140,7 +146,9 @@ def pick(
     for name in (*preset, *usual):
         if name in there or name.lower() in by_lower_case:
             return name if name in there else by_lower_case[name.lower()]
-    raise ValueError(f"{path}: which column holds the {what}? It has {', '.join(there)}; name one with {option}")
+    raise ValueError(
+        f"{path}: which column holds the {what}? It has {', '.join(there)}; name one with {option}"
+    )
 
 
 def column_names(path: Path, unnamed: Sequence[str]) -> tuple[tuple[str, ...], set[str]]:
@@ -224,7 +232,9 @@ def read_object(path: Path) -> Rows:
     lists = {name: values for name, values in content.items() if isinstance(values, list)}
     length = max(map(len, lists.values()), default=0)
     names = [name for name, values in lists.items() if len(values) == length]
-    yield from (dict(zip(names, values, strict=True)) for values in zip(*(lists[name] for name in names), strict=True))
+    yield from (
+        dict(zip(names, values, strict=True)) for values in zip(*(lists[name] for name in names), strict=True)
+    )
 
 
 def count_rows(files: Iterable[Path], columns: Columns) -> int:
@@ -248,8 +258,9 @@ def read_parts(files: Iterable[Path], columns: Columns, size: int, limit: int) -
         limit: Rows in all.
 
     Yields:
-        A pyarrow Table with `source_row` (int64, counted over all files), `url`, `caption`, the kept columns under their
-        new names, and `boxes` where they are asked for. A row that cannot be read has neither URL nor caption.
+        A pyarrow Table with `source_row` (int64, counted over all files), `url`, `caption`, the kept columns under
+        their new names, and `boxes` where they are asked for. A row that cannot be read has neither URL nor
+        caption.
     """
     pa = require("pyarrow", "download", "reading lists of URLs")
     waiting: list[Any] = []
@@ -327,7 +338,9 @@ def plain(pa: Any, table: Any) -> Any:
             column = pc.if_else(pc.is_finite(column), column, None)
         elif types.is_null(kind):
             column = column.cast(pa.string())
-        elif not (types.is_integer(kind) or types.is_boolean(kind) or types.is_string(kind) or types.is_nested(kind)):
+        elif not (
+            types.is_integer(kind) or types.is_boolean(kind) or types.is_string(kind) or types.is_nested(kind)
+        ):
             column = column.cast(pa.string(), safe=False)
         table = table.set_column(place, field.name, column)
     return table

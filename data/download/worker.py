@@ -1,7 +1,7 @@
 """What a worker process does with one part of a list: img2dataset's work, wrapped.
 
-img2dataset fetches, resizes and writes. Around it: its requests go through `data.download.polite`, its files appear in the
-folder when the part is finished, and a small JSON file says what came of the part.
+img2dataset fetches, resizes and writes. Around it: its requests go through `data.download.polite`, its files
+appear in the folder when the part is finished, and a small JSON file says what came of the part.
 """
 
 from __future__ import annotations
@@ -38,7 +38,16 @@ WORK = "_download"  # the folder of unfinished things inside the folder of shard
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a stranger's bytes: no others are tried
 ID_DIGITS = 5  # of a shard's name
 # What img2dataset adds to the columns of a part.
-RESULT_COLUMNS = ("key", "status", "error_message", "width", "height", "original_width", "original_height", "sha256")
+RESULT_COLUMNS = (
+    "key",
+    "status",
+    "error_message",
+    "width",
+    "height",
+    "original_width",
+    "original_height",
+    "sha256",
+)
 # What img2dataset itself says, and how it is counted here.
 SAID = {
     "Use of image disallowed by X-Robots-Tag directive": "opt_out_header",

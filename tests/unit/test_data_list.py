@@ -16,7 +16,8 @@ def test_every_set_is_listed_with_all_that_one_asks(capsys: pytest.CaptureFixtur
     assert main(["list", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     by_command = {
-        command: {row["name"] for row in rows if command in row["command"]} for command in ("prepare", "download")
+        command: {row["name"] for row in rows if command in row["command"]}
+        for command in ("prepare", "download")
     }
     assert by_command["prepare"] == set(ADAPTERS)
     assert by_command["download"] == {*PRESETS, "csv"}
