@@ -42,7 +42,7 @@ def samples(
     """
     datasets = require("datasets", "hf", "the data set hf:")
     rows = open_rows(datasets, source, split)
-    features = rows.features or {}
+    features: Any = rows.features or {}
     if not features:  # a streamed set may not say before it is read
         features = dict.fromkeys(next(iter(rows), {}))
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -57,12 +57,12 @@ def samples(
     ]
     if image in images:
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    plain = kept or [name for name in features if name not in (image, *texts)]
+    columns = kept or [name for name in features if name not in (image, *texts)]
     total = len(rows) if hasattr(rows, "__len__") else 0
     labels = {
         name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)
     }
-    return Counted(total, read(rows, split, image, texts, plain, labels))
+    return Counted(total, read(rows, split, image, texts, columns, labels))
 
 
 def open_rows(datasets: Any, source: str, split: str) -> Any:

@@ -142,10 +142,12 @@ def read_coco_ids(path: Path | None) -> dict[int, dict[str, int]]:
     """The COCO id of those photographs that COCO has too."""
     if path is None:
         return {}
-    rows = read_list(path, "photographs")
-    return {
-        row.get("image_id", row.get("id")): {"coco_id": row["coco_id"]} for row in rows if row.get("coco_id")
-    }
+    found: dict[int, dict[str, int]] = {}
+    for row in read_list(path, "photographs"):
+        image_id = row.get("image_id", row.get("id"))
+        if isinstance(image_id, int) and row.get("coco_id"):
+            found[image_id] = {"coco_id": row["coco_id"]}
+    return found
 
 
 def cut_out(

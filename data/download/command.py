@@ -23,7 +23,7 @@ from pairstream.errors import nearest, require
 from pairstream.progress import ProgressBar
 
 OPT_OUT_HEADERS = ("noai", "noimageai", "noindex", "noimageindex")
-FOLDERS = ("rows", "parts", "journal", "done", "hosts", "failed")
+FOLDERS = ("rows", "parts", "journal", "done", "failed")
 
 
 def download(
@@ -218,8 +218,9 @@ def run(
             f"{missing:,} of {planned:,} parts could not be finished; what is done is kept, the same command tries the "
             f"others again.{why}"
         )
-    for name in ("rows", "parts", "journal", "hosts", "failed"):
+    for name in ("rows", "parts", "journal", "failed"):
         shutil.rmtree(work / name, ignore_errors=True)
+    (work / "hosts").unlink(missing_ok=True)
     return outcome
 
 

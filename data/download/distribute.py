@@ -55,7 +55,7 @@ def distribute(
 def quiet() -> Iterator[None]:
     """Keep img2dataset's own progress away from the terminal; worker processes are not affected."""
     with contextlib.redirect_stdout(io.StringIO()):
-        bar = require("img2dataset.distributor", "download", "downloading")
+        bar: Any = require("img2dataset.distributor", "download", "downloading")
         shown = bar.tqdm
         bar.tqdm = lambda items: items
         try:

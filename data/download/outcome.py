@@ -13,13 +13,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from data.download.worker import RESULT_COLUMNS, WORK, cause_of, shard_name
 from data.shards import MANIFEST
 from pairstream.atomic import write_text
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported
 OPT_OUT = ("opt_out_header", "opt_out_robots")
 FINAL = (*OPT_OUT, "bad_row", "bad_url", "missing_caption")  # asking again changes nothing, or is not wanted
 FAILURES = "failures.parquet"

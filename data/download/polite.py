@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import io
 import json
+import os
 import re
 import socket
 import ssl
@@ -19,14 +20,17 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from http.client import HTTPException, HTTPMessage, IncompleteRead, InvalidURL, RemoteDisconnected
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.robotparser import RobotFileParser
 
 AGENT = "pairstream"
 BLOCK = 1 << 16
+SITES = 100_000  # whose rules a process remembers
+PLACES = 1 << 20  # of hosts in the file of their limits
 ROBOTS_BYTES = 500_000  # RFC 9309: a parser must read at least this much
 # What files of pictures begin with. Servers call pictures by all sorts of content types.
 PICTURES = (
@@ -59,7 +63,7 @@ class Manners:
         host_rate: Requests a second to one host, over all processes; 0 sets no limit.
         robots: Whether robots.txt is asked for and obeyed.
         opt_out: Directives of X-Robots-Tag that forbid the use of a picture.
-        hosts: Folder in which processes share when each host may be asked next.
+        hosts: File in which processes share when each host may be asked next.
     """
 
     timeout: float
@@ -71,14 +75,20 @@ class Manners:
 
 
 class HostLimit:
-    """Keeps requests to one host apart, over all threads and processes that share a folder.
+    """Keeps requests to one host apart, over all threads and processes that share a file.
 
-    Each host has a file with the time of its next free slot, changed under a lock.
+    The file is a table of the times of the next free slots, 8 bytes each, locked one by one. A host's place is drawn
+    by its name: with millions of hosts the file stays at 8 MB, and now and then two of them share a place.
+
+    Args:
+        path: The file; made when absent.
+        per_second: Requests a second; 0 for no limit but what hosts ask for themselves.
     """
 
-    def __init__(self, folder: Path, per_second: float):
-        self.folder, self.interval = folder, 1 / per_second if per_second else 0.0
-        self.mutex = threading.Lock()
+    def __init__(self, path: Path, per_second: float):
+        self.interval = 1 / per_second if per_second else 0.0
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self.mutex = threading.Lock()  # the lock of a file does not keep threads of one process apart
 
     def wait(self, host: str, interval: float = 0.0) -> None:
         """Take the next slot of a host and sleep until it comes.
@@ -90,17 +100,17 @@ class HostLimit:
         interval = max(interval, self.interval)
         if not interval:
             return
-        path = self.folder / hashlib.sha256(host.encode()).hexdigest()[:20]
-        with self.mutex, path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            held = file.read(8)
-            now = time.time()
-            slot = max(now, struct.unpack("<d", held)[0]) if len(held) == 8 else now
-            file.truncate(0)
-            file.write(struct.pack("<d", slot + interval))
-            file.flush()
-        time.sleep(max(slot - now, 0.0))
+        place = 8 * (int.from_bytes(hashlib.sha256(host.encode()).digest()[:4], "big") % PLACES)
+        with self.mutex:
+            fcntl.lockf(self.file, fcntl.LOCK_EX, 8, place)
+            try:
+                now = time.time()
+                (free,) = struct.unpack("<d", os.pread(self.file, 8, place).ljust(8, b"\0"))
+                slot = max(now, free)
+                os.pwrite(self.file, struct.pack("<d", slot + interval), place)
+            finally:
+                fcntl.lockf(self.file, fcntl.LOCK_UN, 8, place)
+        time.sleep(slot - now)
 
 
 class Robots:
@@ -128,8 +138,10 @@ class Robots:
             lock = self.locks.setdefault(site, threading.Lock())
         with lock:
             if site not in self.known:
+                if len(self.known) >= SITES:
+                    self.known.clear()
                 self.known[site] = self.fetch(site, parts.netloc)
-        rules = self.known[site]
+            rules = self.known[site]
         if isinstance(rules, str):
             raise Refused("robots_unreachable", f"{site}/robots.txt: {rules}")
         if not rules.can_fetch(AGENT, url):
@@ -149,7 +161,7 @@ class Robots:
             if error.code >= 500:
                 return f"HTTP {error.code}"
             rules.parse([])  # no rules: all is allowed
-            rules.disallow_all = error.code in (401, 403)
+            cast(Any, rules).disallow_all = error.code in (401, 403)
         except (OSError, HTTPException, ValueError) as error:
             return explain(error)[1]
         return rules
@@ -179,6 +191,12 @@ class Director(urllib.request.OpenerDirector):
         delay = self.rules.delay(url) if self.rules else 0.0
         self.limit.wait(urlsplit(url).netloc, delay)
         return super().open(request, data, timeout)
+
+
+@lru_cache(maxsize=1)
+def director(manners: Manners) -> Director:
+    """The director of a process, which works on one part after the other: robots.txt is not asked for again."""
+    return Director(manners)
 
 
 class Journal:

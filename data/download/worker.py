@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data.download.polite import AGENT, Director, Journal, Manners, PictureOpener
+from data.download.polite import AGENT, Journal, Manners, PictureOpener, director
 from data.faults import Fault
 from data.pictures import Picture
 from pairstream.atomic import fsync_path, write_text
@@ -176,7 +176,7 @@ class PartDownloader(Downloader):
         part = work / "parts" / f"{name}.arrow"
         write_table(table, part)
         journal = Journal(work / "journal" / name)
-        opener = PictureOpener(self.manners, journal, Director(self.manners), is_disallowed)
+        opener = PictureOpener(self.manners, journal, director(self.manners), is_disallowed)
         urllib.request.install_opener(opener)  # type: ignore[arg-type]
         try:
             with warnings.catch_warnings():

@@ -47,6 +47,7 @@ class Web(ThreadingHTTPServer):
         self.asked: Counter[str] = Counter()
         self.times: list[float] = []
         self.robots = "User-agent: *\nDisallow: /private/\n"
+        self.robots_code = 200
         self.healed = False
         self.gate = threading.Event()
         self.gate.set()
@@ -86,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
         web.times.append(time.monotonic())
         picture = web.picture
         if path == "/robots.txt":
-            self.answer(web.robots.encode(), "text/plain")
+            self.answer(web.robots.encode(), "text/plain", web.robots_code)
             return
         web.gate.wait(20)
         name = path.rsplit("/", 1)[-1].split(".")[0]
@@ -184,7 +185,8 @@ def records(out: Path) -> list[dict[str, Any]]:
     with ShardReader() as reader:
         for index in index_shards(out):
             found += [read_sample(index, number, 0, reader) for number in range(len(index))]
-    return [{**raw.record, "image": raw.image, "text": raw.text} for raw in found]
+    rows = [{**raw.record, "image": raw.image, "text": raw.text} for raw in found]
+    return sorted(rows, key=lambda row: row["source_row"])  # in a shard they lie as they came
 
 
 TROUBLE = {
@@ -249,9 +251,7 @@ def test_only_failed_pictures_are_tried_again(web: Web, here, tmp_path: Path) ->
     before = Counter(web.asked)
     summary = fetch(listed, out, samples_per_shard=3, retry_failed=True)
     asked = web.asked - before
-    assert asked == {"/flaky.jpg": 1, "/flaky.jpg?b": 1, "/gone.jpg": 1, "/robots.txt": 1}, (
-        "opt-outs stay out"
-    )
+    assert asked == {"/flaky.jpg": 1, "/flaky.jpg?b": 1, "/gone.jpg": 1}, "opt-outs stay out"
     assert (summary["rows"], summary["samples"], summary["attempts"]) == (6, 4, 2)
     assert summary["failed"] == {"http_404": 1, "opt_out_header": 1}
     assert check_shards(out)["faults"] == {}
@@ -324,12 +324,52 @@ def test_crawl_delay_counts_where_it_is_longer(web: Web, here, tmp_path: Path) -
 def test_two_hosts_share_a_limit_over_openers(tmp_path: Path) -> None:
     from data.download.polite import HostLimit
 
-    one, other = HostLimit(tmp_path, 10.0), HostLimit(tmp_path, 10.0)
+    one, other = HostLimit(tmp_path / "hosts", 10.0), HostLimit(tmp_path / "hosts", 10.0)
     began = time.monotonic()
     for limit in (one, other, one, other):
         limit.wait("a.example")
     limit.wait("b.example")
     assert time.monotonic() - began >= 0.28, "the fourth slot begins after three tenths of a second"
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [(200, "opt_out_robots"), (401, "opt_out_robots"), (404, None), (500, "robots_unreachable")],
+)
+def test_what_robots_txt_answers(web: Web, tmp_path: Path, code: int, cause: str | None) -> None:
+    from data.download.polite import HostLimit, Refused, Robots
+
+    web.robots_code = code
+    web.robots = "User-agent: *\nAllow: /\n\nUser-agent: pairstream\nDisallow: /\n"
+    rules = Robots(HostLimit(tmp_path / "hosts", 0.0), 5.0)
+    if cause is None:
+        assert rules.delay(web.url("a.jpg")) == 0
+    else:
+        with pytest.raises(Refused, match=f"^{cause}: "):
+            rules.delay(web.url("a.jpg"))
+    with contextlib.suppress(Refused):
+        rules.delay(web.url("b.jpg"))
+    assert web.asked["/robots.txt"] == 1
+    with pytest.raises(Refused, match=r"robots_unreachable: http://127\.0\.0\.1:9/robots\.txt"):
+        rules.delay("http://127.0.0.1:9/a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("format", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})]
+)
+def test_a_file_that_ends_early_is_seen(make_picture, format: str, options: dict) -> None:
+    from data.download.polite import is_cut
+
+    image = Image.open(io.BytesIO(make_picture(3, (200, 100))))
+    thumbnail = io.BytesIO()
+    image.resize((20, 10)).save(thumbnail, "JPEG")
+    exif = b"Exif\0\0" + thumbnail.getvalue()  # with an end mark of its own
+    file = io.BytesIO()
+    image.save(file, format, **options, **({"exif": exif} if format == "JPEG" else {}))
+    whole = file.getvalue()
+    assert not is_cut(whole)
+    assert not is_cut(whole + b"\n\n"), "a little more does no harm"
+    assert all(is_cut(whole[:-cut]) for cut in (10, len(whole) // 4))
 
 
 def test_sideways_and_16_bit_pictures_are_set_right(web: Web, here, tmp_path: Path) -> None:
