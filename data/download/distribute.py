@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def distribute(
 
     Raises:
         ImportError: The library of that distributor is absent.
-        ValueError: A cluster with `multiprocessing`.
+        ValueError: A cluster with `multiprocessing`, or a cluster that cannot do the work.
     """
     distributor = require("img2dataset.distributor", "download", "downloading")
     if name == "multiprocessing":
@@ -43,12 +44,20 @@ def distribute(
             )
         with quiet():
             distributor.multiprocessing_distributor(processes, downloader, jobs, SUBJOB, 1)
-    elif name == "ray":
-        with ray_session(processes, cluster), quiet():
-            distributor.ray_distributor(processes, downloader, jobs, SUBJOB, 1)
-    else:
-        with spark_session(processes, cluster), quiet():
-            distributor.pyspark_distributor(processes, downloader, jobs, SUBJOB, 1)
+        return
+    session = ray_session if name == "ray" else spark_session
+    work = distributor.ray_distributor if name == "ray" else distributor.pyspark_distributor
+    try:
+        with session(processes, cluster), quiet():
+            work(processes, downloader, jobs, SUBJOB, 1)
+    except (OSError, ValueError, TypeError, ImportError):
+        raise
+    except Exception as error:  # each library has errors of its own, with a page of Java or C++ in them
+        raise ValueError(
+            f"--distributor {name}: {str(error)[:400] or type(error).__name__}. Can every worker import img2dataset and "
+            "pairstream (PYSPARK_PYTHON names the Python of Spark's workers), and see --out under the same path? "
+            "What is done is kept: the same command goes on."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -98,6 +107,9 @@ def ray_session(processes: int, cluster: str | None) -> Iterator[None]:
 @contextlib.contextmanager
 def spark_session(processes: int, cluster: str | None) -> Iterator[None]:
     """A Spark session; one that is active already (as under spark-submit) is used and left open."""
+    os.environ.setdefault(
+        "PYSPARK_PYTHON", sys.executable
+    )  # its workers would take the first python3 otherwise
     sql = require("pyspark.sql", "spark", "--distributor pyspark")
     if sql.SparkSession.getActiveSession() is not None:
         yield

@@ -519,6 +519,33 @@ def test_a_part_that_fails_is_named_and_the_rest_is_kept(web: Web, here, tmp_pat
     assert web.asked["/2.jpg"] == 1, "its picture was in the journal"
 
 
+def test_clusters_are_asked_for_rightly(monkeypatch) -> None:
+    from data.download import distribute as module
+
+    with pytest.raises(ValueError, match="--cluster is the address of a Ray or Spark cluster"):
+        module.distribute("multiprocessing", None, [], 1, "auto")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "ray", None)
+        with pytest.raises(ImportError, match=r"--distributor ray needs .* pip install 'pairstream\[ray\]'"):
+            module.distribute("ray", None, [], 1, None)
+        patch.setitem(sys.modules, "pyspark.sql", None)
+        with pytest.raises(
+            ImportError, match=r"--distributor pyspark needs .* pip install 'pairstream\[spark\]'"
+        ):
+            module.distribute("pyspark", None, [], 1, None)
+
+    @contextlib.contextmanager
+    def broken(processes: int, cluster: str | None):
+        raise RuntimeError("no route to the head node")
+        yield
+
+    monkeypatch.setattr(module, "ray_session", broken)
+    with pytest.raises(
+        ValueError, match=r"--distributor ray: no route to the head node\. Can every worker import"
+    ):
+        module.distribute("ray", None, [], 1, None)
+
+
 def test_a_new_python_is_told_so(monkeypatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 13, 0))
     monkeypatch.setattr(
