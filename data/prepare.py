@@ -120,7 +120,7 @@ def prepare(
     seed: int | None = None,
     count: int | None = None,
     size: int | None = None,
-    crops: bool | None = None,
+    crops: bool = False,
 ) -> Summary:
     """Write a data set as shards that every stage reads.
 
@@ -181,7 +181,7 @@ def prepare(
         "seed": seed,
         "count": count,
         "size": size,
-        "crops": crops,
+        "crops": crops or None,
     }
     if image_size is not None and name == "scenes":
         raise ValueError("scenes draws at any --size; --image-size would leave its boxes and masks behind")

@@ -39,7 +39,7 @@ def download(
     samples_per_shard: int = 10_000,
     image_size: int = 256,
     min_image_size: int = 0,
-    verify_hash: bool | None = None,
+    verify_hash: Literal["auto", "yes", "no"] = "auto",
     distributor: Literal["multiprocessing", "pyspark", "ray"] = "multiprocessing",
     cluster: str | None = None,
     processes: int | None = None,
@@ -69,7 +69,7 @@ def download(
         samples_per_shard: Rows of the list that make one shard (it holds those that could be had).
         image_size: Shorter side in pixels that larger pictures are brought to; smaller ones stay as they are.
         min_image_size: Leave out pictures with a shorter side than this.
-        verify_hash: Leave out pictures whose SHA-256 is not the list's `sha256`; by default for datacomp only.
+        verify_hash: Leave out pictures whose SHA-256 is not the list's `sha256`; auto does so for datacomp.
         distributor: Where the work is done: processes of this machine, or a Spark or Ray cluster.
         cluster: Address of the cluster (auto or HOST:PORT for ray, spark://HOST:PORT for pyspark); without it one is
             started on this machine.
@@ -128,7 +128,7 @@ def run(
     samples_per_shard: int,
     image_size: int,
     min_image_size: int,
-    verify_hash: bool | None,
+    verify_hash: str,
     distributor: str,
     cluster: str | None,
     processes: int,
@@ -155,11 +155,11 @@ def run(
     require_img2dataset()
     preset, files = open_source(source, table)
     chosen = choose_columns(files[0], preset, *columns)
-    verify = bool(preset and preset.verify) if verify_hash is None else verify_hash
+    verify = bool(preset and preset.verify) if verify_hash == "auto" else verify_hash == "yes"
     if verify and "source_sha256" not in chosen.kept.values():
-        if verify_hash:
+        if verify_hash == "yes":
             raise ValueError(
-                f"--verify-hash needs a column sha256, and {files[0]} has none (or --keep-columns drops it)"
+                f"--verify-hash yes needs a column sha256, and {files[0]} has none (or --keep-columns drops it)"
             )
         verify = False
 

@@ -54,8 +54,8 @@ def distribute(
         raise
     except Exception as error:  # each library has errors of its own, with a page of Java or C++ in them
         raise ValueError(
-            f"--distributor {name}: {str(error)[:400] or type(error).__name__}. Can every worker import img2dataset and "
-            "pairstream (PYSPARK_PYTHON names the Python of Spark's workers), and see --out under the same path? "
+            f"--distributor {name}: {str(error)[:400] or type(error).__name__}. Can every worker import img2dataset "
+            "and pairstream (PYSPARK_PYTHON names the Python of Spark's workers), and see --out under the same path? "
             "What is done is kept: the same command goes on."
         ) from error
 

@@ -465,7 +465,7 @@ def test_what_is_asked_wrongly(web: Web, here, tmp_path: Path) -> None:
         ({"host_rate": -1.0}, r"--host-rate is in requests a second"),
         ({"retry_causes": ("timeout",)}, r"add --retry-failed"),
         ({"url_column": "link"}, r"no column 'link': it has url, caption"),
-        ({"verify_hash": True}, r"--verify-hash needs a column sha256"),
+        ({"verify_hash": "yes"}, r"--verify-hash yes needs a column sha256"),
         ({"table": ("x",)}, r"--table goes with a published list"),
     ]:
         with pytest.raises(ValueError, match=says):
