@@ -207,14 +207,21 @@ def read_file(path: Path, unnamed: Sequence[str]) -> Rows:
 
 
 def read_delimited(path: Path, unnamed: Sequence[str]) -> Rows:
-    csv.field_size_limit(1 << 24)
     # The published files without names do not quote: a " there is a character like any other.
     quoting = csv.QUOTE_NONE if unnamed else csv.QUOTE_MINIMAL
     with open_text(path) as file:
         lines = (line.replace("\0", "") for line in file)
         reader = csv.reader(lines, delimiter=delimiter_of(path), quoting=quoting)
         names = list(unnamed) or [name.strip() for name in next(reader, [])]
-        for values in reader:
+        while True:
+            try:
+                values = next(reader, None)
+            except (
+                csv.Error
+            ):  # a quote that is left open has swallowed 128 kB; the reader goes on behind them
+                values = [""]
+            if values is None:
+                return
             if values:
                 yield dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
 

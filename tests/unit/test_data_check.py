@@ -137,7 +137,10 @@ def test_large_pictures_are_faults_as_in_training(sound):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data", "chekc"], "no command 'chekc': expected one of prepare, check; did you mean 'check'?"),
+        (
+            ["data", "chekc"],
+            "no command 'chekc': expected one of list, prepare, download, check; did you mean 'check'?",
+        ),
         (["data", "check"], "the shard list is empty"),
         (["data", "check", "/nowhere/at/all"], "no shards at /nowhere/at/all"),
     ],

@@ -403,6 +403,18 @@ def test_rows_that_cannot_be_asked_for_are_counted(web: Web, here, tmp_path: Pat
     assert web.asked["/3.jpg"] == 0
 
 
+def test_a_quote_left_open_costs_its_own_rows_only(tmp_path: Path) -> None:
+    from data.download.tables import Columns, count_rows, read_parts
+
+    path = tmp_path / "list.csv"
+    path.write_text('url,caption\nhttp://a/1,"open\n' + "http://a/2,x\n" * 12_000 + "http://a/3,last\n")
+    columns = Columns("url", "caption", {})
+    (table,) = read_parts([path], columns, 10_000, count_rows([path], columns))
+    rows = table.to_pylist()
+    assert (rows[0]["url"], rows[-1]["url"], rows[-1]["caption"]) == (None, "http://a/3", "last")
+    assert [row["source_row"] for row in rows] == list(range(len(rows)))
+
+
 def test_a_part_without_a_picture_leaves_no_shard(web: Web, here, tmp_path: Path) -> None:
     listed = write_list(tmp_path / "list.csv", web, ["gone.jpg", "1.jpg"])
     summary = fetch(listed, tmp_path / "out", samples_per_shard=1)
