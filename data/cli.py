@@ -1,11 +1,13 @@
-"""`pairstream data ...`: make shards and check them."""
+"""`pairstream data ...`: get pairs, make shards and check them."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
 COMMANDS = {
+    "list": ("data.listing:show", "show the sets that are known, with size, terms and source"),
     "prepare": ("data.prepare:prepare", "turn a data set as its authors publish it into shards"),
+    "download": ("data.download.command:download", "fetch the pictures of a list of URLs into shards"),
     "check": ("data.check:check", "count, measure and test what shards hold"),
     "doctor": ("data.doctor:doctor", "name every damaged, duplicate, oversized or empty sample"),
 }

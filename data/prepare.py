@@ -25,9 +25,24 @@ ADAPTERS: dict[str, str] = {
     "flickr8k": "data.adapters.flickr:flickr8k",
     "flickr30k": "data.adapters.flickr:flickr30k",
     "coco": "data.adapters.coco:samples",
+    "nocaps": "data.adapters.nocaps:samples",
+    "visual_genome": "data.adapters.visual_genome:samples",
+    "conceptual_captions": "data.adapters.img2dataset:conceptual_captions",
+    "laion": "data.adapters.img2dataset:laion",
+    "sbu": "data.adapters.img2dataset:sbu",
     "vqav2": "data.adapters.vqav2:samples",
+    "gqa": "data.adapters.gqa:samples",
+    "okvqa": "data.adapters.okvqa:samples",
+    "textvqa": "data.adapters.textvqa:samples",
+    "vizwiz": "data.adapters.vizwiz:samples",
+    "nlvr": "data.adapters.nlvr:nlvr",
+    "nlvr2": "data.adapters.nlvr:nlvr2",
+    "mvsa_single": "data.adapters.mvsa:single",
+    "mvsa_multiple": "data.adapters.mvsa:multiple",
+    "hateful_memes": "data.adapters.hateful_memes:samples",
     "easy_vqa": "data.adapters.easy_vqa:samples",
     "csv": "data.adapters.csv:samples",
+    "hf": "data.adapters.hf:samples",
     "scenes": "data.adapters.scenes:samples",
 }
 
@@ -105,6 +120,7 @@ def prepare(
     seed: int | None = None,
     count: int | None = None,
     size: int | None = None,
+    crops: bool = False,
 ) -> Summary:
     """Write a data set as shards that every stage reads.
 
@@ -113,7 +129,8 @@ def prepare(
     about ten times faster; it costs one JPEG generation, at quality 95).
 
     Args:
-        name: flickr8k, flickr30k, coco, vqav2, easy_vqa, csv or scenes; docs/data.md has the layout of each.
+        name: A set by its name (`pairstream data list` has all; docs/data.md the layout of each), or
+            hf:ID-or-folder for any set that the library `datasets` opens.
         out: The folder of the shards. It appears when all is written, and not at all when something fails.
         root: The folder of the unpacked set (csv: where relative picture paths start; easy_vqa and scenes
             need none).
@@ -125,12 +142,13 @@ def prepare(
         overwrite: Replace the shards that `out` holds.
         quiet: No progress and no summary.
         table: csv: the .csv, .tsv or .jsonl file.
-        image_column: csv: the column of picture paths or URLs.
-        caption_columns: csv: one or several columns of captions.
-        keep_columns: csv: columns to copy into the samples' JSON, such as label or similarity.
+        image_column: csv: the column of picture paths or URLs; hf: of pictures.
+        caption_columns: csv and hf: one or several columns of captions.
+        keep_columns: csv and hf: columns to copy into the samples' JSON, such as label or similarity.
         seed: scenes: the seed of the drawing.
         count: scenes: how many pictures.
         size: scenes: side of the pictures, pixels (`image_size` would leave its boxes and masks behind).
+        crops: visual_genome: every described region as a picture of its own.
 
     Returns:
         What was written and what was left out.
@@ -163,6 +181,7 @@ def prepare(
         "seed": seed,
         "count": count,
         "size": size,
+        "crops": crops or None,
     }
     if image_size is not None and name == "scenes":
         raise ValueError("scenes draws at any --size; --image-size would leave its boxes and masks behind")
@@ -251,6 +270,9 @@ def open_set(name: str, options: dict[str, Any]) -> Iterable[Sample | Skipped]:
     Raises:
         ValueError: An unknown set, an option that it does not take, or one that it needs and did not get.
     """
+    kind, colon, source = name.partition(":")
+    if colon and kind == "hf":
+        name, options = kind, {**options, "source": source}
     if name not in ADAPTERS:
         raise ValueError(
             f"no data set {name!r}: expected one of {', '.join(ADAPTERS)}{nearest(name, ADAPTERS)}"
@@ -258,12 +280,15 @@ def open_set(name: str, options: dict[str, Any]) -> Iterable[Sample | Skipped]:
     module, function = ADAPTERS[name].split(":")
     adapter: Callable[..., Iterable[Sample | Skipped]] = getattr(import_module(module), function)
     takes = inspect.signature(adapter).parameters
-    if "split" in takes:
+    if "split" in takes and takes["split"].default is takes["split"].empty:
         options = {"split": "train", **options}
     for option in options:
         if option not in takes:
-            raise ValueError(f"{name} takes no {flag(option)}: its options are {', '.join(map(flag, takes))}")
+            given = [flag(taken) for taken in takes if taken != "source"]
+            raise ValueError(f"{name} takes no {flag(option)}: its options are {', '.join(given)}")
     for option, parameter in takes.items():
+        if option == "source" and not options.get("source"):
+            raise ValueError("hf: needs a name or a folder, as in hf:OWNER/NAME or hf:./my-folder")
         if parameter.default is parameter.empty and option not in options:
             raise ValueError(f"{name} needs {flag(option)}; docs/data.md shows what it expects there")
     return adapter(**options)

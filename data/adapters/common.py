@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -42,6 +42,8 @@ class Row:
         captions: Its texts, as they stand in the file.
         meta: Further JSON keys of the sample.
         key: The sample's key; made of the stem of `name` when empty.
+        compose: Makes the picture that is written from the file's bytes (a crop, two pictures side by side);
+            None writes the file as it is.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Row:
     captions: Sequence[str] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     key: str = ""
+    compose: Callable[[bytes], bytes] | None = None
 
 
 class Counted:
@@ -98,10 +101,11 @@ def read_row(row: Row, captioned: bool = True) -> Sample | Skipped:
         return Skipped("missing_caption", row.where, f"{row.name} has no caption")
     try:
         image = fetch(row.source) if isinstance(row.source, str) else row.source.read_bytes()
+        image = row.compose(image) if row.compose else image
     except Fault as fault:
         return Skipped(fault.cause, row.where, fault.detail)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return Skipped("missing_image", row.where, f"no picture {row.source}")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        return Skipped("missing_image", row.where, f"no picture {error.filename}")
     claimed = Path(row.name).suffix[1:].lower()  # `prepare` looks at the bytes and corrects it
     extension = claimed if claimed in IMAGE_EXTENSIONS else "jpg"
     meta = {"url" if isinstance(row.source, str) else "name": row.name, **row.meta}
@@ -171,6 +175,37 @@ def need_folder(root: Path, *names: str, what: str = "pictures") -> Path:
     )
 
 
+def load_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: Not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON or UTF-8
+        raise ValueError(
+            f"{path}: not a JSON file: {error}. It may be cut short: download it again"
+        ) from error
+
+
+def read_list(path: Path, what: str) -> list[dict[str, Any]]:
+    """Read an annotation file that is one list of objects.
+
+    Args:
+        path: The file.
+        what: The objects in a word, such as `questions`.
+
+    Raises:
+        ValueError: Not JSON, or another structure.
+    """
+    content = load_json(path)
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        has = f"an object with {', '.join(content)}" if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: expected a list of {what}, but the file has {has}")
+    return content
+
+
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
     """Read an annotation file and make sure of its lists.
 
@@ -181,18 +216,48 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     Raises:
         ValueError: Not JSON, or another structure.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON or UTF-8
-        raise ValueError(
-            f"{path}: not a JSON file: {error}. It may be cut short: download it again"
-        ) from error
+    content = load_json(path)
     for key in keys:
         rows = content.get(key) if isinstance(content, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             has = ", ".join(content) if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"{path}: expected a list of objects under {key!r}, but the file has {has}")
     return content
+
+
+def read_json_lines(path: Path, faults: list[Skipped]) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a file with one JSON object a line, each with its place; other lines go to `faults`."""
+    rows = []
+    for number, line in read_lines(path):
+        where = f"{path.name}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            faults.append(Skipped("bad_row", where, f"not JSON: {error}"))
+            continue
+        if isinstance(row, dict):
+            rows.append((where, row))
+        else:
+            faults.append(Skipped("bad_row", where, f"expected a JSON object, got {line[:60]!r}"))
+    return rows
+
+
+def need_split(name: str, split: str, splits: Iterable[str]) -> None:
+    """Refuse an unknown split.
+
+    Raises:
+        ValueError: Names the set, the split and those that there are.
+    """
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}: expected one of {', '.join(splits)}")
+
+
+def one_answer(answer: str) -> list[str]:
+    """The answers of a question that has a single one.
+
+    VQA accuracy is defined on ten people's answers; ten times the same makes it exact match.
+    """
+    return [answer] * 10
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:

@@ -12,6 +12,7 @@ from data.adapters.common import (
     Skipped,
     need_file,
     need_folder,
+    need_split,
     read_json,
     read_rows,
 )
@@ -38,20 +39,28 @@ def samples(root: Path, split: str = "train") -> Counted:
         ValueError: Another split, or a broken file.
     """
     root = Path(root)
-    if split not in SUBSETS:
-        raise ValueError(f"vqav2 has no split {split!r}: expected one of {', '.join(SUBSETS)}")
+    need_split("vqav2", split, SUBSETS)
     subset = SUBSETS[split]
     asked = need_file(
         root, f"v2_OpenEnded_mscoco_{subset}_questions.json", what=f"{split} questions of VQA v2"
     )
     folder = subset.replace("-dev", "")  # test-dev is a part of the test photographs
     pictures = need_folder(root, folder)
-    faults: list[Skipped] = []
-    answers: dict[int, dict[str, Any]] | None = None  # None: not public
-    if "test" not in split:
-        name = f"v2_mscoco_{subset}_annotations.json"
-        answers = read_answers(need_file(root, name, what=f"{split} answers of VQA v2"), faults)
+    name = f"v2_mscoco_{subset}_annotations.json"
+    answered = None if "test" in split else need_file(root, name, what=f"{split} answers of VQA v2")
+    return coco_questions(asked, answered, pictures)
 
+
+def coco_questions(asked: Path, answered: Path | None, pictures: Path) -> Counted:
+    """Questions about COCO photographs, one sample per photograph.
+
+    Args:
+        asked: The file of questions.
+        answered: The file of answers; None where they are not public.
+        pictures: The folder of photographs, called `COCO_FOLDER_ID.jpg` after it.
+    """
+    faults: list[Skipped] = []
+    answers = None if answered is None else read_answers(answered, faults)
     questions: dict[int, list[dict[str, Any]]] = defaultdict(list)
     first: dict[int, str] = {}
     for number, row in enumerate(read_json(asked, "questions")["questions"]):
@@ -69,7 +78,7 @@ def samples(root: Path, split: str = "train") -> Counted:
             questions[image_id].append({"question_id": question_id, "question": question, **known})
     rows = []
     for image_id, where in first.items():
-        name = f"COCO_{folder}_{image_id:012d}.jpg"
+        name = f"COCO_{pictures.name.lower()}_{image_id:012d}.jpg"
         meta = {"image_id": image_id, "questions": questions[image_id]}
         rows.append(Row(name, pictures / name, where, (), meta))
     return read_rows(rows, faults, captioned=False)

@@ -79,7 +79,7 @@ def test_every_adapter_exists_and_takes_only_options_of_prepare() -> None:
     for target in ADAPTERS.values():
         module, function = target.split(":")
         taken = inspect.signature(getattr(import_module(module), function)).parameters
-        assert set(taken) <= set(options), target
+        assert set(taken) <= {*options, "source"}, target  # `source` follows `hf:`
 
 
 def test_writes_every_sample_and_counts(use, good, tmp_path: Path, capsys) -> None:
