@@ -1,0 +1,6 @@
+import sys
+
+from explain.cli import main
+from pairstream.cli import run_stage
+
+sys.exit(run_stage(main, sys.argv[1:]))
