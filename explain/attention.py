@@ -39,9 +39,7 @@ def explicit_attention(
     """`scaled_dot_product_attention` step by step; the weights are kept when the call is one to be recorded."""
     state = _active.get()
     if state is None or not state[1][0]:
-        return _fused(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return _fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
@@ -53,7 +51,9 @@ def explicit_attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     weights = scores.softmax(-1)  # (b, heads, queries, keys)
-    if torch.is_grad_enabled() and not weights.requires_grad:  # a frozen tower: the weights themselves are what gradients are wanted of
+    if (
+        torch.is_grad_enabled() and not weights.requires_grad
+    ):  # a frozen tower: the weights themselves are what gradients are wanted of
         weights.requires_grad_()
     state[0].append(weights)
     if dropout_p:
@@ -91,7 +91,7 @@ def record_attention(*modules: nn.Module) -> Iterator[Recording]:
         depth[0] -= _active.get() is state
 
     with ExitStack() as stack:
-        for module in {part for module in modules for part in module.modules()}:
+        for module in {part for whole in modules for part in whole.modules()}:
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         with _lock:

@@ -76,7 +76,7 @@ def spearman(one: Tensor, other: Tensor) -> Tensor:
 
 
 def insertion_deletion(
-    target: Target, pixels: Tensor, heat: Tensor, *, steps: int = 12
+    target: Target, pixels: Tensor, heat: Tensor, *, steps: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores while pixels appear, and while they vanish, hottest first; absent pixels have the mean colour.
 
@@ -101,9 +101,10 @@ def insertion_deletion(
     place = torch.empty_like(order).scatter_(1, order, torch.arange(height * width).expand(n, -1))
     share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     shown = (place[:, None] < (share * height * width).round()[:, None]).float()  # (n, steps + 1, pixels)
-    keep = torch.cat([shown, 1 - shown], dim=1).view(n, -1, height, width)
+    keep = torch.cat([shown, 1 - shown[:, 1:-1]], dim=1).view(n, -1, height, width)  # the ends are the same
     scores = versions_scored(target, pixels, keep, mean_colour(pixels)).double()
-    inserted, deleted = scores[:, : steps + 1], scores[:, steps + 1 :]
+    inserted = scores[:, : steps + 1]
+    deleted = torch.cat([inserted[:, -1:], scores[:, steps + 1 :], inserted[:, :1]], dim=1)
     return (
         torch.trapezoid(inserted, share, dim=1),
         torch.trapezoid(deleted, share, dim=1),

@@ -67,7 +67,9 @@ def tower_layout(encoder: Encoder) -> Layout:
     if isinstance(visual, TimmModel) and hasattr(trunk, "blocks") and hasattr(trunk, "num_prefix_tokens"):
         pool = {"token": "tok", "map": "attention"}.get(trunk.global_pool, "avg")
         grid = tuple(trunk.patch_embed.grid_size)
-        return Layout(visual, "vit", trunk.blocks[-1].norm1, grid, trunk.num_prefix_tokens, pool, len(trunk.blocks))
+        return Layout(
+            visual, "vit", trunk.blocks[-1].norm1, grid, trunk.num_prefix_tokens, pool, len(trunk.blocks)
+        )
     if isinstance(visual, TimmModel) and getattr(trunk, "feature_info", None):
         return Layout(visual, "cnn", trunk.get_submodule(trunk.feature_info[-1]["module"]))
     raise TypeError(f"{encoder.name}: no explanation known for an image tower {type(visual).__name__}")

@@ -148,5 +148,3 @@ def explain_pair(
         value = float(score(target, encoder.pixels(images))[0])
     words = word_relevance(encoder, encoder.encode_images(images)[0], text, TEXT_METHODS.get(method, method))
     return Explanation(to_pil(images[0]), heat, words, value, method, encoder.name)
-
-

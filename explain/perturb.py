@@ -95,9 +95,7 @@ def word_players(words: Sequence[str], scores: Callable[[Sequence[str]], Tensor]
     """
 
     def players(there: np.ndarray) -> np.ndarray:
-        texts = [
-            " ".join(word for word, kept in zip(words, row, strict=True) if kept > 0.5) for row in there
-        ]
+        texts = [" ".join(word for word, kept in zip(words, row, strict=True) if kept > 0.5) for row in there]
         order = {text: number for number, text in enumerate(dict.fromkeys(texts))}  # many versions recur
         with torch.no_grad():
             found = scores(list(order)).double().cpu().numpy()
@@ -112,7 +110,9 @@ def leave_one_out(players: Players, parts: int) -> np.ndarray:
     return found[0] - found[1:]
 
 
-def lime(players: Players, parts: int, *, samples: int = 500, width: float = 0.25, seed: int = 0) -> np.ndarray:
+def lime(
+    players: Players, parts: int, *, samples: int = 500, width: float = 0.25, seed: int = 0
+) -> np.ndarray:
     """LIME: weights of a linear model of the score over which parts are there, fitted near the whole.
 
     Args:

@@ -42,7 +42,9 @@ def overlay(image: Image.Image, heat: np.ndarray, side: int = 320) -> Image.Imag
     width, height = (max(1, round(length * scale)) for length in image.size)
     base = image.convert("L").resize((width, height), Image.Resampling.BICUBIC)
     grey = np.asarray(base, np.float32)[..., None].repeat(3, 2) * 0.75 + 40
-    warm = resize_map(torch.from_numpy(np.ascontiguousarray(heat, np.float32))[None], (height, width))[0].numpy()
+    warm = resize_map(torch.from_numpy(np.ascontiguousarray(heat, np.float32))[None], (height, width))[
+        0
+    ].numpy()
     warm = np.clip(warm, 0, None)
     if warm.max() > 0:
         warm = warm / warm.max()
@@ -89,7 +91,7 @@ def paint(explanations: Sequence[Explanation], *, side: int = 320) -> Image.Imag
         Image.Resampling.BICUBIC,
     )
     head, small = font(15, bold=True), font(13)
-    cells = [(plain, "picture", first.title)]
+    cells = [(plain, "picture", first.title if len(explanations) == 1 else "")]
     cells += [
         (
             overlay(each.image, each.heat, side),

@@ -90,7 +90,8 @@ def read_trial(encoder: Encoder, image: bytes, record: dict[str, Any]) -> Raw | 
     for item in record.get("objects") or []:
         if not {"name", "mask", "box", "colour"} <= set(item):
             raise ValueError(
-                f"objects need name, colour, box and mask to hold heatmaps against, as scenes have them; got {sorted(item)}"
+                "objects need name, colour, box and mask to hold heatmaps against, as scenes have them; "
+                f"got {sorted(item)}"
             )
         groups.setdefault(item["name"], []).append(item)
     if len(groups) != 2:

@@ -135,7 +135,12 @@ def completeness(encoder: Encoder, trials: Trials, *, count: int = 64) -> dict[s
 def judge(numbers: dict[str, Any]) -> list[dict[str, Any]]:
     """Each gate with the value it saw and whether it holds."""
     return [
-        {"gate": gate.number, "limit": gate.words, "value": numbers[gate.number], "holds": gate.holds(numbers[gate.number])}
+        {
+            "gate": gate.number,
+            "limit": gate.words,
+            "value": numbers[gate.number],
+            "holds": gate.holds(numbers[gate.number]),
+        }
         for gate in GATES
     ]
 
@@ -221,4 +226,3 @@ def freeze_copy(encoder: Encoder) -> Encoder:
     kept = copy.copy(encoder)
     kept.model = copy.deepcopy(encoder.model)
     return kept
-

@@ -151,7 +151,10 @@ def attended_tokens(encoder: Encoder, image_row: Tensor, tokens: Tensor, *, ask:
         eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
         end = tokens if pool == "argmax" else (tokens == eos).int()
         start[0, int(end[0].argmax())] = 1
-    elif type(getattr(tower, "pooler", None)).__name__ == "ClsPooler" or getattr(tower, "pool_type", "") == "first":
+    elif (
+        type(getattr(tower, "pooler", None)).__name__ == "ClsPooler"
+        or getattr(tower, "pool_type", "") == "first"
+    ):
         start[0, 0] = 1
     elif getattr(tower, "pool_type", "") == "last":
         start[0, -1] = 1
@@ -171,7 +174,9 @@ def integrated_tokens(encoder: Encoder, image_row: Tensor, tokens: Tensor, *, st
     captum = require("captum.attr", "explain", "integrated gradients")
     tower: Any = text_tower(encoder.model)
     if not reads_at_the_end(tower):
-        raise ValueError(f"{encoder.name}: integrated gradients of words need open_clip's own text tower: take occlusion")
+        raise ValueError(
+            f"{encoder.name}: integrated gradients of words need open_clip's own text tower: take occlusion"
+        )
     end = int((tokens[0] == tokens[0].max()).int().argmax())
     blank = tokens.clone()
     blank[0, 1:end] = 0

@@ -452,9 +452,10 @@ def load_task_model(folder: str | Path, *, device: str = "auto") -> VisionLangua
         task = TypeAdapter(Task).validate_python(content["task"])
         decoding = Decoding(**content["decoding"])
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        language_model = AutoModelForCausalLM.from_pretrained(
-            folder / "language_model", local_files_only=True
-        )
+        with no_bars():
+            language_model = AutoModelForCausalLM.from_pretrained(
+                folder / "language_model", local_files_only=True
+            )
         state = load_file(folder / "connector.safetensors")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder}: a part of this task model is damaged or missing: {error}") from error
