@@ -46,8 +46,8 @@ class Consistency:
     """What was found.
 
     Attributes:
-        numbers: For JSON: `checks` by name (`value`, `chance`, `count`, `says`), `left_out` (check: reason), `controls`,
-            `chair`, and what was compared.
+        numbers: For JSON: `checks` by name (`value`, `chance`, `count`, `says`), `left_out` (check: reason),
+            `controls`, `chair`, and what was compared.
         worst: The worst cases by heading, worst first.
     """
 
@@ -323,7 +323,7 @@ def write(writer: Any, images: Tensor, batch_size: int) -> list[str]:
 
 def own_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> Tensor:
     """Expected rank from 0 of each text's picture, ties shared, float64 `(n,)`."""
-    return retrieval_ranks(images, texts, owner)["text_to_image"].best.expected().double() - 1
+    return retrieval_ranks(images, texts, owner)[1].best().expected().double() - 1
 
 
 def at_chance(ranks: Tensor) -> dict[str, Any]:
