@@ -11,7 +11,14 @@ from pretrain.recipe import TowersModel
 VIT = {
     "kind": "towers",
     "embed_dim": 16,
-    "image_tower": {"kind": "vit", "image_size": 32, "patch_size": 8, "width": 16, "layers": 3, "head_width": 8},
+    "image_tower": {
+        "kind": "vit",
+        "image_size": 32,
+        "patch_size": 8,
+        "width": 16,
+        "layers": 3,
+        "head_width": 8,
+    },
     "text_tower": {"kind": "transformer", "context_length": 16, "width": 16, "heads": 2, "layers": 2},
 }
 TOWERS = {

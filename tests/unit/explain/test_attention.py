@@ -62,10 +62,15 @@ def test_transformers_text_is_recorded_and_padding_is_not_looked_at(tiny_bert, e
 def test_only_the_watched_module_is_recorded_and_an_error_leaves_nothing_behind(explained, pictures):
     encoder = explained["vit"]
     fused = nn.functional.scaled_dot_product_attention
-    with pytest.raises(RuntimeError, match="on purpose"), record_attention(encoder.model.visual) as weights:
-        encoder.model.encode_text(encoder.tokenize(["a dog"]))
-        assert weights == []
-        raise RuntimeError("on purpose")
+
+    def fail():
+        with record_attention(encoder.model.visual) as weights:
+            encoder.model.encode_text(encoder.tokenize(["a dog"]))
+            assert weights == []
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
     assert nn.functional.scaled_dot_product_attention is fused
     assert not encoder.model.visual._forward_pre_hooks
 

@@ -197,7 +197,7 @@ def test_pictures_show_heat_and_words(explained, pictures, tmp_path):
     found = explain_pair(encoder, pictures(encoder, 1)[0], TEXT)
     assert found.method == "chefer"
     assert paint([found] * 6, side=64).width > paint([found], side=64).width
-    with pytest.raises(ValueError, match="give a name that ends in .png"):
+    with pytest.raises(ValueError, match=r"give a name that ends in \.png"):
         save_picture([found], tmp_path / "map.jpg")
 
 
@@ -245,6 +245,8 @@ def test_grad_cam_is_that_of_the_grad_cam_package(explained, pictures, kind):
     with package.GradCAM(Model(), [layout.grad_cam], reshape_transform=reshape) as cam:
         theirs = cam(pixels, [lambda row: torch.nn.functional.normalize(row, dim=-1) @ target.rows[0]])
     ours = grad_cam(target, pixels)[0].numpy()
-    scaled = (ours - ours.min()) / (1e-7 + ours.max() - ours.min())  # as the package shows maps: stretched, enlarged
+    scaled = (ours - ours.min()) / (
+        1e-7 + ours.max() - ours.min()
+    )  # as the package shows maps: stretched, enlarged
     expected = np.asarray(Image.fromarray(scaled).resize(theirs.shape[1:][::-1], Image.Resampling.BILINEAR))
     assert np.corrcoef(expected.ravel(), theirs[0].ravel())[0, 1] > 0.99

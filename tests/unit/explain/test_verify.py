@@ -142,9 +142,9 @@ def test_an_untrained_model_has_nothing_to_verify(explained):
         make_trials(explained["vit"], scene_samples(4, 64, 0), 4)
     with pytest.raises(ValueError, match="pictures 1: expected at least 2"):
         verify.verify_encoder(explained["vit"], pictures=1)
+    image, record = next(scene_samples(1, 64, 0))
+    record["objects"] = [{"name": "cow"}]
     with pytest.raises(ValueError, match="objects need name, colour, box and mask"):
-        image, record = next(scene_samples(1, 64, 0))
-        record["objects"] = [{"name": "cow"}]
         make_trials(explained["vit"], [(image, record)], 1)
 
 

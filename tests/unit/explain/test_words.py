@@ -18,9 +18,16 @@ def test_tokens_are_merged_to_the_words_as_written(explained):
     assert words == ["Two", "heart-shaped", "unicornballoons,", "naïve!"]
     row = encoder.tokenize([TEXT])[0].tolist()
     pieces = [encoder.tokenizer.encode(word) for word in words]
-    assert of == [-1, *(n for n, ids in enumerate(pieces) for _ in ids), *[-1] * (len(row) - 1 - sum(map(len, pieces)))]
+    assert of == [
+        -1,
+        *(n for n, ids in enumerate(pieces) for _ in ids),
+        *[-1] * (len(row) - 1 - sum(map(len, pieces))),
+    ]
     assert row[1 : 1 + sum(map(len, pieces))] == [piece for ids in pieces for piece in ids]
-    assert merge_tokens(torch.tensor([9.0, 1, 2, 3, 9]), [-1, 0, 1, 1, -1], ["a", "bc"]) == [("a", 1.0), ("bc", 5.0)]
+    assert merge_tokens(torch.tensor([9.0, 1, 2, 3, 9]), [-1, 0, 1, 1, -1], ["a", "bc"]) == [
+        ("a", 1.0),
+        ("bc", 5.0),
+    ]
 
 
 def test_words_behind_the_context_have_no_token(explained):
@@ -57,7 +64,9 @@ def test_each_method_explains_words(explained, pictures, method):
     assert bool(torch.isfinite(values).all())
     assert float(values.abs().max()) > 0
     if method == "occlusion":
-        whole, without = (float(encoder.encode_texts([text])[0] @ row) for text in ("two red hearts", "two hearts"))
+        whole, without = (
+            float(encoder.encode_texts([text])[0] @ row) for text in ("two red hearts", "two hearts")
+        )
         assert values[1] == pytest.approx(whole - without, abs=1e-5)
     if method == "shap":
         whole, empty = (float(encoder.encode_texts([text])[0] @ row) for text in ("two red hearts", ""))
@@ -69,8 +78,12 @@ def test_each_method_explains_words(explained, pictures, method):
 def test_rollout_of_words_ignores_the_picture_and_chefer_does_not(explained, pictures):
     encoder = explained["vit"]
     one, other = encoder.encode_images(pictures(encoder, 2))
-    assert word_relevance(encoder, one, "a red heart", "rollout") == word_relevance(encoder, other, "a red heart", "rollout")
-    assert word_relevance(encoder, one, "a red heart", "chefer") != word_relevance(encoder, other, "a red heart", "chefer")
+    assert word_relevance(encoder, one, "a red heart", "rollout") == word_relevance(
+        encoder, other, "a red heart", "rollout"
+    )
+    assert word_relevance(encoder, one, "a red heart", "chefer") != word_relevance(
+        encoder, other, "a red heart", "chefer"
+    )
 
 
 def test_integrated_gradients_of_words_add_up(explained, pictures):
