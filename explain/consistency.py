@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.samples import index_shards, read_sample
 from data.scenes.language import article
-from data.scenes.vocabulary import alike, kinds
+from data.scenes.vocabulary import BACKGROUNDS, alike, kinds
 from data.tar import ShardReader
 from explain.edits import deny, mirror, swap_colours, swap_sides
 from explain.tasks import load
@@ -160,13 +160,36 @@ def read_pairs(data: str | Sequence[str], limit: int) -> list[Pair]:
             sample = read_sample(index, place, number, reader)
             number += 1
             captions = sample.captions()
-            objects = sample.record.get("objects")
-            names = None if objects is None else [item["name"] for item in objects]
+            names = shown_objects(sample.record)
             if captions:
                 pairs.append(Pair(sample.key, sample.image, captions, names))
     if len(pairs) < 2:
         raise ValueError(f"{data}: {len(pairs)} pictures with captions, expected at least two to compare")
     return pairs
+
+
+def shown_objects(record: dict[str, Any]) -> list[str] | None:
+    """What a record says there is, with what its background shows; None where it says nothing of objects."""
+    if record.get("objects") is None:
+        return None
+    background = (record.get("background") or {}).get("name")
+    behind = [name for each in BACKGROUNDS if each.name == background for name in each.shows]
+    return [item["name"] for item in record["objects"]] + behind
+
+
+def object_tokens(text: str, names: dict[str, str]) -> str:
+    """A tokenised caption in which an object's name that serves as a colour (`an orange heart`) is left out."""
+    from finetune import ptb
+
+    words = ptb.tokenize(text).split()
+    doubtful = {colour for kind in kinds().values() for colour in kind.looks} & set(names)
+    heads = {name.split()[0] for name in names}
+    kept = [
+        word
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+        if not (word in doubtful and (after in heads or after.removesuffix("s") in heads))
+    ]
+    return " ".join(kept)
 
 
 def in_batches(encode: Callable[[Any], Tensor], rows: Any, size: int) -> Tensor:
@@ -341,12 +364,11 @@ def at_chance(ranks: Tensor) -> dict[str, Any]:
 
 def chair_check(result: Consistency, pairs: Sequence[Pair], written: Sequence[str]) -> None:
     """CHAIR over the kinds of scenes, or over the names that the data's objects have."""
-    from finetune import ptb
     from finetune.diversity import chair
 
     names = object_names(pairs)
     known = [i for i, pair in enumerate(pairs) if pair.objects is not None]
-    tokens = [ptb.tokenize(written[i]) for i in known]
+    tokens = [object_tokens(written[i], names) for i in known]
     found = chair(tokens, [pairs[i].objects or [] for i in known], names)
     result.numbers["chair"] = found
     each = [chair([text], [pairs[i].objects or []], names) for text, i in zip(tokens, known, strict=True)]
@@ -376,7 +398,6 @@ def vqa_checks(
     rng: random.Random,
 ) -> None:
     """Yes/no questions about what captions name: agreement, paraphrases, mirrored pictures."""
-    from finetune import ptb
     from finetune.diversity import chair
 
     names = object_names(pairs)
@@ -386,7 +407,7 @@ def vqa_checks(
     texts = written if written is not None else [pair.captions[0] for pair in pairs]
     source = "the captioner's captions" if written is not None else "the data's first captions"
     said = [  # what a caption names is what CHAIR finds wrong of it in a picture of nothing
-        list(chair([ptb.tokenize(text)], [[]], names)["hallucinated"]) for text in texts
+        list(chair([object_tokens(text, names)], [[]], names)["hallucinated"]) for text in texts
     ]
     every = sorted(set(names.values()))
     cases: list[tuple[int, str, bool]] = []
