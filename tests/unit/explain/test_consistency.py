@@ -60,13 +60,12 @@ class Answerer:
     def answer(self, images, questions):
         if self.constant:
             return [self.constant] * len(images)
-        from finetune import ptb
         from finetune.diversity import chair
 
         found = []
         for text, question in zip(self.written.caption(images), questions, strict=True):
-            named = chair([ptb.tokenize(text)], [[]], self.names)["hallucinated"]
-            asked = chair([ptb.tokenize(question)], [[]], self.names)["hallucinated"]
+            named = chair([object_tokens(text, self.names)], [[]], self.names)["hallucinated"]
+            asked = chair([object_tokens(question, self.names)], [[]], self.names)["hallucinated"]
             found.append("Yes" if set(asked) <= set(named) else "no")
         return found
 
