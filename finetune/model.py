@@ -413,7 +413,10 @@ def load_task_model(folder: str | Path, *, device: str = "auto") -> VisionLangua
         task = TypeAdapter(Task).validate_python(content["task"])
         decoding = Decoding(**content["decoding"])
         tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer", local_files_only=True)
-        language_model = AutoModelForCausalLM.from_pretrained(place / "language_model", local_files_only=True)
+        with no_bars():
+            language_model = AutoModelForCausalLM.from_pretrained(
+                place / "language_model", local_files_only=True
+            )
         state = load_file(place / "connector.safetensors")
     encoder = load_encoder(place / "encoder", device=device)
     model = VisionLanguageModel(encoder, connector, language_model, tokenizer, task, decoding)

@@ -11,6 +11,10 @@ STAGES: dict[str, tuple[str, str]] = {
     "pretrain": ("pretrain.cli:main", "train a dual encoder on shards"),
     "finetune": ("finetune.cli:main", "turn a dual encoder into a captioner or a VQA model"),
     "retrieval": ("retrieval.cli:main", "embed, index, search, and measure image-text alignment"),
+    "explain": (
+        "explain.cli:main",
+        "heatmaps and words behind a score, whether they are true, and consistency",
+    ),
     "quickstart": (
         "pairstream.quickstart:main",
         "watch the whole path, from pictures to numbers, in minutes",

@@ -137,7 +137,18 @@ class Encoder:
         Returns:
             float `(b, n, token_dim)`, row by row over the picture.
         """
-        visual, pixels = self.model.visual, self.pixels(images)
+        return self.tokens_of(self.pixels(images))
+
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """`image_tokens` of normalised pixels, for those who want gradients as far as the picture.
+
+        Args:
+            pixels: Float `(b, 3, h, w)` as `pixels` makes them.
+
+        Returns:
+            float `(b, n, token_dim)`.
+        """
+        visual = self.model.visual
         if isinstance(visual, VisionTransformer):
             found = visual.forward_intermediates(
                 pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"

@@ -1,0 +1,1 @@
+"""Why did the model say that: heatmaps, relevant words, and whether both are true."""

@@ -1,0 +1,94 @@
+"""The report of `pairstream explain consistency`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from explain.consistency import Consistency
+from pairstream.report import Report
+
+
+def cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def summary_lines(numbers: dict[str, Any]) -> list[str]:
+    """The numbers for a terminal."""
+    lines = [f"{numbers['model']}: {numbers['pictures']:,} pictures"]
+    for name, check in numbers["checks"].items():
+        chance = "" if check["chance"] is None else f" (chance {check['chance']:.4f})"
+        lines.append(f"  {name:<28}{check['value']:>8.4f}{chance}  n={check['count']:,}  {check['says']}")
+    lines += [f"  {line}" for line in control_lines(numbers)]
+    if numbers["chair"]:
+        lines.append(f"  {chair_line(numbers['chair'])}")
+    lines += [f"  left out: {name}: {reason}" for name, reason in numbers["left_out"].items()]
+    return lines
+
+
+def control_lines(numbers: dict[str, Any]) -> list[str]:
+    """What the same numbers are with captions and pictures shuffled."""
+    lines = []
+    shuffled = numbers["controls"].get("shuffled_captions")
+    if shuffled:
+        verdict = "at chance" if shuffled["at_chance"] else "NOT AT CHANCE: the ranking itself is wrong"
+        lines.append(
+            f"control, shuffled captions: mean rank {shuffled['mean_rank']:.1f}, expected "
+            f"{shuffled['expected_mean_rank']:.1f}, first {shuffled['recall@1']:.4f}: {verdict}"
+        )
+    answered = numbers["controls"].get("vqa_agreement_shuffled_pictures")
+    if answered is not None:
+        lines.append(f"control, agreement of answers about another picture: {answered:.4f}")
+    return lines
+
+
+def chair_line(chair: dict[str, Any]) -> str:
+    return (
+        f"CHAIR: {chair['chair_i']:.4f} of {chair['mentions']:,} mentioned objects are not there, "
+        f"{chair['chair_s']:.4f} of captions have one; {chair['recall']:.4f} of what is there is mentioned"
+    )
+
+
+def consistency_report(found: Consistency) -> Report:
+    """The page: figures, the table of checks, and the worst cases as pictures."""
+    numbers = found.numbers
+    models = [f"{name} {numbers[name]}" for name in ("model", "captioner", "vqa") if numbers[name]]
+    report = Report("Consistency", f"{', '.join(models)}; {numbers['pictures']:,} pictures")
+    shown = [
+        ("caption_finds_picture@1", "own caption finds it"),
+        ("vqa_agreement", "answers agree"),
+        ("colours_right", "colours"),
+        ("sides_right", "left and right"),
+        ("negation_right", "negation"),
+        ("mirror_finds_picture", "mirror image finds it"),
+    ]
+    checks = numbers["checks"]
+    report.numbers(
+        (label, round(checks[name]["value"], 3), f"chance {checks[name]['chance']:.3f}")
+        for name, label in shown
+        if name in checks
+    )
+    report.heading("Checks")
+    report.table(
+        ["check", "value", "by chance", "cases", "what it says"],
+        [
+            [
+                name.replace("_", " "),
+                cell(check["value"]),
+                cell(check["chance"]),
+                check["count"],
+                check["says"],
+            ]
+            for name, check in checks.items()
+        ],
+    )
+    notes = control_lines(numbers)
+    if numbers["chair"]:
+        notes.append(chair_line(numbers["chair"]))
+    notes += [f"Left out: {name}: {reason}." for name, reason in numbers["left_out"].items()]
+    report.text("\n\n".join(notes))
+    if any(found.worst.values()):
+        report.heading("Worst cases")
+    for title, cards in found.worst.items():
+        if cards:
+            report.cards(title, cards)
+    return report

@@ -1,0 +1,192 @@
+"""Heatmaps from one forward and backward pass: Chefer's relevance, Grad-CAM, attention rollout; and integrated
+gradients, which take dozens of passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from explain.attention import record_attention
+from explain.layout import Layout, tower_layout
+from explain.relevance import chefer_relevance, rollout
+from explain.targets import Target, mean_colour, score
+from pairstream.errors import require
+
+
+def chefer(target: Target, pixels: Tensor, *, layers: int | None = None) -> Tensor:
+    """Chefer's relevance of patches.
+
+    Args:
+        target: What to explain; its image tower is a ViT, or a ResNet with attention pooling.
+        pixels: Normalised, `(b, 3, h, w)`.
+        layers: Only so many of the last layers; `Layout.chefer_layers` when None.
+
+    Returns:
+        float `(b, rows, columns)`, not negative.
+
+    Raises:
+        ValueError: A tower without attention.
+    """
+    layout = need_attention(target, "chefer")
+    weights, features, value = recorded(target, layout, pixels, gradients=True)
+    *gradients, by_features = torch.autograd.grad(value.sum(), [*weights, features])
+    count = layers or layout.chefer_layers
+    start = read_out(target, layout, weights[-1], features, by_features)
+    with torch.no_grad():
+        row = chefer_relevance(weights[-count:], gradients[-count:], start)
+    return patches(layout, row)
+
+
+def attention_rollout(target: Target, pixels: Tensor) -> Tensor:
+    """Attention rollout `(b, rows, columns)`: where the tower looks, whatever is asked for.
+
+    Raises:
+        ValueError: A tower without attention.
+    """
+    layout = need_attention(target, "rollout")
+    with torch.no_grad():
+        weights, features, _ = recorded(target, layout, pixels, gradients=False)
+        return patches(layout, rollout(weights, read_out(target, layout, weights[-1], features, None)))
+
+
+def need_attention(target: Target, method: str) -> Layout:
+    """The layout of a tower that has attention between places of the picture."""
+    layout = tower_layout(target.encoder)
+    if layout.kind != "vit":
+        raise ValueError(
+            f"{method} needs an image tower whose tokens attend to each other; {target.encoder.name} has a "
+            f"{type(layout.tower).__name__}: take gradcam, occlusion or integrated_gradients"
+        )
+    return layout
+
+
+def recorded(
+    target: Target, layout: Layout, pixels: Tensor, *, gradients: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Attention weights of the tower, its features, and the score."""
+    with torch.set_grad_enabled(gradients), record_attention(layout.tower) as weights:
+        features = target.see(pixels)
+        if gradients and not features.requires_grad:
+            features.requires_grad_()
+        of = torch.arange(len(pixels), device=pixels.device)
+        value = target.score_of(features, of)
+    if not weights:
+        raise ValueError(
+            f"{target.encoder.name}: its image tower computes attention in a way that cannot be watched: "
+            "take gradcam or occlusion"
+        )
+    return weights, features, value
+
+
+def read_out(
+    target: Target, layout: Layout, last: Tensor, features: Tensor, gradient: Tensor | None
+) -> Tensor:
+    """Where relevance starts: the weight of each of the last layer's queries, `(b, queries)`, summing to 1.
+
+    The embedding is read from one token, from all patches alike, or by attention pooling (whose gradients know which
+    queries count). A reader of tokens says itself how much each matters: gradient times activation, where positive.
+    """
+    start = last.new_zeros(len(last), last.shape[2])
+    if target.reads == "tokens" and layout.pool != "attention":
+        if gradient is None:
+            weight = features.new_ones(features.shape[:2])
+        else:
+            weight = (features * gradient).sum(-1).clamp(min=0)
+            weight = weight + 1e-12
+        start[:, start.shape[1] - weight.shape[1] :] = weight / weight.sum(1, keepdim=True)
+        return start.detach()
+    if layout.pool == "attention":
+        start[:] = 1 / start.shape[1]
+    elif layout.pool == "avg":
+        start[:, layout.prefix :] = 1 / (start.shape[1] - layout.prefix)
+    else:
+        start[:, 0] = 1
+    return start
+
+
+def patches(layout: Layout, row: Tensor) -> Tensor:
+    """The patches of a row of tokens, as a map."""
+    assert layout.grid is not None
+    return row[:, layout.prefix :].detach().view(-1, *layout.grid)
+
+
+def grad_cam(target: Target, pixels: Tensor) -> Tensor:
+    """Grad-CAM: channels of one layer, weighed by their mean gradient, where the sum is positive.
+
+    On a ViT it is the norm in front of the last attention (`ln_1`): behind it a class token's score has no gradient
+    by the patches, and the map would be zero. On a ResNet it is the last stage.
+
+    Args:
+        target: What to explain.
+        pixels: Normalised, `(b, 3, h, w)`.
+
+    Returns:
+        float `(b, rows, columns)`, not negative.
+
+    Reference:
+        Selvaraju et al. 2017.
+    """
+    layout = tower_layout(target.encoder)
+    kept: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        kept.append(output)
+        return output
+
+    handle = layout.grad_cam.register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            value = score(target, pixels)
+            (gradient,) = torch.autograd.grad(value.sum(), kept)
+    finally:
+        handle.remove()
+    activation = kept[0].detach()
+    if layout.grid is None:  # (b, c, rows, columns)
+        weight = gradient.mean((2, 3), keepdim=True)
+        return (weight * activation).sum(1).clamp(min=0)
+    activation, gradient = activation[:, layout.prefix :], gradient[:, layout.prefix :]  # (b, n, d)
+    weight = gradient.mean(1, keepdim=True)
+    return (weight * activation).sum(-1).clamp(min=0).view(-1, *layout.grid)
+
+
+def integrated_gradients(target: Target, pixels: Tensor, *, steps: int = 32) -> Tensor:
+    """Integrated gradients of the pixels, from the picture's mean colour to the picture.
+
+    Args:
+        target: What to explain.
+        pixels: Normalised, `(b, 3, h, w)`.
+        steps: Of the integral (Gauss-Legendre); the sum of a map is the difference of the two scores, up to its error.
+
+    Returns:
+        float `(b, h, w)`, signed.
+
+    Raises:
+        ImportError: The extra `explain` is not installed.
+
+    Reference:
+        Sundararajan et al. 2017; captum's implementation.
+    """
+    captum = require("captum.attr", "explain", "integrated gradients")
+    number = torch.arange(len(pixels), device=pixels.device)
+    method = captum.IntegratedGradients(lambda versions, of: score(target, versions, of))
+    with torch.enable_grad():
+        found = method.attribute(
+            pixels,
+            baselines=mean_colour(pixels).expand_as(pixels),
+            additional_forward_args=(number,),
+            n_steps=steps,
+            internal_batch_size=max(len(pixels), 64),
+        )
+    return found.detach().sum(1).float()
+
+
+def resize_map(heat: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps `(b, rows, columns)` to another size, smoothly when it is larger and by means when it is smaller."""
+    if heat.shape[-2] > size[0]:
+        return F.adaptive_avg_pool2d(heat[:, None], size)[:, 0]
+    return F.interpolate(heat[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]

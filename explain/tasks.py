@@ -1,0 +1,269 @@
+"""Captioners, VQA models and classifiers: what in the picture, and in the words, made them say it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from explain.methods import SUPERPIXEL_METHODS, Explanation, default_method, heatmaps, to_pil
+from explain.targets import score
+from explain.words import Words, offset_words, perturbed_words
+from pairstream.errors import require
+from pretrain.encoder import Encoder
+
+
+class TextTarget:
+    """The log-probability that a captioner or VQA model gives to some of its next tokens.
+
+    Args:
+        model: A `finetune.model.VisionLanguageModel`.
+        prompt: Token ids in front.
+        ids: Token ids of what is written.
+        span: First and last-plus-one place in `ids` whose log-probabilities are added.
+    """
+
+    reads: Literal["pooled", "tokens"] = "tokens"
+
+    def __init__(self, model: Any, prompt: Sequence[int], ids: Sequence[int], span: tuple[int, int]):
+        self.encoder: Encoder = model.encoder
+        self.model, self.span = model, span
+        self.row = torch.tensor([*prompt, *ids[: span[1]]], dtype=torch.int64, device=model.device)
+        self.first = len(prompt) + span[0]
+
+    def see(self, pixels: Tensor) -> Tensor:
+        return self.encoder.tokens_of(pixels)
+
+    def score_of(self, features: Tensor, of: Tensor) -> Tensor:
+        prefix = self.model.connector(features)  # (b, p, width)
+        words = self.model.language_model.get_input_embeddings()(self.row[:-1])
+        whole = torch.cat([prefix, words.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1)
+        places = torch.arange(self.first, len(self.row), device=self.row.device)
+        logits = self.model.language_model(
+            inputs_embeds=whole, logits_to_keep=places + prefix.shape[1] - 1, use_cache=False
+        ).logits  # (b, places, vocabulary)
+        wanted = self.row[places].expand(len(prefix), -1)[..., None]
+        return logits.float().log_softmax(-1).gather(-1, wanted)[..., 0].sum(-1)
+
+
+class LabelTarget:
+    """The logit of one label of an image-text classifier, given the text.
+
+    Args:
+        model: A `finetune.fusion.model.FusionClassifier`.
+        texts: One text, or None where there is none, for each picture.
+        label: Number of the label.
+    """
+
+    def __init__(self, model: Any, texts: Sequence[str | None], label: int):
+        self.encoder: Encoder = model.encoder
+        self.model, self.label = model, label
+        self.reads: Literal["pooled", "tokens"] = "pooled" if model.pooled else "tokens"
+        self.tokens = model.encoder.tokenize([text or "" for text in texts]).to(model.device)
+        self.missing = torch.tensor([not text for text in texts], device=model.device)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        if self.model.pooled:
+            return self.encoder.model.encode_image(pixels)
+        return self.encoder.tokens_of(pixels)
+
+    def score_of(self, features: Tensor, of: Tensor) -> Tensor:
+        image = features[:, None] if self.model.pooled else features
+        nothing = torch.zeros_like(self.missing[of])
+        return self.model.logits(image, self.tokens[of], nothing, self.missing[of])[:, self.label]
+
+
+def text_pieces(
+    tokenizer: Any, text: str, *, behind_prompt: bool
+) -> tuple[list[int], list[str], list[tuple[int, int]]]:
+    """Token ids of a written text, its words, and the span of ids of each word.
+
+    Raises:
+        ValueError: No words.
+    """
+    text = f" {text.strip()}" if behind_prompt else text.strip()
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    words, places = offset_words(text, coded["offset_mapping"])
+    spans = []
+    for number in range(len(words)):
+        inside = [place for place, word in enumerate(places) if word == number]
+        spans.append((inside[0], inside[-1] + 1) if inside else (0, 0))
+    kept = [number for number, (start, stop) in enumerate(spans) if stop > start]
+    if not kept:
+        raise ValueError("there is nothing to explain: the text has no words")
+    return coded["input_ids"], [words[number] for number in kept], [spans[number] for number in kept]
+
+
+def load(model: str | Path | Any, device: str, kind: str) -> Any:
+    """A task model from its folder, or as it is.
+
+    Raises:
+        FileNotFoundError: No task model is there.
+        ValueError: It is for another task.
+    """
+    if not isinstance(model, str | Path):
+        return model
+    require("transformers", "finetune", "task models")
+    if kind == "classify":
+        from finetune.fusion.model import load_classifier
+
+        return load_classifier(model, device=device)
+    from finetune.model import load_task_model
+
+    loaded = load_task_model(model, device=device)
+    if loaded.task.kind != kind:
+        raise ValueError(f"{model} was trained for {loaded.task.kind}, expected a model for {kind}")
+    return loaded
+
+
+def one_map(target: Any, images: Tensor, method: str) -> tuple[Any, float]:
+    """Heatmap and score of one picture."""
+    heat = heatmaps(target, images, method)[0].numpy()
+    with torch.no_grad():
+        return heat, float(score(target, target.encoder.pixels(images))[0])
+
+
+def explain_caption(
+    model: str | Path | Any,
+    image: Image.Image | bytes | Tensor,
+    *,
+    caption: str | None = None,
+    method: str = "auto",
+    device: str = "auto",
+) -> list[Explanation]:
+    """What in the picture made a captioner write each word.
+
+    Each word's log-probability, given the words before it, is explained through language model, connector and tower.
+
+    Args:
+        model: A captioner, or its folder.
+        image: A PIL image, file contents, or uint8 `(3, H, W)`.
+        caption: Explain this caption; the model's own when None.
+        method: `auto`, or one of `explain.methods.NAMES`.
+        device: For a folder.
+
+    Returns:
+        One explanation a word: `title` is the word, `score` its log-probability.
+
+    Raises:
+        ValueError: An empty caption, a model for another task, or a method that its tower does not allow.
+        data.faults.Fault: File contents that are no picture.
+    """
+    model = load(model, device, "caption")
+    method = default_method(model.encoder) if method == "auto" else method
+    images = model.encoder.preprocess(image)[None]
+    text = model.caption([images[0]])[0] if caption is None else caption
+    prompt = (
+        model.tokenizer(model.task.prompt, add_special_tokens=False)["input_ids"] if model.task.prompt else []
+    )
+    ids, words, spans = text_pieces(model.tokenizer, text, behind_prompt=bool(model.task.prompt))
+    found, picture = [], to_pil(images[0])
+    for word, span in zip(words, spans, strict=True):
+        heat, value = one_map(TextTarget(model, prompt, ids, span), images, method)
+        found.append(Explanation(picture, heat, [], value, method, word))
+    return found
+
+
+def explain_answer(
+    model: str | Path | Any,
+    image: Image.Image | bytes | Tensor,
+    question: str,
+    *,
+    method: str = "auto",
+    device: str = "auto",
+) -> Explanation:
+    """What in the picture, and which words of the question, made a VQA model answer as it does.
+
+    Args:
+        model: A VQA model, or its folder.
+        image: A PIL image, file contents, or uint8 `(3, H, W)`.
+        question: The question. Its words are explained by leaving them out, or by `lime` or `shap` where asked.
+        method: `auto`, or one of `explain.methods.NAMES`.
+        device: For a folder.
+
+    Returns:
+        The explanation of the answer's log-probability; `title` holds question and answer.
+
+    Raises:
+        ValueError: An empty question, a model for another task, or a method that its tower does not allow.
+        data.faults.Fault: File contents that are no picture.
+    """
+    model = load(model, device, "vqa")
+    method = default_method(model.encoder) if method == "auto" else method
+    images = model.encoder.preprocess(image)[None]
+    answer = model.answer([images[0]], [question])[0]
+    ids, _, _ = text_pieces(model.tokenizer, answer, behind_prompt=True)
+
+    def target(asked: str) -> TextTarget:
+        prompt = model.tokenizer(model.prompt(asked), add_special_tokens=False)["input_ids"]
+        return TextTarget(model, prompt, ids, (0, len(ids)))
+
+    heat, value = one_map(target(question), images, method)
+    with torch.no_grad():
+        seen = model.encoder.tokens_of(model.encoder.pixels(images))
+        of = torch.zeros(1, dtype=torch.int64, device=seen.device)
+
+        def scores(texts: Sequence[str]) -> Tensor:
+            return torch.cat([target(text or "?").score_of(seen, of) for text in texts])
+
+        words = task_words(question, scores, method)
+    return Explanation(to_pil(images[0]), heat, words, value, method, f"{question} {answer}")
+
+
+def explain_label(
+    model: str | Path | Any,
+    image: Image.Image | bytes | Tensor,
+    text: str | None,
+    *,
+    label: str | None = None,
+    method: str = "auto",
+    device: str = "auto",
+) -> Explanation:
+    """What in the picture, and which words, speak for a label of an image-text classifier.
+
+    Args:
+        model: A classifier, or its folder.
+        image: A PIL image, file contents, or uint8 `(3, H, W)`.
+        text: The text that goes with it; None where there is none.
+        label: Which label; the most probable one when None.
+        method: `auto`, or one of `explain.methods.NAMES`.
+        device: For a folder.
+
+    Returns:
+        The explanation of the label's logit; `title` holds the label and its probability.
+
+    Raises:
+        ValueError: No such label, a model for another task, or a method that its tower does not allow.
+        data.faults.Fault: File contents that are no picture.
+    """
+    model = load(model, device, "classify")
+    method = default_method(model.encoder) if method == "auto" else method
+    images = model.encoder.preprocess(image)[None]
+    text = text if text and text.strip() else None
+    found = model.classify([images[0]], [text])[0]
+    label = max(found, key=lambda name: found[name]) if label is None else label
+    if label not in found:
+        raise ValueError(f"no label {label!r}: expected one of {', '.join(found)}")
+    number = model.labels.index(label)
+    heat, value = one_map(LabelTarget(model, [text], number), images, method)
+    words: Words = []
+    if text:
+        with torch.no_grad():
+            seen = LabelTarget(model, [text], number).see(model.encoder.pixels(images))
+
+            def scores(texts: Sequence[str]) -> Tensor:
+                target = LabelTarget(model, texts, number)
+                every = torch.arange(len(texts), device=seen.device)
+                return target.score_of(seen.expand(len(texts), *seen.shape[1:]), every)
+
+            words = task_words(text, scores, method)
+    return Explanation(to_pil(images[0]), heat, words, value, method, f"{label} {found[label]:.0%}")
+
+
+def task_words(text: str, scores: Callable[[Sequence[str]], Tensor], method: str) -> Words:
+    """Words by `lime` or `shap` where that is the method, else by leaving each out."""
+    return perturbed_words(text, scores, method if method in SUPERPIXEL_METHODS else "occlusion")
