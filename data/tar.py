@@ -193,13 +193,14 @@ def _scan(descriptor: int, size: int, found: _Building) -> None:
                 )
             raise TruncatedError(f"ends at byte {size} without the end-of-archive mark", None)
         plain = None if special else PLAIN.match(header)
-        # Nearly all files take this way, at half the time of the other. A call of `_sum_is` would be a fifth of it.
-        if plain and (int(plain[5], 8) - 255 + sum(plain[4])) % 65521 == adler32(header) & 0xFFFF:
-            length, content = int(plain[3], 8), position + BLOCK
-            if content + length <= size:
-                add(plain[1], plain[2], content, length)
-                position = content + -(-length // BLOCK) * BLOCK
-                continue
+        if plain:  # nearly all files; a call of `_sum_is` would take a fifth of the time
+            key, extension, digits, field, stored = plain.groups()
+            if (int(stored, 8) - 255 + sum(field)) % 65521 == adler32(header) & 0xFFFF:
+                length, content = int(digits, 8), position + BLOCK
+                if content + length <= size:
+                    add(key, extension, content, length)
+                    position = content + -(-length // BLOCK) * BLOCK
+                    continue
         if not header[0] and header.count(0) == BLOCK:
             return
         _verify(header, position)
@@ -292,13 +293,15 @@ def _pack(path: str, name: str, found: _Building, faults: list[FaultRecord], siz
     keys, extensions = list(found.numbers), list(found.codes)
     samples, codes, offsets, sizes = np.array(found.files, dtype=np.int64).reshape(-1, 4).T
     _, first = np.unique(samples * max(len(extensions), 1) + codes, return_index=True)
-    again = np.setdiff1d(np.arange(len(samples)), first)
+    once = np.zeros(len(samples), dtype=bool)
+    once[first] = True
+    again = np.flatnonzero(~once)
     for sample, code in {int(samples[file]): int(codes[file]) for file in again}.items():
         key = keys[sample].decode("utf-8", "backslashreplace")
         twice = f"{key}.{extensions[code].decode('utf-8', 'backslashreplace')}"
         detail = f"{twice} is in the shard twice; the first one is used"
         faults.append(FaultRecord("duplicate_key", name, key, detail))
-    kept = np.sort(first)
+    kept = np.flatnonzero(once)
     kept = kept[np.argsort(samples[kept], kind="stable")]
     return ShardIndex(
         path=path,
