@@ -11,6 +11,8 @@ STAGES: dict[str, tuple[str, str]] = {
     "pretrain": ("pretrain.cli:main", "train a dual encoder on shards"),
     "finetune": ("finetune.cli:main", "turn a dual encoder into a captioner or a VQA model"),
     "retrieval": ("retrieval.cli:main", "embed, index, search, and measure image-text alignment"),
+    "serve": ("serve.cli:main", "answer over HTTP, with a page for people"),
+    "export": ("serve.export.cli:main", "write a model for machines without torch"),
     "quickstart": (
         "pairstream.quickstart:main",
         "watch the whole path, from pictures to numbers, in minutes",

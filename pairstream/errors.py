@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-OWN_PACKAGES = ("data", "pretrain", "finetune", "retrieval")
+OWN_PACKAGES = ("data", "pretrain", "finetune", "retrieval", "serve")
 
 
 def message(error: BaseException) -> str:
