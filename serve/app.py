@@ -33,6 +33,8 @@ from serve.schemas import (
     Info,
     SearchAnswer,
     SearchRequest,
+    SentimentAnswer,
+    SentimentRequest,
     TextsRequest,
     VqaAnswer,
     VqaRequest,
@@ -104,6 +106,8 @@ def create_app(
         add_caption(app, service)
     if models.vqa is not None:
         add_vqa(app, service)
+    if models.classifier is not None:
+        add_sentiment(app, service)
     if models.index is not None:
         add_search(app, service)
     return app
@@ -194,6 +198,7 @@ def add_models(app: FastAPI, service: Service) -> None:
             model=models.identity,
             captioner=models.captioner[1] if models.captioner else None,
             vqa=models.vqa[1] if models.vqa else None,
+            classifier=models.classifier[1] if models.classifier else None,
             index=models.index[1] if models.index else None,
             pictures=models.gallery is not None,
             urls=settings.fetching.enabled,
@@ -250,6 +255,17 @@ def add_vqa(app: FastAPI, service: Service) -> None:
     async def vqa(request: VqaRequest) -> VqaAnswer:
         """An answer to each question about a picture."""
         return VqaAnswer(answers=await service.answer(request.image, request.questions), model=identity)
+
+
+def add_sentiment(app: FastAPI, service: Service) -> None:
+    """Labels of posts, by a classifier that was trained for them."""
+    assert service.models.classifier is not None
+    identity = service.models.classifier[1]
+
+    @app.post("/v1/sentiment", tags=["models"], responses=RESPONSES)
+    async def sentiment(request: SentimentRequest) -> SentimentAnswer:
+        """Labels of posts: pictures, texts, or pictures with their texts."""
+        return SentimentAnswer(results=await service.sentiment(request.posts), model=identity)
 
 
 def add_search(app: FastAPI, service: Service) -> None:

@@ -15,6 +15,7 @@ def serve(
     model: str,
     captioner: Path | None = None,
     vqa: Path | None = None,
+    classifier: Path | None = None,
     index: Path | None = None,
     data: tuple[str, ...] = (),
     pretrained: str | None = None,
@@ -36,6 +37,7 @@ def serve(
         model: A checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO.
         captioner: A captioning run; gives /v1/caption.
         vqa: A VQA run; gives /v1/vqa.
+        classifier: A classification run; gives /v1/sentiment.
         index: A folder that `retrieval index` wrote; gives /v1/search.
         data: The shards of the index; their pictures are shown among the results.
         pretrained: open_clip's tag of weights, for a name.
@@ -78,7 +80,14 @@ def serve(
     )
     keys = Keys() if api_keys is None else read_keys(api_keys)
     models = load_models(
-        model, captioner=captioner, vqa=vqa, index=index, data=data, pretrained=pretrained, device=device
+        model,
+        captioner=captioner,
+        vqa=vqa,
+        classifier=classifier,
+        index=index,
+        data=data,
+        pretrained=pretrained,
+        device=device,
     )
 
     def listening(bound: int) -> None:

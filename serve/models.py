@@ -6,13 +6,14 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.fusion.model import FusionClassifier, load_classifier
 from finetune.model import VisionLanguageModel, load_task_model, task_folder
 from finetune.recipe import CaptionTask
 from pretrain.encoder import Encoder, load_encoder
 from retrieval.artifact import MANIFEST, sha256
 from retrieval.index import Index
-from serve.gallery import Gallery
-from serve.schemas import EncoderIdentity, IndexIdentity, ModelIdentity
+from serve.gallery import Gallery, PictureRows, alive
+from serve.schemas import ClassifierIdentity, EncoderIdentity, IndexIdentity, ModelIdentity
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Models:
         captioner: Writes captions, with its identity.
         vqa: Answers questions, with its identity.
         index: Is searched, with its identity.
+        picture_rows: From the key of a text that was found to the row of its picture.
         gallery: The index's pictures.
+        classifier: Labels posts, with its identity.
     """
 
     encoder: Encoder
@@ -33,7 +36,9 @@ class Models:
     captioner: tuple[VisionLanguageModel, ModelIdentity] | None = None
     vqa: tuple[VisionLanguageModel, ModelIdentity] | None = None
     index: tuple[Index, IndexIdentity] | None = None
+    picture_rows: PictureRows | None = None
     gallery: Gallery | None = None
+    classifier: tuple[FusionClassifier, ClassifierIdentity] | None = None
 
 
 def load_models(
@@ -41,6 +46,7 @@ def load_models(
     *,
     captioner: str | Path | None = None,
     vqa: str | Path | None = None,
+    classifier: str | Path | None = None,
     index: str | Path | None = None,
     data: tuple[str, ...] = (),
     pretrained: str | None = None,
@@ -52,6 +58,7 @@ def load_models(
         model: A dual encoder, as `load_encoder` takes it.
         captioner: A folder that `load_task_model` opens.
         vqa: Another one.
+        classifier: A folder that `load_classifier` opens.
         index: A folder that `retrieval index` wrote.
         data: The shards that were indexed; only to show their pictures.
         pretrained: open_clip's tag of weights, for a name.
@@ -76,21 +83,25 @@ def load_models(
             IndexIdentity(
                 name=short_name(index),
                 fingerprint=sha256(Path(index) / MANIFEST)[:16],
-                images=loaded.images.ntotal,
-                texts=loaded.texts.ntotal,
+                images=alive(loaded.images),
+                texts=alive(loaded.texts),
             ),
         )
     if data:
         if found is None:
             raise ValueError("--data shows the pictures of an index: give --index, too")
-        gallery = Gallery(data, found[0].image_records)
+        if found[0].images is None:
+            raise ValueError("--data shows the pictures of an index, and this index has texts alone")
+        gallery = Gallery(data, found[0].images)
     return Models(
         encoder,
         identity,
         captioner=None if captioner is None else task_model(captioner, captions=True, device=device),
         vqa=None if vqa is None else task_model(vqa, captions=False, device=device),
         index=found,
+        picture_rows=None if found is None else PictureRows(found[0].images),
         gallery=gallery,
+        classifier=None if classifier is None else post_model(classifier, device=device),
     )
 
 
@@ -110,6 +121,20 @@ def task_model(
             f"{option} {folder}: expected a model trained for {wanted}, it is for {model.task.kind}"
         )
     return model, ModelIdentity(name=short_name(folder), fingerprint=folder_hash(task_folder(folder)))
+
+
+def post_model(
+    folder: str | Path, *, device: str = "auto"
+) -> tuple[FusionClassifier, ClassifierIdentity]:
+    """A classifier of posts with its identity.
+
+    Raises:
+        FileNotFoundError: None is there.
+        ValueError: A model of another task, or damaged.
+    """
+    model = load_classifier(folder, device=device)
+    fingerprint = folder_hash(task_folder(folder))
+    return model, ClassifierIdentity(name=short_name(folder), fingerprint=fingerprint, labels=model.labels)
 
 
 def folder_hash(folder: Path) -> str:

@@ -103,6 +103,28 @@ class VqaRequest(Request):
     questions: list[Text] = Field(min_length=1)
 
 
+class Post(Request):
+    """A picture, a text, or both."""
+
+    image: Picture | None = None
+    text: Text | None = None
+
+    @model_validator(mode="after")
+    def one_at_least(self) -> Post:
+        if self.image is None and not (self.text or "").strip():
+            raise ValueError("expected an image, a text of some words, or both")
+        return self
+
+
+class SentimentRequest(Request):
+    """Posts to be labelled."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"posts": [{"image": {"data": EXAMPLE}, "text": "what a day"}]}]}
+    )
+    posts: list[Post] = Field(min_length=1)
+
+
 class ModelIdentity(BaseModel):
     """Which model answered."""
 
@@ -114,6 +136,12 @@ class EncoderIdentity(ModelIdentity):
     """Which dual encoder answered."""
 
     dim: int = Field(description="Width of its rows.")
+
+
+class ClassifierIdentity(ModelIdentity):
+    """Which classifier answered."""
+
+    labels: list[str] = Field(description="What it chooses among.")
 
 
 class IndexIdentity(BaseModel):
@@ -139,7 +167,9 @@ class Found(BaseModel):
     score: float = Field(description="Cosine with the query.")
     key: str = Field(description="Key of the sample.")
     text: str | None = Field(description="The caption that was found; null for a picture.")
-    row: int = Field(description="Row of its picture, for /v1/pictures/ROW.")
+    row: int | None = Field(
+        description="Row of its picture, for /v1/pictures/ROW; null where the picture is not in the index."
+    )
 
 
 class SearchAnswer(BaseModel):
@@ -180,12 +210,27 @@ class VqaAnswer(BaseModel):
     model: ModelIdentity
 
 
+class Likelihood(BaseModel):
+    """One label's share."""
+
+    label: str
+    probability: float = Field(description="Among the classifier's labels; they sum to one.")
+
+
+class SentimentAnswer(BaseModel):
+    """Labels of each post, most probable first."""
+
+    results: list[list[Likelihood]]
+    model: ClassifierIdentity
+
+
 class Info(BaseModel):
     """What is served, and its bounds."""
 
     model: EncoderIdentity
     captioner: ModelIdentity | None
     vqa: ModelIdentity | None
+    classifier: ClassifierIdentity | None
     index: IndexIdentity | None
     pictures: bool = Field(description="Whether /v1/pictures/ROW has the index's pictures.")
     urls: bool = Field(description="Whether pictures may be given by address.")

@@ -15,14 +15,14 @@ from torch import Tensor
 from data.faults import Fault
 from finetune.model import VisionLanguageModel
 from finetune.text import token_ids
-from retrieval.index import top_k
+from retrieval.search import Hit, search
 from serve.batching import Batcher, deadline_passed
 from serve.fetch import Fetcher
 from serve.metrics import Metrics
 from serve.models import Models
 from serve.pictures import decode, from_base64
 from serve.refusal import Refusal
-from serve.schemas import Found, Label, Picture
+from serve.schemas import Found, Label, Likelihood, Picture, Post
 from serve.settings import Batching, Settings
 
 Result = TypeVar("Result")
@@ -48,6 +48,7 @@ class Service:
         self.embedding = ThreadPoolExecutor(1, "embedding")
         self.writing = ThreadPoolExecutor(1, "writing")
         self.decoders = ThreadPoolExecutor(settings.decoders, "pictures")
+        self.searching = ThreadPoolExecutor(1, "search")  # FAISS has threads of its own
 
         def queue(name: str, run: Any, config: Batching, executor: ThreadPoolExecutor) -> Batcher:
             return Batcher(f"the queue of {name}", run, config, executor, metrics.observer(name))
@@ -56,16 +57,16 @@ class Service:
         self.texts = queue("texts", self.run_texts, settings.embedding, self.embedding)
         self.captions = queue("captions", self.run_captions, settings.decoding, self.writing)
         self.answers = queue("answers", self.run_answers, settings.decoding, self.writing)
+        self.posts = queue("posts", self.run_posts, settings.embedding, self.embedding)
         self.scale = float(models.encoder.model.logit_scale.detach().exp())
         self.ready = True
 
     async def close(self) -> None:
         """Answer what was taken, then stop."""
         self.ready = False
-        await asyncio.gather(
-            *(each.close() for each in (self.images, self.texts, self.captions, self.answers))
-        )
-        for executor in (self.embedding, self.writing, self.decoders):
+        queues = (self.images, self.texts, self.captions, self.answers, self.posts)
+        await asyncio.gather(*(each.close() for each in queues))
+        for executor in (self.embedding, self.writing, self.decoders, self.searching):
             executor.shutdown()
 
     # What runs in the worker threads
@@ -92,6 +93,10 @@ class Service:
                 pictures.append(picture)
         owners = [places[id(picture)] for picture, _ in pairs]
         return model.write(model.see(torch.stack(pictures)), owners, [model.prompt(q) for _, q in pairs])
+
+    def run_posts(self, posts: list[tuple[Tensor | None, str | None]]) -> list[dict[str, float]]:
+        assert self.models.classifier is not None
+        return self.models.classifier[0].classify([image for image, _ in posts], [text for _, text in posts])
 
     # What requests ask for
 
@@ -137,6 +142,31 @@ class Service:
             places=len(questions),
         )
 
+    async def sentiment(self, posts: Sequence[Post]) -> list[list[Likelihood]]:
+        """Each post's labels, most probable first."""
+        assert self.models.classifier is not None
+        self.check_texts([post.text or "" for post in posts], "posts")
+
+        def work(pixels: list[Tensor], expires: float) -> Awaitable[list[dict[str, float]]]:
+            left = iter(pixels)
+            pairs = [(next(left) if post.image else None, post.text) for post in posts]
+            return self.posts.submit(pairs, expires)
+
+        found = await self.with_pictures(
+            self.posts,
+            [post.image for post in posts if post.image],
+            self.models.classifier[0].encoder.preprocess,
+            work,
+            places=len(posts),
+        )
+        return [
+            [
+                Likelihood(label=label, probability=share)
+                for label, share in sorted(shares.items(), key=lambda pair: -pair[1])
+            ]
+            for shares in found
+        ]
+
     async def classify(
         self, pictures: Sequence[Picture], labels: Sequence[str], template: str
     ) -> list[list[Label]]:
@@ -155,7 +185,7 @@ class Service:
         shares /= shares.sum(axis=1, keepdims=True)
         return [
             [
-                Label(label=labels[place], probability=float(share[place]), score=float(score[place]))
+                Label(label=labels[int(place)], probability=float(share[place]), score=float(score[place]))
                 for place in np.argsort(-share, kind="stable").tolist()
             ]
             for share, score in zip(shares, scores, strict=True)
@@ -169,30 +199,36 @@ class Service:
         index = self.models.index[0]
         if k > self.settings.limits.results:
             raise Refusal(413, "too_many_items", f"k is {k}: at most {self.settings.limits.results} results")
-        side = among or ("texts" if text is None else "images")
+        name = among or ("texts" if text is None else "images")
+        side = index.images if name == "images" else index.texts
+        if side is None:
+            raise Refusal(422, "not_indexed", f"this index holds no {name}: search the other side with `among`")
         if picture is not None:
             rows = await self.embed_images([picture])
         else:
             rows = await self.embed_texts([text or ""], "text")
-        loop = asyncio.get_running_loop()
-        scores, places = await loop.run_in_executor(None, top_k, getattr(index, side), rows, k)
-        records = index.image_records if side == "images" else index.text_records
-        hits = [
+
+        def work() -> list[Hit]:
+            return search(index, vectors=rows, among=name, k=min(k, side.alive))[0] if side.alive else []
+
+        hits = await asyncio.get_running_loop().run_in_executor(self.searching, work)
+        assert self.models.picture_rows is not None
+        find = self.models.picture_rows.row
+        return [
             Found(
-                rank=rank,
-                score=float(score),
-                key=records[place]["key"],
-                text=records[place].get("text"),
-                row=place if side == "images" else records[place]["image"],
+                rank=hit.rank,
+                score=hit.score,
+                key=hit.key,
+                text=hit.text,
+                row=hit.row if name == "images" else find(hit.key),
             )
-            for rank, (score, place) in enumerate(zip(scores[0], places[0].tolist(), strict=True), 1)
-        ]
-        return hits, side
+            for hit in hits
+        ], name
 
     async def thumbnail(self, row: int) -> bytes:
         """JPEG of a picture of the index."""
         gallery = self.models.gallery
-        if gallery is None or not 0 <= row < len(gallery):
+        if gallery is None or row not in gallery:
             raise Refusal(404, "no_picture", "the index has no picture of that row here")
         try:
             return await asyncio.get_running_loop().run_in_executor(self.decoders, gallery.thumbnail, row)

@@ -216,14 +216,28 @@ def test_tokens_are_open_clip_s(tmp_path):
     assert not wrong
 
 
-def test_int8_is_judged_by_data_and_by_cosine(encoders, tiny_shards, tmp_path):
-    card = export_model(encoders["vit"], tmp_path / "int8", int8=True)
+@pytest.fixture(scope="module")
+def wide(tiny_models):
+    """A ViT wide enough that eight bits are a fair picture of its weights."""
+    content = {
+        **tiny_models["vit"],
+        "embed_dim": 64,
+        "image_tower": {**tiny_models["vit"]["image_tower"], "width": 128, "head_width": 32},
+        "text_tower": {**tiny_models["vit"]["text_tower"], "width": 128, "heads": 4},
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_encoder(TowersModel.model_validate(content), device="cpu")
+
+
+def test_int8_is_judged_by_data_and_by_cosine(wide, encoders, tiny_shards, tmp_path):
+    card = export_model(wide, tmp_path / "int8", int8=True)
     assert card["quantised"]["image"]["int8_products"] > 0
     assert card["parity_int8"]["text"]["cosine_mean"] > 0.99
     assert card["on_data"] is None
     assert "No data were given: recall was not measured." in (tmp_path / "int8/README.md").read_text()
     assert card["bytes"]["text"]["export"] < 0.4 * card["bytes"]["text"]["model"]
-    found = compare_on_data(encoders["vit"], EdgeEncoder(tmp_path / "int8"), [str(tiny_shards)])
+    found = compare_on_data(wide, EdgeEncoder(tmp_path / "int8"), [str(tiny_shards)])
     assert (found["samples"], found["texts"]) == (40, 80)
     for direction in ("image_to_text", "text_to_image"):
         assert 0 <= found[direction]["agreement"] <= 1
