@@ -34,7 +34,10 @@ class Numbers:
     def find(self, key: str) -> list[int]:
         """Places that may have this key, in their order; the caller compares the key itself."""
         (wanted,) = key_hashes([{"key": key}])
-        first, last = np.searchsorted(self.sorted, wanted, "left"), np.searchsorted(self.sorted, wanted, "right")
+        first, last = (
+            np.searchsorted(self.sorted, wanted, "left"),
+            np.searchsorted(self.sorted, wanted, "right"),
+        )
         return self.order[first:last].tolist()
 
 

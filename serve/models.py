@@ -123,9 +123,7 @@ def task_model(
     return model, ModelIdentity(name=short_name(folder), fingerprint=folder_hash(task_folder(folder)))
 
 
-def post_model(
-    folder: str | Path, *, device: str = "auto"
-) -> tuple[FusionClassifier, ClassifierIdentity]:
+def post_model(folder: str | Path, *, device: str = "auto") -> tuple[FusionClassifier, ClassifierIdentity]:
     """A classifier of posts with its identity.
 
     Raises:

@@ -202,7 +202,9 @@ class Service:
         name = among or ("texts" if text is None else "images")
         side = index.images if name == "images" else index.texts
         if side is None:
-            raise Refusal(422, "not_indexed", f"this index holds no {name}: search the other side with `among`")
+            raise Refusal(
+                422, "not_indexed", f"this index holds no {name}: search the other side with `among`"
+            )
         if picture is not None:
             rows = await self.embed_images([picture])
         else:

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from data.shards import Sample, ShardWriter
+from finetune.fusion.model import FusionClassifier
+from finetune.fusion.recipe import ClassifyTask, Pooled
 from finetune.model import VisionLanguageModel, small_language_model
 from finetune.recipe import CaptionTask, Decoding, Mlp, SmallLanguageModel, VqaTask
 from finetune.text import train_tokenizer
@@ -29,7 +31,7 @@ WORDS = ["a red cat on the left", "two blue dogs", "Is there a dog?", "how many 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, make_picture) -> dict[str, Any]:
-    """Folders of a tiny dual encoder, captioner, VQA model, index and its shards."""
+    """Folders of a tiny dual encoder, captioner, VQA model, classifier, index and its shards."""
     root = tmp_path_factory.mktemp("served")
     with ShardWriter(root / "shards", samples_per_shard=8) as writer:
         for number in range(12):
@@ -54,9 +56,11 @@ def folders(tmp_path_factory, make_picture) -> dict[str, Any]:
             VisionLanguageModel(
                 encoder, Mlp(merge=2), language_model, tokenizer, task, Decoding(max_new_tokens=8)
             ).eval().save(root / name)
+        task = ClassifyTask(fusion=Pooled(width=16))
+        FusionClassifier(encoder, task, ["negative", "neutral", "positive"]).eval().save(root / "classifier")
     found = embed_shards(load_encoder(root / "model", device="cpu"), str(root / "shards"))
     Index.build(found).save(root / "index")
-    return {name: root / name for name in ("model", "captioner", "vqa", "index", "shards")}
+    return {name: root / name for name in ("model", "captioner", "vqa", "classifier", "index", "shards")}
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +69,7 @@ def models(folders) -> Models:
         folders["model"],
         captioner=folders["captioner"],
         vqa=folders["vqa"],
+        classifier=folders["classifier"],
         index=folders["index"],
         data=(str(folders["shards"]),),
         device="cpu",
