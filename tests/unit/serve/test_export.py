@@ -235,7 +235,9 @@ def wide(tiny_models):
 
 
 def test_int8_is_judged_by_data_and_by_cosine(wide, tiny_shards, tmp_path):
-    card = export_model(wide["vit"], tmp_path / "int8", int8=True, reduce_range=True)  # 7 bits: right on every CPU
+    card = export_model(
+        wide["vit"], tmp_path / "int8", int8=True, reduce_range=True
+    )  # 7 bits: right on every CPU
     assert card["quantised"]["image"]["int8_products"] > 0
     assert card["parity_int8"]["text"]["cosine_mean"] > 0.99
     assert card["on_data"] is None

@@ -82,10 +82,20 @@ def test_search_by_words_and_work_with_a_picture(live, page, models, make_pictur
     page.fill("#question", "Is there a dog?")
     page.press("#question", "Enter")
     page.wait_for_selector("#answer:not(:empty)")
+    page.wait_for_selector("#verdict li")
+    page.fill("#post", "two blue dogs")
+    page.press("#post", "Enter")
+    expected = models.classifier[0].classify([path.read_bytes()], ["two blue dogs"])[0]
+    best = f"{100 * max(expected.values()):.1f} %"
+    until(page, f"document.querySelector('#verdict .share')?.innerText == '{best}'")
     page.click("#similar")
     page.wait_for_selector("#neighbours img")
     page.click("#fitting")
     page.wait_for_selector("#neighbours .texts li")
+    until(page, "[...document.querySelectorAll('#neighbours img')].every((i) => i.naturalWidth > 0)")
+    page.click("#found li:nth-child(2) button")  # a result becomes the picture to start from
+    until(page, "document.querySelector('#file-name').innerText.startsWith('Picture 0')")
+    page.wait_for_selector("#bars li")
     assert all(url.startswith((f"http://127.0.0.1:{live.port}/", "data:", "blob:")) for url in asked)
 
 
@@ -117,12 +127,24 @@ def test_the_keyboard_reaches_everything_and_everything_has_a_name(live, page, m
     page.wait_for_selector("#bars li")
     page.evaluate("document.activeElement.blur()")
     reached = []
-    for _ in range(20):
+    for _ in range(25):
         page.keyboard.press("Tab")
         reached.append(
             page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()")
         )
-    for wanted in ("words", "Search", "file", "question", "Ask", "labels", "Compare", "similar", "fitting"):
+    for wanted in (
+        "words",
+        "Search",
+        "file",
+        "question",
+        "Ask",
+        "labels",
+        "Compare",
+        "post",
+        "Judge",
+        "similar",
+        "fitting",
+    ):
         assert wanted in reached, wanted
     unnamed = page.evaluate(
         """[...document.querySelectorAll('input, button, img, section')].filter((e) => !e.closest('[hidden]'))
