@@ -36,12 +36,15 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
-import torch
-from PIL import Image
+HERE = Path(__file__).resolve().parent  # its retrieval.py must not hide the package
+sys.path[:] = [str(HERE.parent), *(each for each in sys.path if Path(each or ".").resolve() != HERE)]
 
-from pretrain.encoder import Encoder, build_encoder, load_encoder
-from pretrain.recipe import OpenClipModel, PretrainRecipe
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from pretrain.encoder import Encoder, build_encoder, load_encoder  # noqa: E402
+from pretrain.recipe import OpenClipModel, PretrainRecipe  # noqa: E402
 
 CLIENTS = 32
 ROUTES = ("text", "image")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,9 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.listening = listening
 
-    async def startup(self, sockets: Any = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if sockets is None:  # uvicorn would end the process where the port is taken
+            sockets = [bind(self.config.host, self.config.port)]
         await super().startup(sockets=sockets)
         if self.started and self.listening is not None:
             self.listening(self.servers[0].sockets[0].getsockname()[1])
@@ -94,6 +97,22 @@ def make_server(
         timeout_graceful_shutdown=int(grace),
     )
     return Server(config, listening)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        OSError: The port is taken, or the address is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {host}, port {port} ({error.strerror or error}): choose another --port (0 takes a free "
+            "one) or --host"
+        ) from error
 
 
 def is_loopback(host: str) -> bool:

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import time
 import pytest
 
 from serve.app import create_app
+from serve.server import bind
 from serve.settings import Settings
 
 
@@ -93,3 +95,17 @@ def test_the_command_serves_and_ends_on_a_signal(folders, tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_port_that_is_taken_is_one_clear_error(folders, capsys):
+    from pairstream.cli import main
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--model", str(folders["model"]), "--port", port]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1, port {port}" in error
+    assert "choose another --port" in error
+    assert "Traceback" not in error
+    with pytest.raises(OSError, match=r"cannot listen on 203\.0\.113\.7"):
+        bind("203.0.113.7", 0)
