@@ -56,6 +56,12 @@ REFUSALS = {
     503: "The queue is full; see Retry-After",
     504: "The deadline passed",
 }
+OPTIONS = {  # routes that exist only for what is loaded
+    "/v1/search": "--index",
+    "/v1/caption": "--captioner",
+    "/v1/vqa": "--vqa",
+    "/v1/sentiment": "--classifier",
+}
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in REFUSALS.items()
 }
@@ -123,20 +129,23 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        faults = [
-            f"{'.'.join(str(part) for part in fault['loc'][1:])[:100] or 'body'}: "
-            f"{fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()[:5]
-        ]
+        faults = [fault_text(fault) for fault in error.errors()[:5]]
         text = "; ".join(faults).encode("ascii", "backslashreplace").decode()  # a key may be half a character
         return JSONResponse(Refusal(422, "invalid", text).body(), 422)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        code = {404: "not_found", 405: "wrong_method"}.get(error.status_code, "bad_request")
-        return JSONResponse(
-            Refusal(error.status_code, code, str(error.detail)).body(), error.status_code, error.headers
-        )
+        code, text = "bad_request", str(error.detail)
+        if error.status_code == 404:
+            code, text = "not_found", "there is no such route; GET /openapi.json lists those that there are"
+            if request.url.path in OPTIONS:
+                text = f"this server holds nothing for this route: it was started without {OPTIONS[request.url.path]}"
+        if error.status_code == 405:
+            code, text = (
+                "wrong_method",
+                f"expected the method {(error.headers or {}).get('Allow', 'of the document')}",
+            )
+        return JSONResponse(Refusal(error.status_code, code, text).body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
@@ -144,12 +153,24 @@ def add_errors(app: FastAPI) -> None:
         return JSONResponse(Refusal(500, "internal", "something went wrong in the server").body(), 500)
 
 
+def fault_text(fault: dict[str, Any]) -> str:
+    """One fault of a request: where, and what was expected."""
+    if fault["type"] == "json_invalid":
+        return (
+            f"not JSON, at character {fault['loc'][-1]}: {fault.get('ctx', {}).get('error', 'unreadable')}"[
+                :200
+            ]
+        )
+    where = ".".join(str(part) for part in fault["loc"][1:])[:100] or "body"
+    return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+
+
 def add_operations(app: FastAPI, service: Service, metrics: Metrics) -> None:
     """The page, health and metrics."""
     page = files("serve").joinpath("page.html").read_text(encoding="utf-8")
     policy = content_policy(page)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 

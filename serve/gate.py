@@ -188,7 +188,8 @@ def check_type(headers: dict[bytes, bytes]) -> None:
     """Only JSON: a form that another site's page can send without asking is none."""
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if kind != b"application/json":
-        raise Refusal(415, "not_json", "expected `Content-Type: application/json`")
+        came = f", got `{kind[:60].decode('ascii', 'replace')}`" if kind else ""
+        raise Refusal(415, "not_json", f"expected `Content-Type: application/json`{came}")
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise Refusal(415, "encoded_body", "expected a body without Content-Encoding")
 

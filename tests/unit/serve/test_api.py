@@ -129,12 +129,35 @@ def test_operations_and_the_document(live):
     status, _, headers = live.ask("/")
     assert status == 200
     assert "default-src 'none'" in headers["content-security-policy"]
+    assert live.ask("/", method="HEAD")[:2] == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "options", "message"),
+    [
+        ("/v1/serch", b"{}", {}, "GET /openapi.json lists those that there are"),
+        ("/v1/search", None, {}, "expected the method POST"),
+        ("/v1/search", b"{text: 1}", {}, "not JSON, at character 1: Expecting property name"),
+        ("/v1/search", b'{"txt": "a"}', {}, "txt: Extra inputs are not permitted"),
+        ("/v1/embed/text", b'{"texts": [1]}', {}, "texts.0: Input should be a valid string"),
+        ("/v1/search", b"a=1", {"Content-Type": "text/plain"}, "application/json`, got `text/plain`"),
+    ],
+)
+def test_errors_say_what_was_expected(live, path, body, options, message):
+    status, answer, _ = live.ask(path, body, options)
+    assert 400 <= status < 500
+    assert message in answer["error"]["message"]
 
 
 def test_routes_exist_only_for_what_is_loaded(folders, run_app):
     with run_app(create_app(load_models(folders["model"], device="cpu"))) as live:
-        for path in ("/v1/caption", "/v1/vqa", "/v1/search", "/v1/sentiment", "/v1/explain"):
-            assert live.ask(path, {"images": []})[:1] == (404,), path
+        for name in ("captioner", "vqa", "index", "classifier"):
+            path = {"captioner": "/v1/caption", "index": "/v1/search", "classifier": "/v1/sentiment"}.get(
+                name
+            )
+            status, answer, _ = live.ask(path or f"/v1/{name}", {"images": []})
+            assert status == 404
+            assert answer["error"]["message"].endswith(f"it was started without --{name}")
         assert live.ask("/v1/info")[1]["captioner"] is None
 
 
