@@ -124,7 +124,11 @@ class Fetcher:
         for _ in range(self.config.redirects + 1):
             self.check(url)
             async with httpcore.AsyncConnectionPool(network_backend=self.network, retries=0) as pool:
-                headers = {"Host": urlsplit(url).netloc, "Accept": "image/*", "Accept-Encoding": "identity"}
+                headers = [
+                    ("Host", urlsplit(url).netloc),
+                    ("Accept", "image/*"),
+                    ("Accept-Encoding", "identity"),
+                ]
                 async with pool.stream("GET", url, headers=headers) as response:
                     found = {name.lower(): value.decode("latin-1") for name, value in response.headers}
                     if response.status in (301, 302, 303, 307, 308) and b"location" in found:

@@ -147,7 +147,8 @@ def latencies(encoder: Encoder, edge: EdgeEncoder, batches: Sequence[int] = (1, 
 def paired(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
     """Median milliseconds of two functions, timed in turn: A B B A."""
     times: dict[int, list[float]] = {0: [], 1: []}
-    first(), second()  # warm
+    for warm in (first, second):
+        warm()
     for number in range(ROUNDS):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
             began = time.perf_counter()

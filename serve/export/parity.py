@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.encoder import Encoder
-from retrieval.embed import embed_shards
+from retrieval.embed import Embeddings, embed_shards
 from retrieval.metrics import DIRECTIONS, retrieval_metrics
 from serve.export.runtime import EdgeEncoder
 
@@ -112,8 +112,9 @@ def compare_on_data(
         limit: Only the first so many samples.
 
     Returns:
-        `samples`, `texts`; for each direction `recall` of the model, `recall_export`, `drop`, `agreement` of the first
-        result.
+        `samples`, `texts`; for each direction `recall` of the model, `recall_export`, `drop`, and `agreement`: the share of
+        queries whose first result belongs to the same picture (which of a picture's own captions comes first is left
+        open: they are equally right, and recall@1 does not tell them apart either).
     """
     ours = embed_shards(encoder, data, limit=limit)
     theirs = embed_shards(AsEncoder(edge, encoder), data, limit=limit)  # pyright: ignore
@@ -122,10 +123,7 @@ def compare_on_data(
         retrieval_metrics(each.images, each.texts, each.image_of_text, ks=(1,)) for each in (ours, theirs)
     )
     for direction in DIRECTIONS:
-        tops = []
-        for each in (ours, theirs):
-            scores = each.images @ each.texts.T
-            tops.append((scores if direction == "image_to_text" else scores.T).argmax(axis=1))
+        tops = [first_pictures(each, direction) for each in (ours, theirs)]
         recall, exported = (numbers[direction]["recall@1"] for numbers in (before, after))
         report[direction] = {
             "recall@1": recall,
@@ -134,6 +132,14 @@ def compare_on_data(
             "agreement": float((tops[0] == tops[1]).mean()),
         }
     return report
+
+
+def first_pictures(found: Embeddings, direction: str) -> np.ndarray:
+    """int64 `(queries,)`: the picture that each query finds first, or whose text it finds first."""
+    scores = found.images @ found.texts.T
+    if direction == "image_to_text":
+        return found.image_of_text[scores.argmax(axis=1)]
+    return scores.argmax(axis=0)
 
 
 def check_int8(report: dict[str, dict[str, float]], on_data: dict[str, Any] | None) -> None:
@@ -152,7 +158,7 @@ def check_int8(report: dict[str, dict[str, float]], on_data: dict[str, Any] | No
     for direction in DIRECTIONS if on_data else ():
         assert on_data is not None
         numbers = on_data[direction]
-        if numbers["drop"] > RECALL_DROP or numbers["agreement"] < AGREEMENT:
+        if numbers["drop"] > RECALL_DROP + 1e-9 or numbers["agreement"] < AGREEMENT:
             raise ValueError(
                 f"the export is refused: {direction.replace('_', ' ')}, int8 loses {100 * numbers['drop']:.2f} "
                 f"points of recall@1 (at most {100 * RECALL_DROP:g}) and has the same first result for "

@@ -18,7 +18,7 @@ from pretrain.encoder import build_encoder, load_encoder
 from pretrain.recipe import TowersModel
 from serve.export import export as module
 from serve.export.export import export_model
-from serve.export.parity import check_float, check_int8, compare, compare_on_data
+from serve.export.parity import check_float, check_int8, compare, compare_on_data, first_pictures
 from serve.export.runtime import EdgeEncoder, Tokenizer, preprocess
 from serve.export.tokenizer import write_tokenizer
 
@@ -295,6 +295,28 @@ def test_the_gates():
         check_int8({"image": good}, {**on_data, "text_to_image": {**fine, "drop": 0.006}})
     with pytest.raises(ValueError, match=r"the same first result for 96.0% of the queries"):
         check_int8({"image": good}, {**on_data, "image_to_text": {**fine, "agreement": 0.96}})
+
+
+def test_agreement_is_on_pictures_and_not_on_their_captions():
+    from retrieval.embed import Embeddings
+
+    common = {
+        "keys": ["a", "b"],
+        "samples": np.arange(2),
+        "captions": ["1", "2", "3"],
+        "model": "",
+        "shards": [],
+    }
+    owners = np.array([0, 0, 1])
+    rows = np.eye(2, dtype=np.float32)
+    texts = np.array([[1, 0], [0.9, 0.4], [0.8, 0.6]], np.float32)
+    found = Embeddings(rows, texts, owners, fingerprint="", faults={}, **common)
+    assert first_pictures(found, "image_to_text").tolist() == [0, 1]
+    assert first_pictures(found, "text_to_image").tolist() == [0, 0, 0]
+    swapped = Embeddings(rows, texts[[1, 0, 2]], owners, fingerprint="", faults={}, **common)
+    assert first_pictures(swapped, "image_to_text").tolist() == [0, 1]
+    other = Embeddings(rows, texts[[2, 1, 0]], owners, fingerprint="", faults={}, **common)
+    assert first_pictures(other, "image_to_text").tolist() == [1, 0]
 
 
 def test_compare_sees_a_difference(encoders, exported):
