@@ -3,7 +3,9 @@
 - `throughput_ratio_32_clients`, `p95_ratio`: two servers of the same model, one that batches and one that runs each
   request by itself (`batch=1`: the same code, queue and thread), take the same requests in turn, A B B A. Both routes
   are measured, texts and pictures; the headline is the route where batching helps less.
-- `overhead_p50_ms`: one client's median time for one text, less the median of the bare `encode_texts` in this process.
+- `overhead_p50_ms`: one client's median time for one text, less the median of the bare `encode_texts` in this process;
+  on a machine that others use, too, it measures the others as well, and `cpu_ms` beside it, which is the processor
+  time of the server for a request less that of the bare forward, does not.
 - `onnx_fp32_speedup`, `int8_speedup`: the image tower of ViT-B/32 (random weights, batch 1, one thread, CPU time) in
   torch against its exports; `cosine_fp32` is the least cosine of their rows.
 - `int8_recall_drop`: recall@1 that int8 loses, the worse direction, for a trained model on its shards.
@@ -73,12 +75,13 @@ def serve(model: str, batch: int) -> None:
 
 
 @contextmanager
-def server(model: str, batch: int) -> Iterator[int]:
+def server(model: str, batch: int) -> Iterator[tuple[int, int]]:
+    """A server in a process of its own: its port and process number."""
     words = [sys.executable, __file__, "--serve", model, "--batch", str(batch)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        yield int(process.stdout.readline())
+        yield int(process.stdout.readline()), process.pid
     finally:
         process.terminate()
         process.wait(60)
@@ -148,11 +151,28 @@ def expected(encoder: Encoder, route: str, requests: Sequence[bytes]) -> np.ndar
     return encoder.encode_images([base64.b64decode(c["images"][0]["data"]) for c in contents]).numpy()
 
 
+def batch_gain(encoder: Encoder, route: str, requests: Sequence[bytes]) -> float:
+    """How much less processor time an item takes in a bare pass of 32 than alone: no server can gain more."""
+    contents = [json.loads(body) for body in requests[:32]]
+    if route == "text":
+        items: Any = encoder.tokenize([content["texts"][0] for content in contents])
+        encode = encoder.encode_texts
+    else:
+        pictures = [base64.b64decode(content["images"][0]["data"]) for content in contents]
+        items = torch.stack([encoder.preprocess(picture) for picture in pictures])
+        encode = encoder.encode_images
+    ratios = []
+    for _ in range(7):
+        one = statistics.median(cpu_ms(lambda n=n: encode(items[n : n + 1])) for n in range(8))
+        ratios.append(one * len(items) / cpu_ms(lambda: encode(items)))
+    return statistics.median(ratios)
+
+
 def serving(model: str, encoder: Encoder, requests: int, pairs: int) -> dict[str, Any]:
     """Both servers under load, and a lone client."""
     found: dict[str, Any] = {}
     content = bodies(requests)
-    with server(model, 32) as batching, server(model, 1) as single:
+    with server(model, 32) as (batching, process), server(model, 1) as (single, _):
         for route in ROUTES:
             rounds = []
             for number in range(pairs + 1):  # the first one warms
@@ -172,12 +192,21 @@ def serving(model: str, encoder: Encoder, requests: int, pairs: int) -> dict[str
                 "p95_ratio": round(statistics.median(a["p95"] / b["p95"] for a, b in rounds), 2),
                 "requests_per_second": round(statistics.median(a["rate"] for a, _ in rounds)),
                 "one_by_one": round(statistics.median(b["rate"] for _, b in rounds)),
+                "forward_alone": round(batch_gain(encoder, route, content[route]), 2),
             }
-        found["overhead"] = overhead(batching, encoder, content["text"][:50], pairs)
+        found["overhead"] = overhead(batching, process, encoder, content["text"][:50], pairs)
     return found
 
 
-def overhead(port: int, encoder: Encoder, requests: Sequence[bytes], pairs: int) -> dict[str, float]:
+def processor_ms(process: int) -> float:
+    """Processor time of another process so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return 1000 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def overhead(
+    port: int, process: int, encoder: Encoder, requests: Sequence[bytes], pairs: int
+) -> dict[str, float]:
     """Milliseconds at the median, server and bare forward in turn."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     texts = [json.loads(body)["texts"] for body in requests]
@@ -188,12 +217,22 @@ def overhead(port: int, encoder: Encoder, requests: Sequence[bytes], pairs: int)
     def bare() -> float:
         return median_ms([lambda text=text: encoder.encode_texts(text) for text in texts])
 
-    differences = []
+    differences, processor = [], []
     for number in range(pairs + 1):
-        a, b = (served(), bare()) if number % 2 else (bare(), served())[::-1]
-        differences.append((a - b, a, b))
-    differences = differences[1:]
+        used: dict[Any, float] = {}
+        times: dict[Any, float] = {}
+        for which in (served, bare) if number % 2 else (bare, served):
+            clock = (
+                (lambda: processor_ms(process)) if which is served else (lambda: 1000 * time.process_time())
+            )
+            began = clock()
+            times[which] = which()
+            used[which] = (clock() - began) / len(requests)
+        differences.append((times[served] - times[bare], times[served], times[bare]))
+        processor.append(used[served] - used[bare])
+    differences, processor = differences[1:], processor[1:]
     return {
+        "cpu_ms": round(statistics.median(processor), 2),
         "p50_ms": round(statistics.median(each[0] for each in differences), 2),
         "served_ms": round(statistics.median(each[1] for each in differences), 2),
         "bare_ms": round(statistics.median(each[2] for each in differences), 2),

@@ -112,8 +112,8 @@ def compare_on_data(
         limit: Only the first so many samples.
 
     Returns:
-        `samples`, `texts`; for each direction `recall` of the model, `recall_export`, `drop`, and `agreement`: the share of
-        queries whose first result belongs to the same picture (which of a picture's own captions comes first is left
+        `samples`, `texts`; for each direction `recall@1` of the model, `recall@1_export`, `drop`, and `agreement`: the
+        share of queries whose first result belongs to the same picture (which of a picture's own captions comes first is left
         open: they are equally right, and recall@1 does not tell them apart either).
     """
     ours = embed_shards(encoder, data, limit=limit)
