@@ -113,8 +113,8 @@ def compare_on_data(
 
     Returns:
         `samples`, `texts`; for each direction `recall@1` of the model, `recall@1_export`, `drop`, and `agreement`: the
-        share of queries whose first result belongs to the same picture (which of a picture's own captions comes first is left
-        open: they are equally right, and recall@1 does not tell them apart either).
+        share of queries whose first result belongs to the same picture. Which of a picture's own captions comes first
+        is left open: they are equally right, and recall@1 does not tell them apart either.
     """
     ours = embed_shards(encoder, data, limit=limit)
     theirs = embed_shards(AsEncoder(edge, encoder), data, limit=limit)  # pyright: ignore
