@@ -15,6 +15,8 @@ STAGES: dict[str, tuple[str, str]] = {
         "explain.cli:main",
         "heatmaps and words behind a score, whether they are true, and consistency",
     ),
+    "serve": ("serve.cli:main", "answer over HTTP, with a page for people"),
+    "export": ("serve.export.cli:main", "write a model for machines without torch"),
     "quickstart": (
         "pairstream.quickstart:main",
         "watch the whole path, from pictures to numbers, in minutes",

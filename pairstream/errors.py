@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-OWN_PACKAGES = ("data", "pretrain", "finetune", "retrieval", "explain")
+OWN_PACKAGES = ("data", "pretrain", "finetune", "retrieval", "explain", "serve")
 
 
 def message(error: BaseException) -> str:

@@ -1,0 +1,370 @@
+"""The server under 32 clients against one forward pass per request, and exported towers against torch.
+
+- `throughput_ratio_32_clients`, `p95_ratio`: two servers of the same model, one that batches and one that runs each
+  request by itself (`batch=1`: the same code, queue and thread), take the same requests in turn, A B B A. Both routes
+  are measured, texts and pictures; the headline is the route where batching helps less.
+- `overhead_p50_ms`: one client's median time for one text, less the median of the bare `encode_texts` in this process;
+  on a machine that others use, too, it measures the others as well, and `cpu_ms` beside it, which is the processor
+  time of the server for a request less that of the bare forward, does not.
+- `onnx_fp32_speedup`, `int8_speedup`: the image tower of ViT-B/32 (random weights, batch 1, one thread, CPU time) in
+  torch against its exports; `cosine_fp32` is the least cosine of their rows.
+- `int8_recall_drop`: recall@1 that int8 loses, the worse direction, for a trained model on its shards.
+
+Everything stays on the loopback address and is bounded in number.
+
+    python benchmarks/serving.py --trained runs/quickstart/pretrain --data runs/quickstart/shards/test
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+HERE = Path(__file__).resolve().parent  # its retrieval.py must not hide the package
+sys.path[:] = [str(HERE.parent), *(each for each in sys.path if Path(each or ".").resolve() != HERE)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from pretrain.encoder import Encoder, build_encoder, load_encoder  # noqa: E402
+from pretrain.recipe import OpenClipModel, PretrainRecipe  # noqa: E402
+
+CLIENTS = 32
+ROUTES = ("text", "image")
+
+
+def small_encoder() -> Encoder:
+    """The quickstart's architecture with random weights: speed does not depend on them."""
+    from pairstream.recipe import load_recipe
+
+    torch.manual_seed(0)
+    return build_encoder(load_recipe(PretrainRecipe, "pretrain", "scenes_cpu").model, device="cpu")
+
+
+def serve(model: str, batch: int) -> None:
+    """Be one server; prints its port."""
+    from serve.app import create_app
+    from serve.models import load_models
+    from serve.server import make_server
+    from serve.settings import Batching, Settings
+
+    settings = Settings(
+        embedding=Batching(batch=batch, wait=0.002 if batch > 1 else 0.0, deadline=120), rate=0
+    )
+    app = create_app(load_models(model, device="cpu"), settings)
+    make_server(app, port=0, listening=lambda port: print(port, flush=True)).run()
+
+
+@contextmanager
+def server(model: str, batch: int) -> Iterator[tuple[int, int]]:
+    """A server in a process of its own: its port and process number."""
+    words = [sys.executable, __file__, "--serve", model, "--batch", str(batch)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield int(process.stdout.readline()), process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def bodies(count: int) -> dict[str, list[bytes]]:
+    """Requests of one item each, all different."""
+    rng = np.random.default_rng(0)
+    found: dict[str, list[bytes]] = {"text": [], "image": []}
+    for number in range(count):
+        found["text"].append(json.dumps({"texts": [f"two red hearts above cat number {number}"]}).encode())
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((96, 96)).save(file, "JPEG")
+        picture = base64.b64encode(file.getvalue()).decode()
+        found["image"].append(json.dumps({"images": [{"data": picture}]}).encode())
+    return found
+
+
+def ask(connection: http.client.HTTPConnection, route: str, body: bytes) -> list[float]:
+    connection.request("POST", f"/v1/embed/{route}", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    content = json.loads(answer.read())
+    assert answer.status == 200, content
+    return content["embeddings"][0]
+
+
+def load(port: int, route: str, requests: Sequence[bytes], clients: int = CLIENTS) -> dict[str, Any]:
+    """All requests, by so many clients that each ask again as soon as they have been answered."""
+    times, rows, lock = [], {}, threading.Lock()
+    todo = iter(enumerate(requests))
+
+    def client() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        while True:
+            with lock:
+                number, body = next(todo, (None, b""))
+            if number is None:
+                break
+            began = time.perf_counter()
+            row = ask(connection, route, body)
+            took = time.perf_counter() - began
+            with lock:
+                times.append(took)
+                rows[number] = row
+        connection.close()
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - began
+    assert len(rows) == len(requests)
+    return {
+        "rate": len(requests) / seconds,
+        "p95": float(np.quantile(times, 0.95)),
+        "rows": np.array([rows[number] for number in range(len(requests))]),
+    }
+
+
+def expected(encoder: Encoder, route: str, requests: Sequence[bytes]) -> np.ndarray:
+    """The library's own rows."""
+    contents = [json.loads(body) for body in requests]
+    if route == "text":
+        return encoder.encode_texts([content["texts"][0] for content in contents]).numpy()
+    return encoder.encode_images([base64.b64decode(c["images"][0]["data"]) for c in contents]).numpy()
+
+
+def batch_gain(encoder: Encoder, route: str, requests: Sequence[bytes]) -> float:
+    """How much less processor time an item takes in a bare pass of 32 than alone: no server can gain more."""
+    contents = [json.loads(body) for body in requests[:32]]
+    if route == "text":
+        items: Any = encoder.tokenize([content["texts"][0] for content in contents])
+        encode = encoder.encode_texts
+    else:
+        pictures = [base64.b64decode(content["images"][0]["data"]) for content in contents]
+        items = torch.stack([encoder.preprocess(picture) for picture in pictures])
+        encode = encoder.encode_images
+    ratios = []
+    for _ in range(7):
+        one = statistics.median(cpu_ms(lambda n=n: encode(items[n : n + 1])) for n in range(8))
+        ratios.append(one * len(items) / cpu_ms(lambda: encode(items)))
+    return statistics.median(ratios)
+
+
+def serving(model: str, encoder: Encoder, requests: int, pairs: int) -> dict[str, Any]:
+    """Both servers under load, and a lone client."""
+    found: dict[str, Any] = {}
+    content = bodies(requests)
+    with server(model, 32) as (batching, process), server(model, 1) as (single, _):
+        for route in ROUTES:
+            rounds = []
+            for number in range(pairs + 1):  # the first one warms
+                order = (batching, single) if number % 2 else (single, batching)
+                results = {port: load(port, route, content[route]) for port in order}
+                for result in results.values():
+                    np.testing.assert_allclose(
+                        result["rows"], expected(encoder, route, content[route]), rtol=0, atol=1e-5
+                    )
+                rounds.append((results[batching], results[single]))
+            rounds = rounds[1:]
+            ratios = sorted(a["rate"] / b["rate"] for a, b in rounds)
+            found[route] = {
+                "ratio": round(statistics.median(ratios), 2),
+                "low": round(ratios[0], 2),
+                "high": round(ratios[-1], 2),
+                "p95_ratio": round(statistics.median(a["p95"] / b["p95"] for a, b in rounds), 2),
+                "requests_per_second": round(statistics.median(a["rate"] for a, _ in rounds)),
+                "one_by_one": round(statistics.median(b["rate"] for _, b in rounds)),
+                "forward_alone": round(batch_gain(encoder, route, content[route]), 2),
+            }
+        found["overhead"] = overhead(batching, process, encoder, content["text"][:50], pairs)
+    return found
+
+
+def processor_ms(process: int) -> float:
+    """Processor time of another process so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return 1000 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def overhead(
+    port: int, process: int, encoder: Encoder, requests: Sequence[bytes], pairs: int
+) -> dict[str, float]:
+    """Milliseconds at the median, server and bare forward in turn."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    texts = [json.loads(body)["texts"] for body in requests]
+
+    def served() -> float:
+        return median_ms([lambda body=body: ask(connection, "text", body) for body in requests])
+
+    def bare() -> float:
+        return median_ms([lambda text=text: encoder.encode_texts(text) for text in texts])
+
+    differences, processor = [], []
+    for number in range(pairs + 1):
+        used: dict[Any, float] = {}
+        times: dict[Any, float] = {}
+        for which in (served, bare) if number % 2 else (bare, served):
+            clock = (
+                (lambda: processor_ms(process)) if which is served else (lambda: 1000 * time.process_time())
+            )
+            began = clock()
+            times[which] = which()
+            used[which] = (clock() - began) / len(requests)
+        differences.append((times[served] - times[bare], times[served], times[bare]))
+        processor.append(used[served] - used[bare])
+    differences, processor = differences[1:], processor[1:]
+    return {
+        "cpu_ms": round(statistics.median(processor), 2),
+        "p50_ms": round(statistics.median(each[0] for each in differences), 2),
+        "served_ms": round(statistics.median(each[1] for each in differences), 2),
+        "bare_ms": round(statistics.median(each[2] for each in differences), 2),
+    }
+
+
+def median_ms(calls: Sequence[Callable[[], Any]]) -> float:
+    times = []
+    for call in calls:
+        began = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def cpu_ms(run: Callable[[], Any]) -> float:
+    began = time.process_time()
+    run()
+    return 1000 * (time.process_time() - began)
+
+
+def towers(pairs: int) -> dict[str, Any]:
+    """The image tower of ViT-B/32 in torch and exported, batch 1."""
+    from serve.export.runtime import OnnxTower
+    from serve.export.towers import quantize, write_onnx
+
+    torch.manual_seed(0)
+    encoder = build_encoder(OpenClipModel(name="ViT-B-32"), device="cpu")
+    pixels = torch.randint(0, 256, (1, 3, *encoder.image_size), dtype=torch.uint8)
+    runs: dict[str, Callable[[], np.ndarray]] = {"torch": lambda: encoder.encode_images(pixels).numpy()}
+    size = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_onnx(encoder, folder)
+        for kind in ("fp32", "int8"):
+            if kind == "int8":
+                quantize(folder)
+            tower = OnnxTower(folder, "image", 1)
+            size[kind] = (folder / "image.onnx").stat().st_size
+            runs[kind] = lambda tower=tower: tower(pixels.numpy())
+        rows = {kind: run() for kind, run in runs.items()}
+        rounds = []
+        for number in range(pairs):
+            order = list(runs) if number % 2 else list(runs)[::-1]
+            rounds.append({kind: cpu_ms(runs[kind]) for kind in order})
+    found: dict[str, Any] = {
+        f"{kind}_cosine": float((rows["torch"] * rows[kind]).sum(axis=1).min()) for kind in ("fp32", "int8")
+    }
+    for kind in ("fp32", "int8"):
+        ratios = sorted(each["torch"] / each[kind] for each in rounds)
+        found[f"{kind}_speedup"] = [
+            round(value, 2) for value in (statistics.median(ratios), ratios[0], ratios[-1])
+        ]
+    found["milliseconds"] = {
+        kind: round(statistics.median(each[kind] for each in rounds), 1) for kind in runs
+    }
+    found["int8_smaller"] = round(size["fp32"] / size["int8"], 2)
+    return found
+
+
+def recall_drop(model: str, data: str, limit: int) -> dict[str, Any]:
+    """What int8 costs a trained model; both ranges of weights."""
+    from serve.export.parity import compare_on_data
+    from serve.export.runtime import OnnxTower
+    from serve.export.towers import quantize, write_onnx
+
+    encoder, found = load_encoder(model, device="cpu"), {}
+
+    class Edge:
+        def __init__(self, folder: Path):
+            self.encode_images, self.encode_texts = (
+                OnnxTower(folder, "image", 1),
+                OnnxTower(folder, "text", 1),
+            )
+
+    for name, reduce_range in (("8 bits", False), ("7 bits", True)):
+        with tempfile.TemporaryDirectory() as folder:
+            write_onnx(encoder, Path(folder))
+            quantize(Path(folder), reduce_range=reduce_range)
+            report = compare_on_data(encoder, Edge(Path(folder)), [data], limit=limit)  # pyright: ignore
+        sides = [report[side] for side in ("image_to_text", "text_to_image")]
+        found[name] = {
+            "recall@1": round(min(side["recall@1"] for side in sides), 4),
+            "drop": round(max(side["drop"] for side in sides), 4),
+            "agreement": round(min(side["agreement"] for side in sides), 4),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trained", help="a trained model, for int8's recall")
+    parser.add_argument("--data", help="its held-out shards")
+    parser.add_argument("--limit", type=int, default=600, help="pictures of them")
+    parser.add_argument("--requests", type=int, default=320, help="requests of one load")
+    parser.add_argument("--pairs", type=int, default=7, help="paired runs")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, default=32, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.serve:
+        serve(args.serve, args.batch)
+        return
+    if bool(args.trained) != bool(args.data):
+        parser.error("--trained and --data belong together")
+    with tempfile.TemporaryDirectory() as name:
+        encoder = small_encoder()
+        model = str(encoder.save(Path(name) / "model"))
+        served = serving(model, encoder, args.requests, args.pairs)
+    exported = towers(max(args.pairs, 7))
+    int8 = recall_drop(args.trained, args.data, args.limit) if args.trained else None
+    worse = min(ROUTES, key=lambda route: served[route]["ratio"])
+    result = {
+        "benchmark": "serving",
+        "throughput_ratio_32_clients": served[worse]["ratio"],
+        "p95_ratio": served[worse]["p95_ratio"],
+        "overhead_p50_ms": served["overhead"]["p50_ms"],
+        "onnx_fp32_speedup": exported["fp32_speedup"][0],
+        "int8_speedup": exported["int8_speedup"][0],
+        "int8_recall_drop": int8["8 bits"]["drop"] if int8 else None,
+        "cosine_fp32": exported["fp32_cosine"],
+        "served": served,
+        "exported": exported,
+        "int8": int8,
+        "pairs": args.pairs,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
+        "load": round(os.getloadavg()[0], 1),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

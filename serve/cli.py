@@ -1,0 +1,104 @@
+"""`pairstream serve`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import tyro
+
+from pairstream.errors import require
+
+
+def serve(
+    *,
+    model: str,
+    captioner: Path | None = None,
+    vqa: Path | None = None,
+    classifier: Path | None = None,
+    index: Path | None = None,
+    data: tuple[str, ...] = (),
+    pretrained: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_keys: Path | None = None,
+    open_to_all: bool = False,
+    allowed_hosts: tuple[str, ...] = (),
+    allow_urls: bool = False,
+    rate: float = 100.0,
+    max_batch: int = 32,
+    queue: int = 256,
+    deadline: float = 30.0,
+    device: str = "auto",
+) -> None:
+    """Serve models over HTTP, with a page for people at /.
+
+    Args:
+        model: A checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO.
+        captioner: A captioning run; gives /v1/caption.
+        vqa: A VQA run; gives /v1/vqa.
+        classifier: A classification run; gives /v1/sentiment.
+        index: A folder that `retrieval index` wrote; gives /v1/search.
+        data: The shards of the index; their pictures are shown among the results.
+        pretrained: open_clip's tag of weights, for a name.
+        host: Address to listen on. Other than a loopback address needs --api-keys.
+        port: Port; 0 takes a free one.
+        api_keys: A file of API keys, one a line. Without it everybody on this machine may ask.
+        open_to_all: Listen beyond this machine without keys.
+        allowed_hosts: Names by which the server may be addressed, beside those of this machine.
+        allow_urls: Take pictures by http(s) address, from public addresses only.
+        rate: Requests a second of each key, or of each address without keys; 0 is no limit.
+        max_batch: Items of one forward pass at the most.
+        queue: Items that may wait for embeddings.
+        deadline: Seconds after which a request is given up.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    for module in ("fastapi", "uvicorn", "prometheus_client", "httpcore"):
+        require(module, "serve", "`pairstream serve`")
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # before torch: idle threads must not spin between requests
+    from serve.app import create_app
+    from serve.keys import Keys, read_keys
+    from serve.models import load_models
+    from serve.server import is_loopback, make_server
+    from serve.settings import Batching, Fetching, Settings
+
+    if not is_loopback(host) and api_keys is None and not open_to_all:
+        raise ValueError(
+            f"--host {host} can be reached from other machines: give --api-keys FILE, or --open-to-all if everybody "
+            "there may use it"
+        )
+    settings = Settings(
+        fetching=Fetching(enabled=allow_urls),
+        embedding=Batching(batch=max_batch, queue=queue, deadline=deadline),
+        decoding=Batching(batch=min(16, max_batch), queue=min(64, queue), deadline=max(60.0, deadline)),
+        rate=rate,
+        allowed_hosts=(*Settings().allowed_hosts, *allowed_hosts)
+        if is_loopback(host)
+        else allowed_hosts or ("*",),
+    )
+    keys = Keys() if api_keys is None else read_keys(api_keys)
+    models = load_models(
+        model,
+        captioner=captioner,
+        vqa=vqa,
+        classifier=classifier,
+        index=index,
+        data=data,
+        pretrained=pretrained,
+        device=device,
+    )
+
+    def listening(bound: int) -> None:
+        name = f"[{host}]" if ":" in host else host
+        print(
+            f"PairStream serves {models.identity.name} at http://{name}:{bound}/ (Ctrl-C ends it)", flush=True
+        )
+
+    make_server(create_app(models, settings, keys=keys), host=host, port=port, listening=listening).run()
+
+
+def main(argv: list[str]) -> int | None:
+    """Entry point of `pairstream serve`."""
+    tyro.cli(serve, args=argv, prog="pairstream serve")

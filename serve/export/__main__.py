@@ -1,0 +1,7 @@
+import sys
+
+from pairstream.cli import run_stage
+from serve.export.cli import main
+
+if __name__ == "__main__":
+    sys.exit(run_stage(main, sys.argv[1:]))

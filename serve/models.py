@@ -1,0 +1,149 @@
+"""The models and the index that one server holds, each with its identity."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.fusion.model import FusionClassifier, load_classifier
+from finetune.model import VisionLanguageModel, load_task_model, task_folder
+from finetune.recipe import CaptionTask
+from pretrain.encoder import Encoder, load_encoder
+from retrieval.artifact import MANIFEST, sha256
+from retrieval.index import Index
+from serve.gallery import Gallery, PictureRows, alive
+from serve.schemas import ClassifierIdentity, EncoderIdentity, IndexIdentity, ModelIdentity
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is served.
+
+    Attributes:
+        encoder: Embeds, classifies, asks the index.
+        identity: Its name and hash.
+        captioner: Writes captions, with its identity.
+        vqa: Answers questions, with its identity.
+        index: Is searched, with its identity.
+        picture_rows: From the key of a text that was found to the row of its picture.
+        gallery: The index's pictures.
+        classifier: Labels posts, with its identity.
+    """
+
+    encoder: Encoder
+    identity: EncoderIdentity
+    captioner: tuple[VisionLanguageModel, ModelIdentity] | None = None
+    vqa: tuple[VisionLanguageModel, ModelIdentity] | None = None
+    index: tuple[Index, IndexIdentity] | None = None
+    picture_rows: PictureRows | None = None
+    gallery: Gallery | None = None
+    classifier: tuple[FusionClassifier, ClassifierIdentity] | None = None
+
+
+def load_models(
+    model: str | Path,
+    *,
+    captioner: str | Path | None = None,
+    vqa: str | Path | None = None,
+    classifier: str | Path | None = None,
+    index: str | Path | None = None,
+    data: tuple[str, ...] = (),
+    pretrained: str | None = None,
+    device: str = "auto",
+) -> Models:
+    """Load everything and check that it belongs together.
+
+    Args:
+        model: A dual encoder, as `load_encoder` takes it.
+        captioner: A folder that `load_task_model` opens.
+        vqa: Another one.
+        classifier: A folder that `load_classifier` opens.
+        index: A folder that `retrieval index` wrote.
+        data: The shards that were indexed; only to show their pictures.
+        pretrained: open_clip's tag of weights, for a name.
+        device: A torch device, or `auto`.
+
+    Returns:
+        The models.
+
+    Raises:
+        FileNotFoundError: A folder is not there.
+        ValueError: A damaged part, an index of another model, a captioner that answers questions or the reverse,
+            shards that are not those of the index.
+    """
+    encoder = load_encoder(model, pretrained=pretrained, device=device)
+    identity = EncoderIdentity(name=short_name(model), fingerprint=encoder.fingerprint, dim=encoder.embed_dim)
+    found, gallery = None, None
+    if index is not None:
+        loaded = Index.load(index)
+        loaded.check_model(identity.fingerprint, encoder.name)
+        found = (
+            loaded,
+            IndexIdentity(
+                name=short_name(index),
+                fingerprint=sha256(Path(index) / MANIFEST)[:16],
+                images=alive(loaded.images),
+                texts=alive(loaded.texts),
+            ),
+        )
+    if data:
+        if found is None:
+            raise ValueError("--data shows the pictures of an index: give --index, too")
+        if found[0].images is None:
+            raise ValueError("--data shows the pictures of an index, and this index has texts alone")
+        gallery = Gallery(data, found[0].images)
+    return Models(
+        encoder,
+        identity,
+        captioner=None if captioner is None else task_model(captioner, captions=True, device=device),
+        vqa=None if vqa is None else task_model(vqa, captions=False, device=device),
+        index=found,
+        picture_rows=None if found is None else PictureRows(found[0].images),
+        gallery=gallery,
+        classifier=None if classifier is None else post_model(classifier, device=device),
+    )
+
+
+def task_model(
+    folder: str | Path, *, captions: bool, device: str = "auto"
+) -> tuple[VisionLanguageModel, ModelIdentity]:
+    """A captioner or a VQA model with its identity.
+
+    Raises:
+        FileNotFoundError: None is there.
+        ValueError: It is of the other kind, or damaged.
+    """
+    model = load_task_model(folder, device=device)
+    if isinstance(model.task, CaptionTask) != captions:
+        option, wanted = ("--captioner", "caption") if captions else ("--vqa", "vqa")
+        raise ValueError(
+            f"{option} {folder}: expected a model trained for {wanted}, it is for {model.task.kind}"
+        )
+    return model, ModelIdentity(name=short_name(folder), fingerprint=folder_hash(task_folder(folder)))
+
+
+def post_model(folder: str | Path, *, device: str = "auto") -> tuple[FusionClassifier, ClassifierIdentity]:
+    """A classifier of posts with its identity.
+
+    Raises:
+        FileNotFoundError: None is there.
+        ValueError: A model of another task, or damaged.
+    """
+    model = load_classifier(folder, device=device)
+    fingerprint = folder_hash(task_folder(folder))
+    return model, ClassifierIdentity(name=short_name(folder), fingerprint=fingerprint, labels=model.labels)
+
+
+def folder_hash(folder: Path) -> str:
+    """A hash of a folder's files and their names; cards for people do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix != ".md":
+            digest.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def short_name(model: str | Path) -> str:
+    """A name for callers: the last part of a path, since where it lies is nobody's business."""
+    return str(model) if str(model).startswith("hf-hub:") else Path(str(model)).name

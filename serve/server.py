@@ -1,0 +1,125 @@
+"""uvicorn around the application: timeouts, shutdown, and what the door must know of the address."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEADER_SECONDS = 10.0
+CONNECTIONS = 512
+
+
+class PatientH11(H11Protocol):
+    """uvicorn's h11 protocol that hangs up on callers who drip their headers."""
+
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._stop()  # the headers are complete
+        elif self.late is None and (self.cycle is None or self.cycle.response_complete):
+            self.late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _stop(self) -> None:
+        if self.late is not None:
+            self.late.cancel()
+            self.late = None
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that says when it listens.
+
+    Args:
+        config: uvicorn's configuration.
+        started: Called once with the port that was bound.
+    """
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[int], None] | None = None):
+        super().__init__(config)
+        self.listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if sockets is None:  # uvicorn would end the process where the port is taken
+            sockets = [bind(self.config.host, self.config.port)]
+        await super().startup(sockets=sockets)
+        if self.started and self.listening is not None:
+            self.listening(self.servers[0].sockets[0].getsockname()[1])
+
+
+def make_server(
+    app: Any,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    grace: float = 60.0,
+    listening: Callable[[int], None] | None = None,
+) -> Server:
+    """A server that is not yet running.
+
+    Args:
+        app: The application.
+        host: Address to listen on.
+        port: 0 takes a free one.
+        grace: Seconds that answers in progress are waited for when the server goes down.
+        listening: Called once with the port.
+    """
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=PatientH11,
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # anybody could claim any address
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=int(grace),
+    )
+    return Server(config, listening)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        OSError: The port is taken, or the address is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {host}, port {port} ({error.strerror or error}): choose another --port (0 takes a free "
+            "one) or --host"
+        ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,74 @@
+"""What the server allows; no torch here. Every default is the safe one."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pairstream.recipe import Config
+
+MiB = 1 << 20
+
+
+class Limits(Config):
+    """Bounds of one request. What is past one of them is refused before it costs memory or time."""
+
+    body_bytes: int = Field(default=32 * MiB, ge=1024)
+    """Bytes of a request's body, counted while it arrives."""
+    bodies_bytes: int = Field(default=256 * MiB, ge=1024)
+    """Bytes of all bodies that are held at one moment, over all callers."""
+    body_seconds: float = Field(default=20.0, gt=0)
+    """Time in which a body must have arrived."""
+    picture_bytes: int = Field(default=12 * MiB, ge=1)
+    """Bytes of one encoded picture."""
+    pixels: int = Field(default=25_000_000, ge=1)
+    """Width times height of a picture, read from its header before anything is decoded."""
+    pictures: int = Field(default=64, ge=1)
+    """Pictures in a request."""
+    texts: int = Field(default=256, ge=1)
+    """Texts, labels or questions in a request."""
+    characters: int = Field(default=2000, ge=1)
+    """Characters of one text."""
+    results: int = Field(default=100, ge=1)
+    """Results of a search."""
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
+    """Picture formats, by Pillow's names; no other decoder is ever asked."""
+
+
+class Fetching(Config):
+    """Pictures named by their address. Off unless it is switched on."""
+
+    enabled: bool = False
+    seconds: float = Field(default=10.0, gt=0)
+    """Time for one picture, redirects included."""
+    redirects: int = Field(default=3, ge=0)
+    ports: tuple[int, ...] = (80, 443)
+
+
+class Batching(Config):
+    """How requests share forward passes."""
+
+    batch: int = Field(default=32, ge=1)
+    """Items of one forward pass at the most."""
+    wait: float = Field(default=0.002, ge=0)
+    """Seconds that a pass waits for more items while requests come in side by side; a lone request never waits."""
+    queue: int = Field(default=256, ge=1)
+    """Items that may wait or be worked on; past it the answer is 503 with Retry-After."""
+    deadline: float = Field(default=30.0, gt=0)
+    """Seconds after which a request is answered 504; what has not begun by then is dropped."""
+
+
+class Settings(Config):
+    """All of a server's settings."""
+
+    limits: Limits = Limits()
+    fetching: Fetching = Fetching()
+    embedding: Batching = Batching()
+    decoding: Batching = Batching(batch=16, queue=64, deadline=60.0)
+    rate: float = Field(default=100.0, ge=0)
+    """Requests a second that one key (or, without keys, one address) may send in the long run; 0 is no limit."""
+    burst: float = Field(default=200.0, ge=1)
+    """Requests that it may send at once after a pause."""
+    allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "::1")
+    """Names by which the server may be addressed; `*` allows any. It stops pages that rebind their own name."""
+    decoders: int = Field(default=2, ge=1)
+    """Threads that decode pictures."""

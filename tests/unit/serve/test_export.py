@@ -1,0 +1,363 @@
+"""The export: rows of the model, without torch, or nothing at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from PIL import Image
+
+from pairstream.cli import main as pairstream
+from pretrain.encoder import build_encoder, load_encoder
+from pretrain.recipe import TowersModel
+from serve.export import export as module
+from serve.export.export import export_model
+from serve.export.parity import check_float, check_int8, compare, compare_on_data, first_pictures
+from serve.export.runtime import EdgeEncoder, Tokenizer, preprocess
+from serve.export.tokenizer import write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_models):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return {
+            name: build_encoder(TowersModel.model_validate(content), device="cpu")
+            for name, content in tiny_models.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def exported(encoders, tmp_path_factory):
+    root = tmp_path_factory.mktemp("exported")
+    for kind, encoder in encoders.items():
+        export_model(encoder, root / kind)
+    export_model(encoders["vit"], root / "openvino", to="openvino")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "openvino"])
+def test_rows_are_the_model_s_for_any_batch(encoders, exported, make_picture, kind):
+    encoder, edge = encoders["vit" if kind == "openvino" else kind], EdgeEncoder(exported / kind)
+    assert edge.embed_dim == encoder.embed_dim
+    for batch in (1, 2, 5):
+        pixels = torch.stack([encoder.preprocess(make_picture(seed)) for seed in range(batch)])
+        texts = [f"{'a red thing ' * seed}{seed}" for seed in range(batch)]
+        for expected, found in (
+            (encoder.encode_images(pixels), edge.encode_images(pixels.numpy())),
+            (encoder.encode_texts(texts), edge.encode_texts(texts)),
+        ):
+            np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
+            assert found.dtype == np.float32
+    picture = make_picture(1, (90, 60), "PNG")
+    cosine = (encoder.encode_images([picture]).numpy() * edge.encode_images([picture])).sum()
+    assert cosine > 0.999  # Pillow resizes where the Encoder uses torchvision
+    shares = edge.predict([picture], ["cat", "dog"])
+    rows = encoder.encode_texts(["a photo of a cat", "a photo of a dog"])
+    logits = encoder.model.logit_scale.detach().exp() * encoder.encode_images([picture]) @ rows.T
+    np.testing.assert_allclose(shares, logits.softmax(dim=-1).numpy(), atol=0.02)
+
+
+def test_the_folder_says_what_it_is(encoders, exported):
+    card = json.loads((exported / "vit/export.json").read_text())
+    assert card["model"]["fingerprint"] == encoders["vit"].fingerprint
+    assert card["preprocess"]["size"] == [32, 32]
+    assert card["bytes"]["image"]["export"] > 0
+    assert set(card["milliseconds"]) == {"image_batch_1", "text_batch_1", "image_batch_8", "text_batch_8"}
+    assert "largest difference" in (exported / "vit/README.md").read_text()
+    assert (exported / "openvino/image.xml").is_file()
+    assert not list((exported / "openvino").glob("*.onnx"))
+
+
+def test_the_runtime_needs_no_torch(exported, make_picture, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(make_picture(1))
+    code = f"""
+import sys
+for name in ("torch", "torchvision", "open_clip", "transformers", "ftfy", "regex", "pretrain", "data", "faiss"):
+    sys.modules[name] = None  # importing it fails
+from serve.export.runtime import EdgeEncoder
+edge = EdgeEncoder({str(exported / "vit")!r})
+print(edge.predict([{str(tmp_path / "a.jpg")!r}], ["a", "b"]).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(1, 2)"
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 40), (100, 37), (37, 100), (20, 20), (333, 500), (1, 50)])
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_pixels_are_the_encoder_s_within_rounding(make_picture, size, mode):
+    from data.transforms import EvalTransform, decode_image
+
+    content = make_picture(7, size, "PNG")
+    expected = EvalTransform((32, 32), resize_mode=mode, fill_color=9)(decode_image(content)).numpy()
+    config = {"size": [32, 32], "resize_mode": mode, "interpolation": "bicubic", "fill_color": 9}
+    found = preprocess(content, config)
+    assert found.shape == expected.shape
+    difference = np.abs(found.astype(int) - expected.astype(int))
+    assert difference.max() <= 2
+    assert difference.mean() < 0.3
+
+
+def test_odd_pictures_are_decoded_alike():
+    from data.transforms import decode_image
+
+    rng = np.random.default_rng(0)
+    config = {"size": [24, 24], "resize_mode": "squash", "interpolation": "bicubic", "fill_color": 0}
+    grey16 = Image.fromarray(rng.integers(0, 65535, (24, 24), dtype=np.uint16))
+    rgba = Image.fromarray(rng.integers(0, 255, (24, 24, 4), dtype=np.uint8))
+    for picture in (grey16, rgba, rgba.convert("RGB").quantize(16), rgba.convert("L"), rgba.convert("LA")):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        np.testing.assert_array_equal(
+            preprocess(file.getvalue(), config), decode_image(file.getvalue()).numpy()
+        )
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    rgba.convert("RGB").crop((0, 0, 24, 12)).save(turned, "PNG", exif=exif)
+    found = preprocess(turned.getvalue(), {**config, "size": [24, 12]})
+    np.testing.assert_array_equal(found, decode_image(turned.getvalue()).numpy())
+
+
+HARD = [
+    *(
+        "",
+        " ",
+        "a",
+        "A  Cat\tand\na DOG",
+        "it's we're I'll they'd can't",
+        "IT'S",
+        "don\u2019t \u201cquote\u201d",
+        "a&b",
+    ),
+    *(
+        "1234567890",
+        "3.14 2,000",
+        "a1b2",
+        "###!!!",
+        "...",
+        "a-b_c",
+        "e-mail@example.com",
+        "https://a.example/?q=1&b=2",
+    ),
+    *(
+        "naïve café",
+        "cafe\u0301",
+        "ÀÉÎÕÜ",
+        "straße",
+        "İstanbul",
+        "ΑΒΓ αβγς",
+        "привет мир",
+        "日本語の文",
+        "한국어",
+        "हिन्दी",
+    ),
+    *("عربي", "עברית", "ไทย", "🙂", "👩‍👩‍👧‍👦 🇨🇭", "①②③", "½ ¼", "x² y³", "ﬁne ﬂow oﬃce", "Ǆ ĳ ŉ"),
+    *(
+        "ＦＵＬＬ　ｗｉｄｔｈ",
+        "ｶﾞ",
+        "&amp; &lt;b&gt; &eacute;",
+        "<b>&amp;</b>",
+        "&amp;amp;lt;",
+        "&#233; &#xe9; &nope;",
+    ),
+    *(
+        "a\u00a0b\u2003c\u3000d",
+        "line\r\nbreak\rand\u2028more",
+        "\u200bzero\u200dwidth",
+        "\ufeffbom",
+        "\x00\x07bell\x1b[31mred",
+    ),
+    *(
+        "\x85 \x91quote\x92 \x80",
+        "<start_of_text> in the text",
+        "<END_OF_TEXT>",
+        "word " * 100,
+        "ab" * 200,
+        "z" * 76,
+    ),
+    *(
+        "the quick brown fox",
+        "Two dogs run through the surf.",
+        "a man (in red) — 'smiling' — waves",
+        "100% off!!1",
+    ),
+    *(
+        "𝕳𝖊𝖑𝖑𝖔",
+        "Ａ'ｓ",
+        "o'clock 'tis 'twas",
+        "mother-in-law's",
+        "\u02bcokina",
+        "C++ / C#",
+        "a/b\\c|d",
+        "~`^_=+*",
+    ),
+]
+
+
+def test_tokens_are_open_clip_s(tmp_path):
+    theirs = SimpleTokenizer(context_length=32)
+    ours = Tokenizer(tmp_path / "tokenizer.json", write_tokenizer(theirs, tmp_path / "tokenizer.json"))
+    assert not [text for text in HARD if (ours([text]) != theirs([text]).numpy()).any()]
+    rng = np.random.default_rng(0)
+    signs = "aAbBzZ019 .,!?'-\"&;#\n\té漢🙂ñß\u2019<>()/"
+    texts = ["".join(rng.choice(list(signs), rng.integers(1, 60))) for _ in range(500)]
+    wrong = [
+        t
+        for t, row, right in zip(texts, ours(texts), theirs(texts).numpy(), strict=True)
+        if (row != right).any()
+    ]
+    assert not wrong
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_models):
+    """Towers wide and shallow enough that random weights in int8 still point where they did."""
+    text = {**tiny_models["vit"]["text_tower"], "width": 128, "heads": 4, "layers": 1}
+    image = {**tiny_models["vit"]["image_tower"], "width": 128, "head_width": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return {
+            name: build_encoder(
+                TowersModel.model_validate({**content, "embed_dim": 64, "text_tower": text}), device="cpu"
+            )
+            for name, content in {
+                "vit": {**tiny_models["vit"], "image_tower": image},
+                "resnet": tiny_models["resnet"],
+            }.items()
+        }
+
+
+def test_int8_is_judged_by_data_and_by_cosine(wide, tiny_shards, tmp_path):
+    card = export_model(
+        wide["vit"], tmp_path / "int8", int8=True, reduce_range=True
+    )  # 7 bits: right on every CPU
+    assert card["quantised"]["image"]["int8_products"] > 0
+    assert card["parity_int8"]["text"]["cosine_mean"] > 0.99
+    assert card["on_data"] is None
+    assert "No data were given: recall was not measured." in (tmp_path / "int8/README.md").read_text()
+    assert card["bytes"]["text"]["export"] < 0.4 * card["bytes"]["text"]["model"]
+    found = compare_on_data(wide["vit"], EdgeEncoder(tmp_path / "int8"), [str(tiny_shards)])
+    assert (found["samples"], found["texts"]) == (40, 80)
+    for direction in ("image_to_text", "text_to_image"):
+        assert 0 <= found[direction]["agreement"] <= 1
+    resnet = export_model(wide["resnet"], tmp_path / "resnet", int8=True, reduce_range=True)
+    assert resnet["quantised"]["image"]["float_convolutions"] > 10  # and the card says so
+    assert "convolutions, all in float32" in (tmp_path / "resnet/README.md").read_text()
+
+
+def test_a_wrong_export_is_refused_and_nothing_is_written(encoders, tmp_path, monkeypatch):
+    def wrong(encoder, folder):
+        other = build_encoder(TowersModel.model_validate(encoder.wanted), device="cpu")
+        return real(other, folder)
+
+    real = module.write_onnx
+    encoders["vit"].wanted = {
+        "kind": "towers",
+        "embed_dim": 16,
+        "image_tower": {
+            "kind": "vit",
+            "image_size": 32,
+            "patch_size": 16,
+            "width": 16,
+            "layers": 1,
+            "head_width": 8,
+        },
+        "text_tower": {"kind": "transformer", "context_length": 8, "width": 16, "heads": 2, "layers": 1},
+    }
+    monkeypatch.setattr(module, "write_onnx", wrong)
+    with pytest.raises(
+        ValueError, match=r"the export is refused: rows of the image tower differ .* nothing was written"
+    ):
+        export_model(encoders["vit"], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_gates():
+    good = {"max_abs": 1e-6, "cosine_mean": 1.0, "cosine_min": 1.0}
+    check_float({"image": good})
+    for bad in (2e-5, float("nan")):
+        with pytest.raises(ValueError, match=r"differ from the model's by"):
+            check_float({"image": {**good, "max_abs": bad}})
+    check_int8({"image": {**good, "max_abs": 0.1}}, None)
+    with pytest.raises(ValueError, match=r"mean cosine of 0.9800"):
+        check_int8({"text": {**good, "cosine_mean": 0.98}}, None)
+    fine = {"recall@1": 0.5, "drop": 0.005, "agreement": 0.97}
+    on_data = {"samples": 9, "image_to_text": fine, "text_to_image": fine}
+    check_int8({"image": good}, on_data)
+    with pytest.raises(ValueError, match=r"text to image, int8 loses 0.60 points"):
+        check_int8({"image": good}, {**on_data, "text_to_image": {**fine, "drop": 0.006}})
+    with pytest.raises(ValueError, match=r"the same first result for 96.0% of the queries"):
+        check_int8({"image": good}, {**on_data, "image_to_text": {**fine, "agreement": 0.96}})
+
+
+def test_agreement_is_on_pictures_and_not_on_their_captions():
+    from retrieval.embed import Embeddings
+
+    common = {
+        "keys": ["a", "b"],
+        "samples": np.arange(2),
+        "captions": ["1", "2", "3"],
+        "model": "",
+        "shards": [],
+    }
+    owners = np.array([0, 0, 1])
+    rows = np.eye(2, dtype=np.float32)
+    texts = np.array([[1, 0], [0.9, 0.4], [0.8, 0.6]], np.float32)
+    found = Embeddings(rows, texts, owners, fingerprint="", faults={}, **common)
+    assert first_pictures(found, "image_to_text").tolist() == [0, 1]
+    assert first_pictures(found, "text_to_image").tolist() == [0, 0, 0]
+    swapped = Embeddings(rows, texts[[1, 0, 2]], owners, fingerprint="", faults={}, **common)
+    assert first_pictures(swapped, "image_to_text").tolist() == [0, 1]
+    other = Embeddings(rows, texts[[2, 1, 0]], owners, fingerprint="", faults={}, **common)
+    assert first_pictures(other, "image_to_text").tolist() == [1, 0]
+
+
+def test_compare_sees_a_difference(encoders, exported):
+    edge = EdgeEncoder(exported / "vit")
+    real = edge.text_tower
+    edge.text_tower = lambda tokens: real(tokens) + np.float32(1e-4)
+    report = compare(encoders["vit"], edge)
+    assert report["image"]["max_abs"] < 1e-5 < report["text"]["max_abs"]
+
+
+def test_what_cannot_be_exported_is_refused(encoders, exported, tiny_models, tiny_bert, tmp_path, capsys):
+    encoder = encoders["vit"]
+    with pytest.raises(ValueError, match=r"--int8 quantises for onnxruntime"):
+        export_model(encoder, tmp_path / "a", to="openvino", int8=True)
+    with pytest.raises(ValueError, match=r"--data judges --int8"):
+        export_model(encoder, tmp_path / "a", data=["x"])
+    bert = {
+        **tiny_models["vit"],
+        "text_tower": {"kind": "transformers", "name": str(tiny_bert), "context_length": 8},
+    }
+    with pytest.raises(ValueError, match=r"only open_clip's CLIP tokenizer is exported"):
+        export_model(build_encoder(TowersModel.model_validate(bert), device="cpu"), tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match=r"expected a folder that `pairstream export` wrote"):
+        EdgeEncoder(tmp_path)
+    (tmp_path / "export.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="format 99, this version reads 1"):
+        EdgeEncoder(tmp_path)
+    with pytest.raises(ValueError, match=r"expected uint8 images \(b, 3, h, w\)"):
+        EdgeEncoder(exported / "vit").encode_images(np.zeros((1, 3, 32, 32), np.float32))
+
+
+def test_the_command_exports_and_replaces_only_exports(encoders, tmp_path, capsys):
+    model = encoders["vit"].save(tmp_path / "model")
+    words = ["export", "--model", str(model), "--out", str(tmp_path / "out")]
+    assert pairstream(words) == 0
+    assert "largest difference" in capsys.readouterr().out
+    edge = EdgeEncoder(tmp_path / "out")
+    expected = load_encoder(model, device="cpu").encode_texts(["a"]).numpy()
+    np.testing.assert_allclose(edge.encode_texts(["a"]), expected, atol=1e-5)
+    assert pairstream(words) == 2
+    assert "already holds an export: choose another --out, or give --overwrite" in capsys.readouterr().err
+    assert pairstream([*words[:-1], str(model), "--overwrite"]) == 2
+    assert "exists and holds no export" in capsys.readouterr().err
+    assert pairstream([*words, "--overwrite"]) == 0
