@@ -334,7 +334,9 @@ class Trainer:
         """The recipe's loss; in a mixture, steps that are logged also keep each source's share of it."""
         if self.watched is not None:
             images, texts, scale = features[:3]
-            texts = texts.reshape(len(images), -1, texts.shape[-1])[:, 0]  # of several captions the first one drawn
+            texts = texts.reshape(len(images), -1, texts.shape[-1])[
+                :, 0
+            ]  # of several captions the first one drawn
             self.source_losses = source_losses(images, texts, scale, self.watched, len(self.stream.sources))
         return self.objective(features, *inputs)
 
