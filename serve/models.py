@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.fusion.model import FusionClassifier, load_classifier
-from finetune.model import VisionLanguageModel, load_task_model, task_folder
+from finetune.model import VisionLanguageModel, load_task_model
 from finetune.recipe import CaptionTask
+from finetune.saved import task_folder
 from pretrain.encoder import Encoder, load_encoder
 from retrieval.artifact import MANIFEST, sha256
 from retrieval.index import Index
