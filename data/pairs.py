@@ -81,7 +81,7 @@ class PairLoad:
         return self.transform(decode_image(sample.image, max_pixels=self.max_pixels), rng), texts
 
 
-def draw_captions(texts: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+def draw_captions(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
     """Draw captions of one picture; none comes twice before each has come once.
 
     Example:
@@ -91,7 +91,7 @@ def draw_captions(texts: Sequence[str], count: int, rng: np.random.Generator) ->
     if count == 1:
         return [texts[rng.integers(len(texts))]]
     order = rng.permutation(len(texts))
-    return [texts[order[place % len(order)]] for place in range(count)]
+    return [texts[int(order[place % len(order)])] for place in range(count)]
 
 
 def drop_words(text: str, share: float, rng: np.random.Generator) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def picture_players(target: Target, pixels: Tensor, parts: np.ndarray, number: i
 
     def players(there: np.ndarray) -> np.ndarray:
         keep = torch.from_numpy(np.asarray(there, np.float32))[:, places]  # (m, h, w)
-        return versions_scored(One(), one, keep, mean_colour(one))[0].numpy().astype(np.float64)
+        return versions_scored(cast(Target, One()), one, keep, mean_colour(one))[0].numpy().astype(np.float64)
 
     return players
 

@@ -86,10 +86,9 @@ def paint(explanations: Sequence[Explanation], *, side: int = 320) -> Image.Imag
         RGB.
     """
     first = explanations[0]
-    plain = first.image.resize(
-        tuple(max(1, round(length * side / max(first.image.size))) for length in first.image.size),
-        Image.Resampling.BICUBIC,
-    )
+    longer = max(first.image.size)
+    width, height = (max(1, round(length * side / longer)) for length in first.image.size)
+    plain = first.image.resize((width, height), Image.Resampling.BICUBIC)
     head, small = font(15, bold=True), font(13)
     cells = [(plain, "picture", first.title if len(explanations) == 1 else "")]
     cells += [

@@ -82,20 +82,23 @@ def text_pieces(
 ) -> tuple[list[int], list[str], list[tuple[int, int]]]:
     """Token ids of a written text, its words, and the span of ids of each word.
 
+    A token of blanks belongs to the word behind it, so that the words' log-probabilities add up to the text's.
+
     Raises:
         ValueError: No words.
     """
     text = f" {text.strip()}" if behind_prompt else text.strip()
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     words, places = offset_words(text, coded["offset_mapping"])
-    spans = []
-    for number in range(len(words)):
-        inside = [place for place, word in enumerate(places) if word == number]
-        spans.append((inside[0], inside[-1] + 1) if inside else (0, 0))
-    kept = [number for number, (start, stop) in enumerate(spans) if stop > start]
+    kept, spans = [], []
+    for number, word in enumerate(words):
+        inside = [place for place, owner in enumerate(places) if owner == number]
+        if inside:
+            kept.append(word)
+            spans.append((spans[-1][1] if spans else 0, inside[-1] + 1))
     if not kept:
         raise ValueError("there is nothing to explain: the text has no words")
-    return coded["input_ids"], [words[number] for number in kept], [spans[number] for number in kept]
+    return coded["input_ids"], kept, spans
 
 
 def load(model: str | Path | Any, device: str, kind: str) -> Any:
@@ -153,17 +156,19 @@ def explain_caption(
         ValueError: An empty caption, a model for another task, or a method that its tower does not allow.
         data.faults.Fault: File contents that are no picture.
     """
-    model = load(model, device, "caption")
-    method = default_method(model.encoder) if method == "auto" else method
-    images = model.encoder.preprocess(image)[None]
-    text = model.caption([images[0]])[0] if caption is None else caption
+    opened: Any = load(model, device, "caption")
+    method = default_method(opened.encoder) if method == "auto" else method
+    images = opened.encoder.preprocess(image)[None]
+    text = opened.caption([images[0]])[0] if caption is None else caption
     prompt = (
-        model.tokenizer(model.task.prompt, add_special_tokens=False)["input_ids"] if model.task.prompt else []
+        opened.tokenizer(opened.task.prompt, add_special_tokens=False)["input_ids"]
+        if opened.task.prompt
+        else []
     )
-    ids, words, spans = text_pieces(model.tokenizer, text, behind_prompt=bool(model.task.prompt))
+    ids, words, spans = text_pieces(opened.tokenizer, text, behind_prompt=bool(opened.task.prompt))
     found, picture = [], to_pil(images[0])
     for word, span in zip(words, spans, strict=True):
-        heat, value = one_map(TextTarget(model, prompt, ids, span), images, method)
+        heat, value = one_map(TextTarget(opened, prompt, ids, span), images, method)
         found.append(Explanation(picture, heat, [], value, method, word))
     return found
 
@@ -192,19 +197,19 @@ def explain_answer(
         ValueError: An empty question, a model for another task, or a method that its tower does not allow.
         data.faults.Fault: File contents that are no picture.
     """
-    model = load(model, device, "vqa")
-    method = default_method(model.encoder) if method == "auto" else method
-    images = model.encoder.preprocess(image)[None]
-    answer = model.answer([images[0]], [question])[0]
-    ids, _, _ = text_pieces(model.tokenizer, answer, behind_prompt=True)
+    opened: Any = load(model, device, "vqa")
+    method = default_method(opened.encoder) if method == "auto" else method
+    images = opened.encoder.preprocess(image)[None]
+    answer = opened.answer([images[0]], [question])[0]
+    ids, _, _ = text_pieces(opened.tokenizer, answer, behind_prompt=True)
 
     def target(asked: str) -> TextTarget:
-        prompt = model.tokenizer(model.prompt(asked), add_special_tokens=False)["input_ids"]
-        return TextTarget(model, prompt, ids, (0, len(ids)))
+        prompt = opened.tokenizer(opened.prompt(asked), add_special_tokens=False)["input_ids"]
+        return TextTarget(opened, prompt, ids, (0, len(ids)))
 
     heat, value = one_map(target(question), images, method)
     with torch.no_grad():
-        seen = model.encoder.tokens_of(model.encoder.pixels(images))
+        seen = opened.encoder.tokens_of(opened.encoder.pixels(images))
         of = torch.zeros(1, dtype=torch.int64, device=seen.device)
 
         def scores(texts: Sequence[str]) -> Tensor:
@@ -240,23 +245,23 @@ def explain_label(
         ValueError: No such label, a model for another task, or a method that its tower does not allow.
         data.faults.Fault: File contents that are no picture.
     """
-    model = load(model, device, "classify")
-    method = default_method(model.encoder) if method == "auto" else method
-    images = model.encoder.preprocess(image)[None]
+    opened: Any = load(model, device, "classify")
+    method = default_method(opened.encoder) if method == "auto" else method
+    images = opened.encoder.preprocess(image)[None]
     text = text if text and text.strip() else None
-    found = model.classify([images[0]], [text])[0]
+    found = opened.classify([images[0]], [text])[0]
     label = max(found, key=lambda name: found[name]) if label is None else label
     if label not in found:
         raise ValueError(f"no label {label!r}: expected one of {', '.join(found)}")
-    number = model.labels.index(label)
-    heat, value = one_map(LabelTarget(model, [text], number), images, method)
+    number = opened.labels.index(label)
+    heat, value = one_map(LabelTarget(opened, [text], number), images, method)
     words: Words = []
     if text:
         with torch.no_grad():
-            seen = LabelTarget(model, [text], number).see(model.encoder.pixels(images))
+            seen = LabelTarget(opened, [text], number).see(opened.encoder.pixels(images))
 
             def scores(texts: Sequence[str]) -> Tensor:
-                target = LabelTarget(model, texts, number)
+                target = LabelTarget(opened, texts, number)
                 every = torch.arange(len(texts), device=seen.device)
                 return target.score_of(seen.expand(len(texts), *seen.shape[1:]), every)
 

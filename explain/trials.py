@@ -14,6 +14,7 @@ from data.samples import RawSample, Shards, index_shards, read_sample
 from data.scenes.draw import decode_mask
 from data.scenes.language import article, counted
 from data.scenes.vocabulary import alike, kinds
+from data.shards import Sample
 from data.tar import ShardReader
 from data.transforms import decode_image
 from pretrain.encoder import Encoder
@@ -60,7 +61,8 @@ def scene_samples(count: int, size: int, seed: int) -> Iterator[tuple[bytes, dic
     from data.adapters.scenes import samples
 
     for sample in samples("val", seed=seed, count=count, size=max(size, 64)):
-        yield sample.image, dict(sample.meta)
+        if isinstance(sample, Sample):  # always: what is composed cannot be missing
+            yield sample.image, dict(sample.meta)
 
 
 def shard_samples(shards: Shards) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -55,7 +55,7 @@ def bright_corner(encoder) -> torch.Tensor:
         ("timm_vit", "chefer", (10, 10)),
         ("timm_vit", "gradcam", (10, 10)),
         ("resnet", "gradcam", (2, 2)),
-        ("timm_cnn", "gradcam", (4, 4)),
+        ("timm_cnn", "gradcam", (2, 2)),
         ("resnet", "occlusion", (8, 8)),
         ("resnet", "integrated_gradients", (64, 64)),
     ],
