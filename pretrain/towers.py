@@ -217,7 +217,7 @@ def load_tower_weights(tower: nn.Module, path: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back what open_clip says about random weights, which a recipe asks for on purpose."""
+    """Hold back a library's advice: open_clip's on random weights that are asked for, exporters' on what is checked."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from pairstream.errors import require
 from pretrain.encoder import Encoder
+from pretrain.towers import quiet
 
 OPSET = 18
 
@@ -145,16 +144,3 @@ def plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back the exporters' advice: what counts is checked afterwards, on numbers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
