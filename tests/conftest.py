@@ -132,3 +132,27 @@ def fresh_accelerate():
     reset()
     yield reset
     reset()
+
+
+@pytest.fixture(scope="session")
+def small_encoder():
+    """`small_encoder(seed=0) -> Encoder`: one-layer towers for pictures of 16 px, on the CPU."""
+
+    def build(seed: int = 0):
+        import torch
+
+        from pretrain.encoder import build_encoder
+        from pretrain.recipe import TextTransformer, TowersModel, ViT
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return build_encoder(
+                TowersModel(
+                    embed_dim=16,
+                    image_tower=ViT(image_size=16, patch_size=8, width=32, layers=1, head_width=16),
+                    text_tower=TextTransformer(context_length=32, width=32, heads=2, layers=1),
+                ),
+                device="cpu",
+            )
+
+    return build

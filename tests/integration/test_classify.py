@@ -12,8 +12,7 @@ from clip_benchmark.metrics import zeroshot_classification as peer
 
 from data.shards import Sample, ShardWriter
 from pairstream.cli import main as pairstream
-from pretrain.encoder import Encoder, build_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.encoder import Encoder
 from pretrain.towers import instantiate
 from retrieval.classifier import Classifier, build_classifier
 from retrieval.classify import classify
@@ -25,21 +24,8 @@ TEMPLATES = ["a photo of a {}.", "the {}", "many {}s in one long sentence about 
 PICTURES = 24
 
 
-def small_encoder(seed: int) -> Encoder:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build_encoder(
-            TowersModel(
-                embed_dim=16,
-                image_tower=ViT(image_size=16, patch_size=8, width=32, layers=1, head_width=16),
-                text_tower=TextTransformer(context_length=32, width=32, heads=2, layers=1),
-            ),
-            device="cpu",
-        )
-
-
 @pytest.fixture(scope="module")
-def encoder():
+def encoder(small_encoder):
     return small_encoder(0)
 
 
@@ -183,7 +169,7 @@ def test_tokeniser_and_resize_come_from_the_models_own_configuration(make_pictur
     assert not torch.equal(squashed, cropped)
 
 
-def test_a_saved_classifier_is_used_again_and_only_with_its_model(encoder, shards, tmp_path):
+def test_a_saved_classifier_is_used_again_and_only_with_its_model(encoder, shards, tmp_path, small_encoder):
     first = classify(encoder, shards, classes=CLASSES, templates=TEMPLATES)
     path = first.classifier.save(tmp_path / "classes.safetensors")
     loaded = Classifier.load(path)
@@ -220,7 +206,7 @@ def test_known_names_and_templates(encoder):
     assert templates_hash(CLASSES, TEMPLATES) != templates_hash(CLASSES, TEMPLATES[:2])
 
 
-def test_classify_and_compare_commands(encoder, folder, tmp_path, make_picture, capsys):
+def test_classify_and_compare_commands(encoder, folder, tmp_path, make_picture, capsys, small_encoder):
     models = [str(small_encoder(seed).save(tmp_path / f"model{seed}")) for seed in (0, 1)]
     words = ["retrieval", "classify", "--model", models[0], "--data", str(folder)]
     saved, out = tmp_path / "c.safetensors", tmp_path / "c.json"

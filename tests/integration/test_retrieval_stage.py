@@ -10,9 +10,9 @@ import torch
 
 from data.shards import Sample, ShardWriter
 from pairstream.cli import main as pairstream
-from pretrain.encoder import Encoder, build_encoder, load_encoder
+from pretrain.encoder import load_encoder
 from pretrain.evaluator import load_evaluator
-from pretrain.recipe import Evaluation, TextTransformer, TowersModel, ViT
+from pretrain.recipe import Evaluation
 from retrieval.embed import embed_shards
 from retrieval.evaluate import evaluate
 from retrieval.evaluator import RetrievalEvaluator
@@ -28,19 +28,6 @@ def captions_of(number: int) -> list[str]:
     return [f"picture {number} of {word}" for word in ("dogs", "boats & <b>", "hills")[: 1 + number % 3]]
 
 
-def small_encoder(seed: int) -> Encoder:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build_encoder(
-            TowersModel(
-                embed_dim=16,
-                image_tower=ViT(image_size=16, patch_size=8, width=32, layers=1, head_width=16),
-                text_tower=TextTransformer(context_length=16, width=32, heads=2, layers=1),
-            ),
-            device="cpu",
-        )
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, make_picture):
     folder = tmp_path_factory.mktemp("shards")
@@ -51,7 +38,7 @@ def shards(tmp_path_factory, make_picture):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, small_encoder):
     return str(small_encoder(0).save(tmp_path_factory.mktemp("model") / "model"))
 
 
@@ -113,7 +100,7 @@ def test_bad_samples_are_left_out_and_the_pairs_stay_together(encoder, make_pict
     assert page.metrics["images"] == 4
 
 
-def test_embedding_refuses_what_it_cannot_do(encoder, shards, make_picture, tmp_path):
+def test_embedding_refuses_what_it_cannot_do(encoder, shards, make_picture, tmp_path, small_encoder):
     with pytest.raises(ValueError, match="limit must be at least 1 sample, got 0"):
         embed_shards(encoder, shards, limit=0)
     with ShardWriter(tmp_path) as writer:
@@ -176,7 +163,7 @@ def test_a_query_of_both_lies_between_them(found, encoder, make_picture, tmp_pat
         search(index, encoder, **both, image_weight=2)
 
 
-def test_search_refuses_wrong_questions(found, encoder, tmp_path):
+def test_search_refuses_wrong_questions(found, encoder, tmp_path, small_encoder):
     index = Index.build(found)
     with pytest.raises(ValueError, match=r"index holds embeddings of .* their scores would mean nothing"):
         search(index, small_encoder(1), texts=["a dog"])
@@ -193,7 +180,7 @@ def test_search_refuses_wrong_questions(found, encoder, tmp_path):
         search(index, encoder, images=[tmp_path / "absent.jpg"])
 
 
-def test_the_evaluator_leaves_training_untouched(shards, found):
+def test_the_evaluator_leaves_training_untouched(shards, found, small_encoder):
     encoder = small_encoder(0)
     encoder.model.train()
     encoder.model.visual.eval()  # a locked tower
@@ -279,7 +266,7 @@ def test_eval_command_writes_numbers_and_a_page(found, model, shards, tmp_path, 
         assert right == [found.captions[text] for text in order if found.image_of_text[text] == row]
 
 
-def test_embed_index_and_search_commands(model, shards, found, make_picture, tmp_path, capsys):
+def test_embed_index_and_search_commands(model, shards, found, make_picture, tmp_path, capsys, small_encoder):
     rows, index = str(tmp_path / "rows"), str(tmp_path / "index")
     embed = ["retrieval", "embed", "--model", model, "--data", shards, "--out", rows, "--dtype", "float32"]
     assert pairstream(embed) == 0

@@ -12,27 +12,14 @@ import yaml
 from data.shards import Sample, ShardWriter
 from pairstream.cli import main as pairstream
 from pairstream.recipe import dump_recipe, load_recipe
-from pretrain.encoder import Encoder, build_encoder, load_encoder
+from pretrain.encoder import Encoder, load_encoder
 from pretrain.evaluator import load_evaluator
-from pretrain.recipe import Evaluation, TextTransformer, TowersModel, ViT
+from pretrain.recipe import Evaluation
 from retrieval.cache import cache_key
 from retrieval.recipe import SuiteRecipe
 from retrieval.suite import folder_names, run_task
 
 CLASSES = ("dog", "hill", "red_bus")
-
-
-def small_encoder(seed: int) -> Encoder:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build_encoder(
-            TowersModel(
-                embed_dim=16,
-                image_tower=ViT(image_size=16, patch_size=8, width=32, layers=1, head_width=16),
-                text_tower=TextTransformer(context_length=32, width=32, heads=2, layers=1),
-            ),
-            device="cpu",
-        )
 
 
 @pytest.fixture
@@ -86,7 +73,7 @@ def forwards(monkeypatch):
     return counts
 
 
-def test_two_models_a_second_run_and_the_page(sets, tmp_path, forwards, capsys):
+def test_two_models_a_second_run_and_the_page(sets, tmp_path, forwards, capsys, small_encoder):
     models = [str(small_encoder(seed).save(tmp_path / f"m{seed}")) for seed in (0, 1)]
     words = ["retrieval", "suite", str(sets), "--model", models[0], "--model", models[1]]
     assert pairstream(words) == 0
@@ -133,7 +120,7 @@ def test_two_models_a_second_run_and_the_page(sets, tmp_path, forwards, capsys):
         assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
 
 
-def test_quick_is_another_entry_and_runs_in_training(sets, forwards):
+def test_quick_is_another_entry_and_runs_in_training(sets, forwards, small_encoder):
     recipe, encoder = load_recipe(SuiteRecipe, "retrieval", str(sets)), small_encoder(0)
     evaluator = load_evaluator(
         Evaluation(use="retrieval.evaluator:SuiteEvaluator", options={"recipe": str(sets)})
@@ -146,7 +133,7 @@ def test_quick_is_another_entry_and_runs_in_training(sets, forwards):
     assert quick.metrics["quick"] is True
 
 
-def test_no_key_answers_for_something_else(sets, tmp_path, make_picture):
+def test_no_key_answers_for_something_else(sets, tmp_path, make_picture, small_encoder):
     encoder, pairs = small_encoder(0), str(tmp_path / "pairs")
     base = cache_key(encoder, pairs, limit=None, kind="retrieval")
     assert cache_key(encoder, pairs, limit=None, kind="retrieval") == base
@@ -175,7 +162,9 @@ def test_no_key_answers_for_something_else(sets, tmp_path, make_picture):
     assert len({base, *keys.values()}) == len(keys) + 1, keys
 
 
-def test_changed_data_and_damaged_entries_are_embedded_again(sets, tmp_path, forwards, make_picture):
+def test_changed_data_and_damaged_entries_are_embedded_again(
+    sets, tmp_path, forwards, make_picture, small_encoder
+):
     recipe, encoder, cache = (
         load_recipe(SuiteRecipe, "retrieval", str(sets)),
         small_encoder(0),
@@ -243,7 +232,7 @@ def test_carried_recipe_and_names_of_folders(tmp_path, capsys):
     assert "holds a training run" in capsys.readouterr().err
 
 
-def test_rows_from_the_cache_are_those_of_the_encoder(sets, tmp_path, make_picture):
+def test_rows_from_the_cache_are_those_of_the_encoder(sets, tmp_path, make_picture, small_encoder):
     recipe, encoder, cache = (
         load_recipe(SuiteRecipe, "retrieval", str(sets)),
         small_encoder(0),

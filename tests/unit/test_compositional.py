@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.encoder import build_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
 from retrieval.compositional import accuracy, aro, sugarcrepe, winogavil, winoground
 from retrieval.compositional_sets import compositional_metrics
 
@@ -96,17 +94,8 @@ def test_bad_scores_are_refused(call, message):
 
 
 @pytest.fixture(scope="module")
-def encoder():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return build_encoder(
-            TowersModel(
-                embed_dim=16,
-                image_tower=ViT(image_size=16, patch_size=8, width=32, layers=1, head_width=16),
-                text_tower=TextTransformer(context_length=32, width=32, heads=2, layers=1),
-            ),
-            device="cpu",
-        )
+def encoder(small_encoder):
+    return small_encoder()
 
 
 @pytest.fixture

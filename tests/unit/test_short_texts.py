@@ -6,8 +6,6 @@ import open_clip
 import pytest
 import torch
 
-from pretrain.encoder import build_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
 from pretrain.short_texts import reads_at_the_end, text_features
 
 TEXTS = ["a dog", "", "a much longer text about two dogs, a boat and the hills behind the old town " * 5]
@@ -55,15 +53,8 @@ def test_towers_that_see_the_padding_get_it(text):
         assert torch.equal(text_features(model, tokens), model.encode_text(tokens))
 
 
-def test_the_encoder_uses_it():
-    encoder = build_encoder(
-        TowersModel(
-            embed_dim=16,
-            image_tower=ViT(image_size=16, patch_size=8, width=32, layers=1, head_width=16),
-            text_tower=TextTransformer(context_length=32, width=32, heads=2, layers=1),
-        ),
-        device="cpu",
-    )
+def test_the_encoder_uses_it(small_encoder):
+    encoder = small_encoder()
     lengths = []
     encoder.model.transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     encoder.encode_texts(["a dog", "two dogs"])
