@@ -11,7 +11,11 @@ from pretrain.recipe import Evaluation
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Measures an encoder; the recipe names the class by its import string."""
+    """Measures an encoder; the recipe names the class by its import string.
+
+    It runs on rank 0 while the others wait, unless the class says `over_ranks = True`: then every rank runs it at the
+    same time, and they may share the work through torch.distributed. What rank 0 gets is logged.
+    """
 
     def run(self, encoder: Encoder) -> dict[str, float]:
         """Numbers by name, such as `image_to_text/recall@1`. The encoder's weights are left as they are."""

@@ -395,7 +395,7 @@ class Trainer:
         return record
 
     def evaluate(self, *, every: bool = True) -> None:
-        """Run the evaluators that are due; on rank 0, while the others wait."""
+        """Run the evaluators that are due: on every rank those that share their work, on rank 0 the others."""
         due = [
             evaluator
             for interval, evaluator in self.evaluators
@@ -403,10 +403,11 @@ class Trainer:
         ]
         if not due:
             return
+        numbers: dict[str, float] = {}
+        for evaluator in due:
+            if self.main or getattr(evaluator, "over_ranks", False):
+                numbers |= evaluator.run(self.encoder)
         if self.main:
-            numbers = {
-                name: value for evaluator in due for name, value in evaluator.run(self.encoder).items()
-            }
             self.history[str(self.step)] = numbers
             self.folder.log({"step": self.step, "samples_seen": self.samples_seen, "evaluation": numbers})
             if self.accelerator.trackers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pairstream.atomic import write_bytes
 from pairstream.progress import ProgressBar
 from pretrain.encoder import Encoder
 from retrieval.prompts import Templates, checked_classes, checked_templates, prompts_of, templates_hash
+from retrieval.share import ALONE, Share
 
 KIND = "pairstream-classifier"
 
@@ -109,6 +110,7 @@ def build_classifier(
     templates: Templates,
     *,
     batch_size: int = 256,
+    share: Share = ALONE,
     show: bool = False,
 ) -> Classifier:
     """Make a zero-shot classifier: `w_c = norm(mean over prompts of norm(f(prompt)))`.
@@ -121,6 +123,7 @@ def build_classifier(
         classes: Class names.
         templates: Templates with `{}` for all classes, or prompts by class.
         batch_size: Prompts at a time.
+        share: This process's share of the prompts; all processes get the classifier.
         show: Show progress.
 
     Returns:
@@ -147,12 +150,17 @@ def build_classifier(
             numbers.append(place.setdefault(prompt, len(place)))
     texts = sorted(place, key=len)
     rows = torch.empty((len(texts), encoder.embed_dim), dtype=torch.float32)
-    with ProgressBar("classes", -(-len(texts) // batch_size), show=show) as bar:
-        for start in range(0, len(texts), batch_size):
-            part = texts[start : start + batch_size]
-            where = torch.tensor([place[text] for text in part])
-            rows[where] = encoder.encode_texts(part).cpu()
-            bar.advance(note=f"{len(part)} prompts")
+    starts = share.part(range(0, len(texts), batch_size))
+    with ProgressBar("classes", len(starts), show=show) as bar:
+
+        def encoded() -> Iterator[tuple[list[str], torch.Tensor]]:
+            for start in starts:
+                part = texts[start : start + batch_size]
+                yield part, encoder.encode_texts(part).cpu()
+                bar.advance(note=f"{len(part)} prompts")
+
+        for part, found in share.together(encoded()):
+            rows[torch.tensor([place[text] for text in part])] = found
     bad = ~(torch.isfinite(rows).all(1) & (rows.abs().amax(1) > 0))
     if bad.any():
         text = next(text for text, number in place.items() if bad[number])

@@ -18,6 +18,7 @@ from retrieval.embed import evaluating
 from retrieval.labelled import Label, LabelledPictures, class_numbers, readable
 from retrieval.prompts import Templates
 from retrieval.provenance import encoder_facts, text_hash, versions
+from retrieval.share import ALONE, Share
 
 TIES = "by expectation over the orders of equal scores"
 
@@ -117,6 +118,7 @@ def chosen_classifier(
     templates: Templates | None,
     classifier: Classifier | None,
     *,
+    share: Share = ALONE,
     show: bool = False,
 ) -> Classifier:
     """The classifier that is given, or one of the names that are given or that the folders have."""
@@ -136,20 +138,27 @@ def chosen_classifier(
             f"{pictures.names[0]}: {len(pictures.folders)} class folders, but {len(names)} classes: "
             "expected one name for each folder, in alphabetical order of the folders"
         )
-    return classifier or build_classifier(encoder, names, templates or ["a photo of a {}."], show=show)
+    templates = templates or ["a photo of a {}."]
+    return classifier or build_classifier(encoder, names, templates, share=share, show=show)
 
 
 Embedded: TypeAlias = Iterable[tuple[np.ndarray, Sequence[Label], Sequence[str]]]
 
 
-def embedded(encoder: Encoder, pictures: LabelledPictures, bar: ProgressBar) -> Embedded:
-    """Rows, labels and keys, batch by batch."""
-    done = 0
-    for batch in pictures.batches():
-        rows = encoder.encode_images(batch.images).cpu().numpy()
-        done += len(batch.keys)
-        bar.advance(note=f"{done} pictures")
-        yield rows, batch.labels, batch.keys
+def embedded(
+    encoder: Encoder, pictures: LabelledPictures, bar: ProgressBar, share: Share = ALONE
+) -> Embedded:
+    """Rows, labels and keys, batch by batch; `share` is the part that this process does of them."""
+
+    def mine() -> Embedded:
+        done = 0
+        for batch in pictures.batches(share):
+            rows = encoder.encode_images(batch.images).cpu().numpy()
+            done += len(batch.keys)
+            bar.advance(note=f"{done} pictures")
+            yield rows, batch.labels, batch.keys
+
+    return share.together(mine())
 
 
 def count_batches(batches: Embedded, classifier: Classifier) -> tuple[dict[str, Any], str] | None:

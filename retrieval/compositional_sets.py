@@ -26,6 +26,7 @@ from data.faults import Fault
 from pretrain.encoder import Encoder
 from retrieval import compositional
 from retrieval.embed import evaluating
+from retrieval.share import ALONE, Share
 
 SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -157,6 +158,7 @@ def compositional_metrics(
     *,
     batch_size: int = 64,
     limit: int | None = None,
+    share: Share = ALONE,
 ) -> dict[str, Any]:
     """Numbers of a compositional set.
 
@@ -167,6 +169,7 @@ def compositional_metrics(
         images: Where the pictures are; `folder/images` when None.
         batch_size: Pictures at a time.
         limit: Only the first so many cases.
+        share: This process's share of the embedding; all processes get the numbers.
 
     Returns:
         What the set's function in `retrieval.compositional` gives.
@@ -186,7 +189,7 @@ def compositional_metrics(
         raise ValueError(f"{folder}: not the layout of {name}: {error!r}") from error
     if not cases:
         raise ValueError(f"{folder}: no cases of {name}")
-    scores = case_scores(encoder, cases, batch_size)
+    scores = case_scores(encoder, cases, batch_size, share)
     groups = [case.group for case in cases]
     if name == "winoground":
         return compositional.winoground(np.stack([each.T for each in scores]))  # caption by image
@@ -199,19 +202,27 @@ def compositional_metrics(
     return compositional.aro(rows, groups, least=least)
 
 
-def case_scores(encoder: Encoder, cases: Sequence[Case], batch_size: int) -> list[np.ndarray]:
+def case_scores(
+    encoder: Encoder, cases: Sequence[Case], batch_size: int, share: Share = ALONE
+) -> list[np.ndarray]:
     """Cosines of each case, `(pictures, captions)` float64; every text and whole picture is embedded once."""
     texts = list(dict.fromkeys(text for case in cases for text in case.texts))
     pictures = list(dict.fromkeys((path, case.box) for case in cases for path in case.images))
     with evaluating(encoder):
-        text_rows = [
-            encoder.encode_texts(texts[start : start + batch_size]).cpu()
-            for start in range(0, len(texts), batch_size)
-        ]
-        image_rows = []
-        for start in range(0, len(pictures), batch_size):
-            part = [encoder.preprocess(read_part(*each)) for each in pictures[start : start + batch_size]]
-            image_rows.append(encoder.encode_images(torch.stack(part)).cpu())
+        text_rows = list(
+            share.together(
+                encoder.encode_texts(texts[start : start + batch_size]).cpu()
+                for start in share.part(range(0, len(texts), batch_size))
+            )
+        )
+        image_rows = list(
+            share.together(
+                encoder.encode_images(
+                    [read_part(*each) for each in pictures[start : start + batch_size]]
+                ).cpu()
+                for start in share.part(range(0, len(pictures), batch_size))
+            )
+        )
     x, y = torch.cat(image_rows).double().numpy(), torch.cat(text_rows).double().numpy()
     image_place = {each: row for row, each in enumerate(pictures)}
     text_place = {text: row for row, text in enumerate(texts)}

@@ -18,6 +18,7 @@ from pairstream.progress import ProgressBar
 from pretrain.encoder import Encoder
 from retrieval.parts import KIND, EmbeddingSet, PartRows, write_part, write_set
 from retrieval.shard_rows import RowBatch, Take, count_faults, embed_batches, evaluating
+from retrieval.share import ALONE, Share
 
 __all__ = ["KIND", "Embeddings", "embed_shards", "evaluating"]
 
@@ -136,6 +137,7 @@ def embed_shards(
     limit: int | None = None,
     workers: int = 0,
     max_faults: float = 0.01,
+    share: Share = ALONE,
     show: bool = False,
 ) -> Embeddings:
     """Embed a set of pictures with all their captions.
@@ -150,6 +152,7 @@ def embed_shards(
         limit: Only the first so many samples; None for all.
         workers: Loader processes; 0 decodes in this one.
         max_faults: Share of bad samples past which the work stops.
+        share: This process's share of the work; all processes get all rows.
         show: Show progress.
 
     Returns:
@@ -169,7 +172,8 @@ def embed_shards(
     base, bases, keys = 0, [], []
     owners = []
     with ProgressBar("embed", len(takes), show=show) as bar:
-        for batch in embed_batches(encoder, takes, batch_size=batch_size, workers=workers):
+        made = embed_batches(encoder, takes, batch_size=batch_size, workers=workers, share=share)
+        for batch in share.together(made):
             log.add(batch.faults, batch.seen)
             log.judge()
             faults += batch.faults

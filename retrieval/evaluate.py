@@ -119,6 +119,7 @@ def measure(
     folds: int | None = None,
     resamples: int = RESAMPLES,
     seconds: dict[str, float] | None = None,
+    over_ranks: bool = False,
 ) -> Evaluation:
     """Every number of embeddings that are there already.
 
@@ -130,6 +131,7 @@ def measure(
         folds: As in `evaluate`.
         resamples: As in `evaluate`.
         seconds: What was spent so far, for the record.
+        over_ranks: As in `retrieval_ranks`.
 
     Returns:
         As `evaluate`.
@@ -138,7 +140,7 @@ def measure(
         ValueError: As `evaluate`.
     """
     began = time.perf_counter()
-    ranks = retrieval_ranks(found.images, found.texts, found.image_of_text)
+    ranks = retrieval_ranks(found.images, found.texts, found.image_of_text, over_ranks=over_ranks)
     ranked = time.perf_counter()
     index = Index.build(found)
     indexed = time.perf_counter()

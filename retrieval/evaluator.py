@@ -9,13 +9,14 @@ from pretrain.encoder import Encoder
 from retrieval.embed import embed_shards
 from retrieval.metrics import checked_cutoffs, retrieval_metrics
 from retrieval.recipe import SuiteRecipe
+from retrieval.share import Share
 
 
 class RetrievalEvaluator:
     """Recall and ranks in both directions; a recipe names it `retrieval.evaluator:RetrievalEvaluator`.
 
     The encoder keeps its weights, each module its training mode, and no global random state is touched, so
-    a run with evaluations trains as one without.
+    a run with evaluations trains as one without. Several processes share the work, and all get its numbers.
 
     Args:
         shards: The held-out pairs.
@@ -31,6 +32,8 @@ class RetrievalEvaluator:
     Example:
         >>> RetrievalEvaluator("shards/dev", limit=500).run(encoder)["text_to_image/recall@1"]  # doctest: +SKIP
     """
+
+    over_ranks = True
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class RetrievalEvaluator:
         Returns:
             `image_to_text/recall@1`, ..., `text_to_image/mean_rank`.
         """
+        share = Share.of_processes()
         found = embed_shards(
             encoder,
             self.shards,
@@ -60,8 +64,11 @@ class RetrievalEvaluator:
             limit=self.limit,
             workers=self.workers,
             max_faults=self.max_faults,
+            share=share,
         )
-        metrics = retrieval_metrics(found.images, found.texts, found.image_of_text, self.ks)
+        metrics = retrieval_metrics(
+            found.images, found.texts, found.image_of_text, self.ks, over_ranks=share.world > 1
+        )
         return {
             f"{direction}/{name}": value
             for direction, numbers in metrics.items()
@@ -73,7 +80,8 @@ class RetrievalEvaluator:
 class SuiteEvaluator:
     """A suite in its quick form inside pretraining; a recipe names it `retrieval.evaluator:SuiteEvaluator`.
 
-    Nothing is cached: the weights change from one time to the next.
+    Nothing is cached: the weights change from one time to the next. Several processes share the work, and all get
+    its numbers.
 
     Args:
         recipe: A suite's YAML file.
@@ -83,6 +91,8 @@ class SuiteEvaluator:
         FileNotFoundError: No such recipe.
         ValueError: A recipe that is not valid.
     """
+
+    over_ranks = True
 
     def __init__(self, recipe: str, *, quick: bool = True):
         self.recipe, self.quick = load_recipe(SuiteRecipe, "retrieval", recipe), quick
@@ -95,10 +105,11 @@ class SuiteEvaluator:
         """
         from retrieval.suite import headline, run_task
 
+        share = Share.of_processes()
         return {
             f"{task.name}/{name.replace(' ', '_')}": value
             for task in self.recipe.tasks
             for name, value in headline(
-                run_task(encoder, task, self.recipe, quick=self.quick).metrics
+                run_task(encoder, task, self.recipe, quick=self.quick, share=share).metrics
             ).items()
         }

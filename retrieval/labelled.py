@@ -17,6 +17,7 @@ from data.samples import RawSample
 from data.stream import PairStream, as_it_is, start_worker
 from data.transforms import EvalTransform, decode_image
 from pairstream.errors import nearest
+from retrieval.share import ALONE, Share
 
 Label: TypeAlias = int | str | list  # a class number, its name, or several of either
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
@@ -127,19 +128,20 @@ class LabelledPictures:
     def faults(self) -> dict[str, int]:
         return self.stream.faults if self.stream is not None else dict(self.counts)
 
-    def batches(self) -> Iterator[LabelledBatch]:
-        """The pictures, in order."""
+    def batches(self, share: Share = ALONE) -> Iterator[LabelledBatch]:
+        """The pictures of a share, in order."""
+        steps = share.part(range(self.steps))
         if self.stream is None:
-            yield from self.folder_batches()
+            yield from self.folder_batches(steps.start * self.batch_size, steps.stop * self.batch_size)
             return
-        for batch in self.stream.iterate(0, self.steps):
+        for batch in self.stream.iterate(steps.start, steps.stop):
             kept = int((batch.indices < self.wanted).sum())
             if kept:
                 yield LabelledBatch(batch["images"][:kept], batch["labels"][:kept], batch.keys[:kept])
 
-    def folder_batches(self) -> Iterator[LabelledBatch]:
+    def folder_batches(self, start: int, stop: int) -> Iterator[LabelledBatch]:
         loader = DataLoader(
-            FolderRows(self.files[: self.wanted], self.transform),
+            FolderRows(self.files[start : min(stop, self.wanted)], self.transform),
             batch_size=self.batch_size,
             num_workers=self.workers,
             collate_fn=as_it_is,

@@ -35,6 +35,7 @@ def retrieval_metrics(
     ks: Sequence[int] = (1, 5, 10),
     *,
     block: int = BLOCK,
+    over_ranks: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Recall@k, ranks and graded numbers of cosine retrieval in both directions.
 
@@ -51,6 +52,7 @@ def retrieval_metrics(
         image_of_text: `(texts,)` integers: the image that each text describes; each image has one or more.
         ks: Cut-offs; one above the size of the gallery counts as the whole gallery.
         block: Rows of both sides in one product.
+        over_ranks: As in `retrieval_ranks`.
 
     Returns:
         `{"image_to_text": {...}, "text_to_image": {...}}`, each as `summary` gives it.
@@ -68,7 +70,9 @@ def retrieval_metrics(
         1.0
     """
     ks = checked_cutoffs(ks)
-    ranks = retrieval_ranks(image_embeddings, text_embeddings, image_of_text, block=block)
+    ranks = retrieval_ranks(
+        image_embeddings, text_embeddings, image_of_text, block=block, over_ranks=over_ranks
+    )
     return {name: summary(each, ks) for name, each in zip(DIRECTIONS, ranks, strict=True)}
 
 

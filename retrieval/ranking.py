@@ -255,8 +255,18 @@ def rank_pairs(
                     by_text.count(columns, scores.T, text_rows, image_rows)
     if shared:
         for counts in (by_image.above, by_image.tied, by_text.above, by_text.tied):
-            dist.all_reduce(counts)
+            add_up(counts)
     return by_image.ranking(len(texts)), by_text.ranking(len(images))
+
+
+def add_up(counts: torch.Tensor) -> None:
+    """Sum over the processes, in place; NCCL takes only what lies on a GPU."""
+    if dist.get_backend() == "nccl" and not counts.is_cuda:
+        there = counts.cuda()
+        dist.all_reduce(there)
+        counts.copy_(there)
+    else:
+        dist.all_reduce(counts)
 
 
 def tally(

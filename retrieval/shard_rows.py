@@ -18,6 +18,7 @@ from data.stream import as_it_is, start_worker
 from data.tar import ShardIndex, ShardReader
 from data.transforms import EvalTransform
 from pretrain.encoder import Encoder
+from retrieval.share import ALONE, Share
 
 META = (
     "url",
@@ -107,18 +108,24 @@ class _Decode(Dataset):
 
 
 def embed_batches(
-    encoder: Encoder, shards: Sequence[Take], *, batch_size: int = 64, workers: int = 0
+    encoder: Encoder,
+    shards: Sequence[Take],
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    share: Share = ALONE,
 ) -> Iterator[RowBatch]:
     """Decode and embed shards in their order, each sample once.
 
     No batch spans two shards, so that a shard's rows do not depend on its neighbours, nor on who else embeds
-    the others. A shard is looked at only when its turn comes.
+    the others. A process alone looks at a shard only when its turn comes; one of several scans all for their sizes.
 
     Args:
         encoder: The model.
         shards: What to read; URLs are fetched.
         batch_size: Pictures at a time, with all their captions.
         workers: Loader processes; 0 decodes in this one.
+        share: Which of the batches are to be made.
 
     Yields:
         At least one batch a shard, even when it has no usable sample.
@@ -137,9 +144,10 @@ def embed_batches(
             encoder.tokenizer, transform.size, "all"
         ),  # alone: loader processes must not get the towers
     )
+    tasks = _tasks(shards, batch_size)
     loader = DataLoader(
         decode,
-        sampler=_tasks(shards, batch_size),  # pyright: ignore[reportArgumentType]
+        sampler=tasks if share.world == 1 else share.part(list(tasks)),  # pyright: ignore[reportArgumentType]
         batch_size=None,
         num_workers=workers,
         collate_fn=as_it_is,

@@ -25,6 +25,7 @@ from retrieval.labelled import LabelledPictures, readable
 from retrieval.prompts import load_classes, load_templates
 from retrieval.provenance import encoder_facts, versions
 from retrieval.recipe import ClassificationTask, CompositionalTask, RetrievalTask, SuiteRecipe, Task
+from retrieval.share import ALONE, Share
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def run_task(
     *,
     quick: bool = False,
     cache: Path | None = None,
+    share: Share = ALONE,
     show: bool = False,
 ) -> SuiteResult:
     """Measure one model on one task.
@@ -61,6 +63,7 @@ def run_task(
         recipe: The suite, for batch size, workers and faults.
         quick: Only the first `quick_limit` samples.
         cache: Where embeddings are kept; None keeps none.
+        share: This process's share of the embedding; all processes get the result.
         show: Show progress.
 
     Returns:
@@ -74,14 +77,20 @@ def run_task(
         limit = recipe.quick_limit if limit is None else min(limit, recipe.quick_limit)
     about = {"task": task.model_dump(mode="json"), "quick": quick, "recipe_hash": recipe_hash(recipe)}
     if isinstance(task, RetrievalTask):
-        evaluation, hit = retrieve(encoder, task, recipe, limit, quick, cache, show)
+        evaluation, hit = retrieve(encoder, task, recipe, limit, quick, cache, share, show)
         return SuiteResult(task, {**evaluation.metrics, **about}, evaluation, hit)
     if isinstance(task, ClassificationTask):
-        metrics, hit = classified(encoder, task, recipe, limit, cache, show)
+        metrics, hit = classified(encoder, task, recipe, limit, cache, share, show)
         return SuiteResult(task, {**metrics, **about}, None, hit)
     assert isinstance(task, CompositionalTask)
     numbers = compositional_metrics(
-        encoder, task.set, task.folder, task.images, batch_size=recipe.batch_size, limit=limit
+        encoder,
+        task.set,
+        task.folder,
+        task.images,
+        batch_size=recipe.batch_size,
+        limit=limit,
+        share=share,
     )
     metrics = {
         **encoder_facts(encoder),
@@ -101,6 +110,7 @@ def retrieve(
     limit: int | None,
     quick: bool,
     cache: Path | None,
+    share: Share,
     show: bool,
 ) -> tuple[Evaluation, bool]:
     """A retrieval task from cached or new embeddings."""
@@ -115,10 +125,12 @@ def retrieve(
             limit=limit,
             workers=recipe.workers,
             max_faults=recipe.max_faults,
+            share=share,
             show=show,
         ),
     )
-    return measure(found, encoder_facts(encoder), limit=limit, folds=None if quick else task.folds), hit
+    folds = None if quick else task.folds
+    return measure(found, encoder_facts(encoder), limit=limit, folds=folds, over_ranks=share.world > 1), hit
 
 
 def classified(
@@ -127,6 +139,7 @@ def classified(
     recipe: SuiteRecipe,
     limit: int | None,
     cache: Path | None,
+    share: Share,
     show: bool,
 ) -> tuple[dict[str, Any], bool]:
     """A classification task from cached or new embeddings of its pictures."""
@@ -142,7 +155,7 @@ def classified(
     def make() -> LabelledEmbeddings:
         rows, labels, keys = [], [], []
         with evaluating(encoder), ProgressBar(task.name, pictures.steps, show=show) as bar:
-            for part, found, names in embedded(encoder, pictures, bar):
+            for part, found, names in embedded(encoder, pictures, bar, share):
                 rows.append(part)
                 labels += found
                 keys += names
@@ -160,7 +173,7 @@ def classified(
     known = names or (readable(pictures.folders) if pictures.folders is not None else [])
     with evaluating(encoder):
         classifier = chosen_classifier(
-            encoder, pictures, names, load_templates(task.templates, known), None, show=show
+            encoder, pictures, names, load_templates(task.templates, known), None, share=share, show=show
         )
     counted = count_batches([(found.rows, found.labels, found.keys)], classifier)
     assert counted is not None, "empty sets are refused when they are embedded"

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from pretrain.encoder import Encoder, load_encoder
 from pretrain.evaluator import load_evaluator
 from pretrain.recipe import Evaluation
 from retrieval.cache import cache_key
+from retrieval.evaluator import RetrievalEvaluator, SuiteEvaluator
 from retrieval.recipe import SuiteRecipe
 from retrieval.suite import folder_names, run_task
 
@@ -244,3 +250,45 @@ def test_rows_from_the_cache_are_those_of_the_encoder(sets, tmp_path, make_pictu
     assert np.array_equal(*rows)
     direct = encoder.encode_images([make_picture(number) for number in range(15)]).numpy()
     np.testing.assert_allclose(rows[0], direct, atol=1e-5)
+
+
+@pytest.mark.dist
+def test_processes_share_the_work_and_all_get_the_numbers_of_one(sets, tmp_path, small_encoder):
+    encoder = load_encoder(small_encoder(0).save(tmp_path / "model"), device="cpu")
+    alone = {
+        "pairs": RetrievalEvaluator(str(tmp_path / "pairs"), batch_size=4).run(encoder),
+        "suite": SuiteEvaluator(str(sets), quick=False).run(encoder),
+    }
+    worker = Path(__file__).with_name("suite_worker.py")
+    root = str(worker.parents[2])
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(tmp_path), str(rank), "2"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [{name: rank[name] for name in alone} for rank in ranks] == [alone, alone]
+    # 15 pictures in three shards, by fours: batches of 4, 3, 4, 3 and 1.
+    assert [rank["encoded_of_pairs"]["images"] for rank in ranks] == [7, 8]
+    assert sum(rank["encoded_of_pairs"]["texts"] for rank in ranks) == 30
+    # And in the suite 15, 12 and 1 of its three tasks; prompts and captions are few and belong to one of the two.
+    assert sum(rank["encoded"]["images"] for rank in ranks) == 15 + 28
+    # One of twelve bad pictures is too many. The process that meets it says so, and the other does not wait for it.
+    told, met = sorted(rank["error"] for rank in ranks)
+    assert re.match(
+        r"RuntimeError: process [01] of 2 failed in its share of an evaluation: ValueError: ", told
+    )
+    assert met.startswith("ValueError: ")
+    assert told.endswith(met)
