@@ -29,13 +29,26 @@ def image_groups(model: Any) -> tuple[Groups, Sequence[Part]]:
         if isinstance(visual.positional_embedding, nn.Parameter):
             stem.append(visual.positional_embedding)
         blocks = [[block] for block in visual.transformer.resblocks]
-        return [stem, *blocks[:-1], [*blocks[-1], visual.ln_post]], present([visual.proj])
+        return [stem, *blocks[:-1], [*blocks[-1], visual.ln_post]], image_projection(model)
     if isinstance(visual, ModifiedResNet):
         stem = [visual.conv1, visual.bn1, visual.conv2, visual.bn2, visual.conv3, visual.bn3]
-        return [stem, [visual.layer1], [visual.layer2], [visual.layer3], [visual.layer4]], [visual.attnpool]
+        stages = [[visual.layer1], [visual.layer2], [visual.layer3], [visual.layer4]]
+        return [stem, *stages], image_projection(model)
     if isinstance(visual, TimmModel):
-        return timm_groups(visual.trunk), [visual.head]
+        return timm_groups(visual.trunk), image_projection(model)
     raise ValueError(f"cannot lock parts of an image tower {type(visual).__name__}; use image_groups: all")
+
+
+def image_projection(model: Any) -> list[Part]:
+    """What follows the image tower's last layer group."""
+    visual = model.visual
+    return present([getattr(visual, name, None) for name in ("proj", "attnpool", "head")])
+
+
+def text_projection(model: Any) -> list[Part]:
+    """What follows the text tower's last layer group."""
+    text = getattr(model, "text", model)
+    return present([getattr(text, name, None) for name in ("proj", "text_projection")])
 
 
 def timm_groups(trunk: Any) -> Groups:
@@ -63,10 +76,10 @@ def text_groups(model: Any) -> tuple[Groups, Sequence[Part]]:
                 "(`embeddings`, `encoder.layer`); use text_groups: all"
             )
         end = [layers[-1], *present([getattr(backbone, "pooler", None)])]
-        return [[backbone.embeddings], *([layer] for layer in layers[:-1]), end], [text.proj]
+        return [[backbone.embeddings], *([layer] for layer in layers[:-1]), end], text_projection(model)
     blocks: list[list[Part]] = [[block] for block in text.transformer.resblocks]
     embedding: list[Part] = [text.token_embedding, text.positional_embedding]
-    return [embedding, *blocks[:-1], [*blocks[-1], text.ln_final]], present([text.text_projection])
+    return [embedding, *blocks[:-1], [*blocks[-1], text.ln_final]], text_projection(model)
 
 
 def present(parts: Sequence[Part | None]) -> list[Part]:
@@ -125,11 +138,47 @@ def require_grad(part: Part, train: bool) -> None:
         parameter.requires_grad = train
 
 
-def set_training_mode(model: nn.Module) -> None:
-    """Training mode, except for batch norms of locked parts, whose statistics must stay."""
+def locks_begun(locks: Sequence[Lock], step: int) -> list[Lock]:
+    """The phases that have begun at a step, the one that holds last; a recipe without any trains everything."""
+    return [lock for lock in locks if lock.step <= step] or [Lock()]
+
+
+def set_training_mode(model: Any, locks: Sequence[Lock] = ()) -> None:
+    """Training mode, except for what is locked: it runs as in evaluation, without dropout and with its statistics.
+
+    So does every layer without trainable parameters in it, whatever locked it, and a whole tower of no trainable
+    groups, whose loose layers (patch dropout, drop path) would else still be random. Projections are in training mode.
+
+    Args:
+        model: open_clip's module, with `requires_grad` as `apply_lock` sets it.
+        locks: The phases that have begun (`locks_begun`). Where the last one keeps statistics, a tower whose groups
+            any of them counts is in evaluation mode, those that train as well.
+    """
     model.train()
-    for layer in model.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            own = list(layer.parameters(recurse=False))
-            if own and not any(parameter.requires_grad for parameter in own):
-                layer.eval()
+    rest_locked_layers(model)
+    for projection, tower in ((image_projection, "image_groups"), (text_projection, "text_groups")):
+        counts = [getattr(lock, tower) for lock in locks]
+        counted = any(not isinstance(count, str) for count in counts)
+        if counted and (counts[-1] == 0 or locks[-1].keep_statistics):
+            for part in tower_parts(model, tower):
+                set_mode(part, False)
+            for part in projection(model):
+                set_mode(part, True)
+
+
+def rest_locked_layers(module: nn.Module) -> bool | None:
+    """Put every layer whose parameters are all locked into evaluation mode, with all in it.
+
+    Returns:
+        Whether any parameter of the module trains; None when it has no parameters.
+    """
+    found = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+    found += [trains for child in module.children() if (trains := rest_locked_layers(child)) is not None]
+    if found and not any(found):
+        module.eval()
+    return any(found) if found else None
+
+
+def set_mode(part: Part, training: bool) -> None:
+    if isinstance(part, nn.Module):
+        part.train(training)

@@ -313,7 +313,7 @@ Loss = Annotated[
 
 
 class Lock(Config):
-    """Which parts train, from a step on. Batch statistics of a locked part stay as they are."""
+    """Which parts train, from a step on. Locked parts run as in evaluation: batch statistics stay, dropout is off."""
 
     step: int = Field(default=0, ge=0)
     """Optimiser step at which this begins."""
@@ -323,6 +323,10 @@ class Lock(Config):
     """The same for the text tower."""
     tower_lr: float = Field(default=1.0, gt=0)
     """Learning rate of the towers as a multiple of that of the projections and logit_scale."""
+    keep_statistics: bool = True
+    """Whether a tower that is or was locked by groups goes on as in evaluation where it trains: its own batch
+    statistics, no dropout. Going over to those of the batch makes the loss jump when a pretrained tower is unlocked;
+    false suits long training with large batches."""
 
 
 class AdamW(Config):

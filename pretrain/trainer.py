@@ -29,12 +29,12 @@ from pretrain.collectives import gather_counts
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.gradcache import cached_backward, require_row_by_row
-from pretrain.locks import apply_lock, set_training_mode
+from pretrain.locks import apply_lock, locks_begun, set_training_mode
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.norm import use_global_batch_norm
 from pretrain.objectives import Features, build_objective
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from pretrain.recipe import Lock, PretrainRecipe
+from pretrain.recipe import PretrainRecipe
 from pretrain.report import flatten, model_card, write_report
 from pretrain.selfcheck import check_gradients
 from pretrain.source_losses import source_losses
@@ -107,9 +107,10 @@ class Trainer:
         self.model: Any = self.encoder.model
         self.objective = build_objective(recipe.loss, self.encoder)
         if recipe.micro_batch:
-            for lock in recipe.locks or (Lock(),):
-                apply_lock(self.model, lock)
-                set_training_mode(self.model)
+            for step in [lock.step for lock in recipe.locks] or [0]:
+                locks = locks_begun(recipe.locks, step)
+                apply_lock(self.model, locks[-1])
+                set_training_mode(self.model, locks)
                 require_row_by_row(self.model)
         use_global_batch_norm(self.model)
         self.evaluators: list[tuple[int, Evaluator]] = [
@@ -210,8 +211,7 @@ class Trainer:
         Raises:
             ValueError: They differ.
         """
-        lock = next((lock for lock in reversed(self.recipe.locks) if lock.step <= self.step), Lock())
-        apply_lock(self.model, lock)
+        apply_lock(self.model, locks_begun(self.recipe.locks, self.step)[-1])
         parts = check_gradients(DualEncoder(self.encoder), self.encoder, self.objective, self.accelerator)
         told = ", ".join(f"{part} {cosine:.6f}, {ratio:.6f}" for part, (cosine, ratio) in parts.items())
         self.say(f"gradients are those of one process (cosine, ratio of lengths): {told}")
@@ -247,7 +247,7 @@ class Trainer:
     def train_phase(self, stop: int, bar: ProgressBar) -> None:
         """Train up to a step, during which the same parameters train."""
         recipe = self.recipe
-        lock = next((lock for lock in reversed(recipe.locks) if lock.step <= self.step), Lock())
+        lock = locks_begun(recipe.locks, self.step)[-1]
         apply_lock(self.model, lock)
         network = DualEncoder(self.encoder)
         lr_scale = {"model.": lock.tower_lr, **dict.fromkeys(NOT_TOWERS, 1.0)}
@@ -296,7 +296,7 @@ class Trainer:
         # One pair has nothing to be contrasted with; a rank whose samples were all bad has nothing to forward.
         if sum(counts) < 2 or min(counts) == 0:
             return 0
-        set_training_mode(self.model)
+        set_training_mode(self.model, locks_begun(self.recipe.locks, self.step))
         inputs = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
         self.watched = batch.sources if told and len(self.stream.sources) > 1 else None

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pretrain.encoder import build_encoder
-from pretrain.locks import apply_lock, image_groups, set_training_mode, text_groups
+from pretrain.locks import apply_lock, image_groups, locks_begun, set_training_mode, text_groups
 from pretrain.recipe import Lock, TowersModel
 
 
@@ -86,6 +86,86 @@ def test_a_text_tower_that_is_no_bert_can_only_train_as_a_whole(tiny_models, tin
             apply_lock(model, Lock(text_groups=1))
         apply_lock(model, Lock(image_groups=0))
         assert all(parameter.requires_grad for parameter in tower.parameters())
+
+
+def text_modes(model) -> list[bool]:
+    return [layer.training for layer in model.text.transformer.modules()]
+
+
+def image_modes(model) -> list[bool]:
+    return [layer.training for layer in model.visual.trunk.modules()]
+
+
+def test_a_locked_tower_runs_as_in_evaluation_and_its_projection_trains(models):
+    """BERT's dropout would else make the features of a locked tower random."""
+    model = models["timm"]
+    lock = Lock(image_groups=0, text_groups=0)
+    apply_lock(model, lock)
+    set_training_mode(model, [lock])
+    assert not any(text_modes(model) + image_modes(model))
+    assert all(layer.training for part in (model.text.proj, model.visual.head) for layer in part.modules())
+    tokens = torch.tensor([[2, 5, 6, 3], [2, 9, 6, 3]])
+    pixels = torch.randn(2, 3, 64, 64)
+    first, again = model.encode_text(tokens), model.encode_text(tokens)
+    assert torch.equal(first, again)
+    model.zero_grad(set_to_none=True)
+    (first.square().sum() + model.encode_image(pixels).square().sum()).backward()
+    trained = {name for name, value in model.named_parameters() if value.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if ".head." in name or ".proj." in name}
+    assert all(float(value.grad.abs().sum()) > 0 for value in model.parameters() if value.grad is not None)
+    apply_lock(model, Lock())
+    set_training_mode(model, [Lock()])
+    assert all(text_modes(model) + image_modes(model))
+    assert not torch.equal(model.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_loose_layers_of_a_locked_tower_rest_too(tiny_models):
+    """Patch dropout and a projection matrix belong to no layer group of a ViT."""
+    model = build_encoder(TowersModel.model_validate(tiny_models["vit"]), device="cpu").model
+    model.visual.patch_dropout = nn.Dropout(0.5)
+    for locks, training in (
+        ([Lock(image_groups=0)], False),
+        ([Lock(image_groups=0), Lock(step=1, image_groups=1)], False),
+        ([Lock(image_groups=0), Lock(step=1, image_groups=1, keep_statistics=False)], True),
+        ([Lock(text_groups=0)], True),
+    ):
+        apply_lock(model, locks[-1])
+        set_training_mode(model, locks)
+        assert model.visual.patch_dropout.training is training
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_unlocked_tower_keeps_its_statistics_and_has_no_dropout(models, keep):
+    model = models["timm"]
+    locks = (Lock(image_groups=0, text_groups=0), Lock(step=5, text_groups=1, keep_statistics=keep))
+    assert [len(locks_begun(locks, step)) for step in (0, 4, 5, 6)] == [1, 1, 2, 2]
+    assert locks_begun((), 7) == [Lock()]
+    apply_lock(model, locks[1])
+    set_training_mode(model, locks_begun(locks, 5))
+    last = model.text.transformer.encoder.layer[-1]
+    assert last.output.dense.weight.requires_grad
+    assert last.output.dropout.training is not keep
+    assert not any(layer.training for layer in model.text.transformer.encoder.layer[0].modules())
+    assert set(image_modes(model)) == {not keep}
+    norms = [layer for layer in model.visual.trunk.modules() if hasattr(layer, "running_mean")]
+    before = [layer.running_mean.clone() for layer in norms]
+    model.encode_image(3 + torch.randn(2, 3, 64, 64)).sum().backward()
+    moved = {not torch.equal(layer.running_mean, mean) for layer, mean in zip(norms, before, strict=True)}
+    assert moved == {not keep}
+    assert all(layer.weight.grad is not None for layer in norms)  # the gains train all the same
+    model.zero_grad(set_to_none=True)
+    apply_lock(model, Lock())
+
+
+def test_a_tower_that_was_never_locked_has_its_dropout(models):
+    """LiT: the image tower is locked for good, the text tower learns from scratch."""
+    model = models["timm"]
+    for lock in (Lock(image_groups=0), Lock(step=3, image_groups=1)):
+        apply_lock(model, lock)
+        set_training_mode(model, [Lock(image_groups=0), lock])
+        assert not any(image_modes(model))
+        assert all(text_modes(model))
+    apply_lock(model, Lock())
 
 
 def test_batch_norms_of_locked_parts_keep_their_statistics():

@@ -264,7 +264,7 @@ def test_a_step_unlocks_the_last_groups(tiny_recipe, fresh_accelerate, tiny_mode
         schedule={"warmup": 0},
         locks=[
             {"image_groups": 0, "text_groups": 0},
-            {"step": 3, "image_groups": 1, "text_groups": 1, "tower_lr": 0.5},
+            {"step": 3, "image_groups": 1, "text_groups": 1, "tower_lr": 0.5, "keep_statistics": False},
         ],
     )
     trainer = Trainer(PretrainRecipe.model_validate(content))
@@ -283,6 +283,18 @@ def test_a_step_unlocks_the_last_groups(tiny_recipe, fresh_accelerate, tiny_mode
     assert rates["model.visual.layer4.0.conv1.weight"] == rates["model.ln_final.weight"] == 0.5
     assert rates["model.visual.attnpool.c_proj.weight"] == rates["model.text_projection"] == 1.0
     assert rates["model.logit_scale"] == 1.0
+
+
+def test_an_unlocked_tower_trains_with_the_statistics_it_has(tiny_recipe, fresh_accelerate, tiny_models):
+    """By default its last groups' weights and gains move, the statistics they normalise with do not."""
+    locks = [{"image_groups": 0}, {"step": 1, "image_groups": 1}]
+    content = tiny_recipe(model=tiny_models["resnet"], schedule={"warmup": 0}, steps=3, locks=locks)
+    trainer = Trainer(PretrainRecipe.model_validate(content))
+    before = weights(trainer)
+    trainer.train()
+    frozen, moved = frozen_and_moved(trainer, before)
+    assert {"visual.layer4.0.conv1.weight", "visual.layer4.0.bn1.weight"} <= moved
+    assert {name for name in before if "running" in name or "num_batches" in name} <= frozen
 
 
 def test_tower_lr_is_for_all_of_both_towers(tiny_recipe, fresh_accelerate):
