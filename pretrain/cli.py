@@ -11,7 +11,7 @@ CHECK = "--check-gradients"
 def main(argv: list[str]) -> int:
     """Train the dual encoder of a recipe; see `pairstream pretrain --help`."""
     words = [word for word in argv if word != CHECK]
-    command = read_training_command("pretrain", PretrainRecipe, words)
+    command = read_training_command("pretrain", PretrainRecipe, words, resumes_others=True)
     if command is None:
         print(f"{CHECK} first compares the gradient of these processes with that of one; pretrain only")
         return 0

@@ -422,6 +422,9 @@ class PretrainRecipe(Config):
     log_every: int = Field(default=20, ge=1)
     """Optimiser steps between lines of log.jsonl."""
     checkpoint: Checkpoints = Checkpoints()
+    preempted_exit_code: int = Field(default=0, ge=0, le=255)
+    """Exit code of a run that SIGTERM or SIGUSR1 told to leave, after its save. 0 does not alarm a scheduler that
+    starts jobs again by itself (SLURM's --requeue); Kubernetes takes 0 for finished, and wants another, such as 75."""
     evaluate: tuple[Evaluation, ...] = ()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Accelerate's trackers that get the log as well."""

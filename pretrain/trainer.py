@@ -18,14 +18,12 @@ from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder
 from pretrain.checkpoint import (
     clear_leftovers,
-    complete_checkpoints,
     load_optimizer_state,
     optimizer_state,
-    read_training_state,
     save_checkpoint,
     step_folder,
 )
-from pretrain.collectives import gather_counts
+from pretrain.collectives import gather_counts, gather_numbers
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.gradcache import cached_backward, require_row_by_row
@@ -34,11 +32,12 @@ from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.norm import use_global_batch_norm
 from pretrain.objectives import Features, build_objective
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from pretrain.preemption import Preempted, StopRequest
 from pretrain.recipe import Lock, PretrainRecipe
 from pretrain.report import flatten, model_card, write_report
+from pretrain.resume import Restored, beginning, find_checkpoint
 from pretrain.selfcheck import check_gradients
 from pretrain.source_losses import source_losses
-from pretrain.towers import read_checkpoint
 
 # What `tower_lr` leaves alone, by the names open_clip's models give their parameters.
 NOT_TOWERS = (
@@ -52,6 +51,7 @@ FREE: Any = {
     **dict.fromkeys(
         ("run", "processes", "precision", "log_every", "checkpoint", "evaluate", "trackers"), True
     ),
+    "preempted_exit_code": True,
     "data": {"train", "workers", "max_faults", "cache_dir", "cache_gb"},
 }
 
@@ -89,7 +89,8 @@ class Trainer:
 
     Args:
         recipe: All of the run.
-        resume: Continue from the run folder's newest checkpoint, or start if it has none.
+        resume: Continue from the run folder's newest whole checkpoint, or start if it has none; a text names
+            another checkpoint or run folder, from which to go on when this one has none (see `pretrain.resume`).
         overwrite: Replace an earlier run of that folder.
 
     Raises:
@@ -97,7 +98,7 @@ class Trainer:
         FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was given.
     """
 
-    def __init__(self, recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = False):
+    def __init__(self, recipe: PretrainRecipe, *, resume: bool | str = False, overwrite: bool = False):
         self.recipe = recipe
         self.accelerator = make_accelerator(recipe)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -117,15 +118,16 @@ class Trainer:
         ]
         self.stream = self.open_stream()
         # Not before all else has been found good: `overwrite` deletes.
-        self.folder = RunFolder(recipe.run, resume=resume, overwrite=overwrite, writes=self.main)
+        self.folder = RunFolder(recipe.run, resume=bool(resume), overwrite=overwrite, writes=self.main)
         if self.main:
             clear_leftovers(self.folder.checkpoints)
         self.step, self.samples_seen, self.history = 0, 0, {}
         self.saved: dict[str, Tensor] = {}
         self.watched: Tensor | None = None  # sources of the rows of a step whose loss is told by source
         self.source_losses: Tensor | None = None
+        self.stop, self.stopping = StopRequest(), False
         if resume:
-            self.restore()
+            self.restore(resume if isinstance(resume, str) else None)
         if self.main and self.step == 0:
             self.folder.write_recipe(recipe)
 
@@ -173,31 +175,47 @@ class Trainer:
             )
         return stream
 
-    def restore(self) -> None:
-        """Continue from the newest whole checkpoint, if there is one."""
-        found = complete_checkpoints(self.folder.checkpoints)
-        if not found:
-            self.say(f"nothing to resume in {self.folder.path}: starting at step 0")
-            self.folder.rewind_log(-1)
+    def restore(self, given: str | None) -> None:
+        """Continue from a checkpoint, if there is one; see `find_checkpoint`."""
+        found = find_checkpoint(self.folder.checkpoints, given, self.say)
+        steps = gather_counts(found.step if found else 0, self.accelerator.device) if self.world > 1 else [0]
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the ranks found checkpoints of different steps, {steps}, in {self.folder.checkpoints}: the run "
+                "folder must lie where all of them see it"
+            )
+        if found is not None:
+            self.take(found)
             return
-        state, self.saved = read_training_state(found[0])
+        self.say(
+            f"nothing to resume in {self.folder.path}: starting at step 0 {beginning(self.recipe.model)}"
+        )
+        self.folder.rewind_log(-1)
+
+    def take(self, found: Restored) -> None:
+        """Bring weights, step and stream to where a checkpoint has them.
+
+        Raises:
+            ValueError: It is of another run.
+        """
+        state = found.state
         changed = [key for key, value in self.identity().items() if state["identity"].get(key) != value]
         if changed:
             raise ValueError(
-                f"{found[0]}: cannot resume with another {', '.join(changed)}: the run would not be the one that "
-                "was begun. Change it back, or start a new run with --run NAME."
+                f"{found.folder}: cannot resume with another {', '.join(changed)}: the run would not be the one "
+                "that was begun. Change it back, or start a new run with --run NAME."
             )
-        weights = read_checkpoint(found[0] / "model").model.state_dict()
-        self.model.load_state_dict(weights)
+        self.model.load_state_dict(found.weights)
+        self.saved = found.optimizer
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
         self.stream.load_state_dict(state["stream"])
         self.folder.rewind_log(self.step)
         if state["world_size"] != self.world:
             self.say(
-                f"resuming a run of {state['world_size']} processes on {self.world}: the global batches are the "
-                "same, sums over ranks differ by rounding"
+                f"the checkpoint is of {state['world_size']} processes, here are {self.world}. Exact: weights, "
+                "optimiser, the samples of each global batch, their order and augmentation. Not exact: sums over "
+                "ranks, which differ by rounding, and dropout, which each rank draws for itself"
             )
-        self.say(f"resuming at step {self.step} from {found[0]}")
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
@@ -224,6 +242,7 @@ class Trainer:
 
         Raises:
             ValueError: The loss is not finite, or too many samples are bad; checkpoint and log stay.
+            Preempted: A signal asked the run to leave; it has saved (see `pretrain.preemption`).
         """
         began, recipe = time.monotonic(), self.recipe
         if recipe.trackers:
@@ -237,7 +256,9 @@ class Trainer:
         )
         if self.step == 0:
             self.evaluate(every=False)
-        with ProgressBar("pretrain", recipe.steps, start=self.step, show=self.main) as bar:
+        elif str(self.step) not in self.history:
+            self.evaluate()  # what a run that was told to leave had left out
+        with self.stop, ProgressBar("pretrain", recipe.steps, start=self.step, show=self.main) as bar:
             bounds = sorted({lock.step for lock in recipe.locks if lock.step > self.step} | {recipe.steps})
             for bound in bounds:
                 if self.step < bound:
@@ -265,7 +286,8 @@ class Trainer:
             seen = self.train_step(batch, wrapped, optimizer, parameters, window)
             self.step += 1
             self.samples_seen += seen
-            saves = self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps
+            leaves = self.told_to_leave and self.step < recipe.steps
+            saves = leaves or self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps
             if saves:
                 self.mean_loss(window)  # before anything is kept of a run that has diverged
             if self.step % recipe.log_every == 0 or self.step == recipe.steps:
@@ -274,9 +296,12 @@ class Trainer:
                 loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
                 bar.advance(0, note=f"loss {loss}, {record['samples_per_s']:.0f} samples/s")
             bar.advance()
-            self.evaluate()
+            if not leaves:  # little time is left; a resumed run makes up for it
+                self.evaluate()
             if saves:
                 self.save()
+            if leaves:
+                self.leave()
             waited = time.monotonic()
         self.saved = optimizer_state(self.optimizer)
         self.accelerator.free_memory()
@@ -292,7 +317,7 @@ class Trainer:
         """One optimiser step; returns how many pairs all ranks saw."""
         device = self.accelerator.device
         images, tokens = batch["images"], batch["tokens"]
-        counts = [len(images)] if self.world == 1 else gather_counts(len(images), device)
+        counts = self.count_rows(len(images))
         # One pair has nothing to be contrasted with; a rank whose samples were all bad has nothing to forward.
         if sum(counts) < 2 or min(counts) == 0:
             return 0
@@ -308,6 +333,33 @@ class Trainer:
             self.model.logit_scale.clamp_(0, math.log(self.recipe.max_logit_scale))
         window.add(loss.detach(), torch.as_tensor(norm), sum(counts))
         return sum(counts)
+
+    def count_rows(self, rows: int) -> list[int]:
+        """How many rows each rank has; the ranks also agree here whether this step is the last before leaving."""
+        if self.world == 1:
+            return [rows]
+        found = gather_numbers([rows, int(self.stop.requested)], self.accelerator.device)
+        self.stopping = any(stop for _, stop in found)
+        return [count for count, _ in found]
+
+    @property
+    def told_to_leave(self) -> bool:
+        """Whether this step is to be the last; several ranks must have agreed on it."""
+        return self.stop.requested if self.world == 1 else self.stopping
+
+    def leave(self) -> None:
+        """End a run that was told to, after its save.
+
+        Raises:
+            Preempted: Always.
+        """
+        if self.accelerator.trackers:
+            self.accelerator.end_training()
+        self.say(
+            f"told to leave: saved step {self.step} of {self.recipe.steps} in {self.folder.checkpoints}; "
+            "the same command with --resume goes on"
+        )
+        raise Preempted(self.step, self.recipe.preempted_exit_code)
 
     def backward(self, wrapped: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
         """Leave the global batch's gradients in the parameters; returns the loss."""
