@@ -79,7 +79,9 @@ def newest_whole(checkpoints: Path, say: Say, *, until: int | None = None) -> Re
     return None
 
 
-def find_checkpoint(checkpoints: Path, given: str | None, say: Say) -> Restored | None:
+def find_checkpoint(
+    checkpoints: Path, given: str | None, say: Say, *, copies: str | None = None
+) -> Restored | None:
     """Where to go on, in this order, telling which it is.
 
     1. The newest whole checkpoint of the run's own folder.

@@ -18,12 +18,14 @@ from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder
 from pretrain.checkpoint import (
     clear_leftovers,
+    complete_checkpoints,
     load_optimizer_state,
     optimizer_state,
-    save_checkpoint,
     step_folder,
 )
 from pretrain.collectives import gather_counts, gather_numbers
+from pretrain.copies import fetch_newest
+from pretrain.divergence import RollBack, Watch, batch_statistics
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.gradcache import cached_backward, require_row_by_row
@@ -35,7 +37,8 @@ from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_r
 from pretrain.preemption import Preempted, StopRequest
 from pretrain.recipe import Lock, PretrainRecipe
 from pretrain.report import flatten, model_card, write_report
-from pretrain.resume import Restored, beginning, find_checkpoint
+from pretrain.resume import Restored, beginning, find_checkpoint, newest_whole
+from pretrain.saver import Saver
 from pretrain.selfcheck import check_gradients
 from pretrain.source_losses import source_losses
 
@@ -51,7 +54,7 @@ FREE: Any = {
     **dict.fromkeys(
         ("run", "processes", "precision", "log_every", "checkpoint", "evaluate", "trackers"), True
     ),
-    "preempted_exit_code": True,
+    **dict.fromkeys(("on_divergence", "preempted_exit_code"), True),
     "data": {"train", "workers", "max_faults", "cache_dir", "cache_gb"},
 }
 
@@ -126,6 +129,14 @@ class Trainer:
         self.watched: Tensor | None = None  # sources of the rows of a step whose loss is told by source
         self.source_losses: Tensor | None = None
         self.stop, self.stopping = StopRequest(), False
+        self.saver = Saver(self.folder.checkpoints, recipe.checkpoint)
+        self.watch = Watch(
+            recipe.on_divergence,
+            self.accelerator,
+            self.folder.path,
+            f"The last checkpoint in {self.folder.checkpoints} is from before; begin a new run from it "
+            "(--model.name) with a lower --optim.lr or a longer --schedule.warmup.",
+        )
         if resume:
             self.restore(resume if isinstance(resume, str) else None)
         if self.main and self.step == 0:
@@ -177,6 +188,13 @@ class Trainer:
 
     def restore(self, given: str | None) -> None:
         """Continue from a checkpoint, if there is one; see `find_checkpoint`."""
+        copies = self.recipe.checkpoint.copy_to
+        if copies and self.main and not complete_checkpoints(self.folder.checkpoints):
+            fetched = fetch_newest(copies, self.folder.checkpoints)
+            self.say(
+                f"brought {fetched.name} back from {copies}" if fetched else f"no checkpoint in {copies}"
+            )
+        self.accelerator.wait_for_everyone()
         found = find_checkpoint(self.folder.checkpoints, given, self.say)
         steps = gather_counts(found.step if found else 0, self.accelerator.device) if self.world > 1 else [0]
         if len(set(steps)) > 1:
@@ -191,6 +209,7 @@ class Trainer:
             f"nothing to resume in {self.folder.path}: starting at step 0 {beginning(self.recipe.model)}"
         )
         self.folder.rewind_log(-1)
+        self.watch.begin()
 
     def take(self, found: Restored) -> None:
         """Bring weights, step and stream to where a checkpoint has them.
@@ -209,6 +228,7 @@ class Trainer:
         self.saved = found.optimizer
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
         self.stream.load_state_dict(state["stream"])
+        self.watch.load(state.get("losses", []))
         self.folder.rewind_log(self.step)
         if state["world_size"] != self.world:
             self.say(
@@ -258,12 +278,30 @@ class Trainer:
             self.evaluate(every=False)
         elif str(self.step) not in self.history:
             self.evaluate()  # what a run that was told to leave had left out
-        with self.stop, ProgressBar("pretrain", recipe.steps, start=self.step, show=self.main) as bar:
-            bounds = sorted({lock.step for lock in recipe.locks if lock.step > self.step} | {recipe.steps})
-            for bound in bounds:
-                if self.step < bound:
-                    self.train_phase(min(bound, recipe.steps), bar)
+        bounds = [*(lock.step for lock in recipe.locks if lock.step < recipe.steps), recipe.steps]
+        with (
+            self.saver,
+            self.stop,
+            ProgressBar("pretrain", recipe.steps, start=self.step, show=self.main) as bar,
+        ):
+            while self.step < recipe.steps:
+                try:
+                    self.train_phase(next(bound for bound in bounds if bound > self.step), bar)
+                except RollBack as back:
+                    self.roll_back(back.step)
+                    bar.advance(self.step - bar.done)
+        self.accelerator.wait_for_everyone()  # the last checkpoint is there
         return self.finish(time.monotonic() - began)
+
+    def roll_back(self, step: int) -> None:
+        """Go back to the newest checkpoint from before a step, whose batch is left out from now on."""
+        self.saver.wait()
+        self.accelerator.wait_for_everyone()
+        found = newest_whole(self.folder.checkpoints, self.say, until=step - 1)
+        assert found is not None, "a run that may roll back begins with a checkpoint"
+        self.take(found)
+        self.accelerator.free_memory()
+        self.say(f"step {step} diverged: back to step {self.step}, leaving its batch out ({self.watch.path})")
 
     def train_phase(self, stop: int, bar: ProgressBar) -> None:
         """Train up to a step, during which the same parameters train."""
@@ -274,6 +312,9 @@ class Trainer:
         lr_scale = {"model.": lock.tower_lr, **dict.fromkeys(NOT_TOWERS, 1.0)}
         self.optimizer = build_optimizer(network.named_parameters(), recipe.optim, lr_scale=lr_scale)
         load_optimizer_state(self.optimizer, self.saved)
+        if recipe.on_divergence.action == "rollback" and not complete_checkpoints(self.folder.checkpoints):
+            self.save()
+        self.saver.wait()  # loader processes are not forked in the middle of a save
         wrapped, optimizer = self.accelerator.prepare(network, self.optimizer)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         window, self.logged = Window(self.accelerator.device), self.step
@@ -288,9 +329,11 @@ class Trainer:
             self.samples_seen += seen
             leaves = self.told_to_leave and self.step < recipe.steps
             saves = leaves or self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps
-            if saves:
-                self.mean_loss(window)  # before anything is kept of a run that has diverged
-            if self.step % recipe.log_every == 0 or self.step == recipe.steps:
+            logs = self.step % recipe.log_every == 0 or self.step == recipe.steps
+            if saves or logs or any(self.step % interval == 0 for interval, _ in self.evaluators):
+                self.watch.settle()  # before anything is told or kept of a run that has diverged
+            self.saver.poll()
+            if logs:
                 record = self.log_window(window, batch, lr)
                 window, self.logged = Window(self.accelerator.device), self.step
                 loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
@@ -319,19 +362,26 @@ class Trainer:
         images, tokens = batch["images"], batch["tokens"]
         counts = self.count_rows(len(images))
         # One pair has nothing to be contrasted with; a rank whose samples were all bad has nothing to forward.
-        if sum(counts) < 2 or min(counts) == 0:
+        if sum(counts) < 2 or min(counts) == 0 or self.step + 1 in self.watch.left_out:
             return 0
         set_training_mode(self.model)
+        statistics = batch_statistics(self.model) if self.recipe.on_divergence.action == "skip" else []
         inputs = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
         self.watched = batch.sources if told and len(self.stream.sources) > 1 else None
         loss = self.backward(wrapped, inputs)
         norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_norm or math.inf)
+        norm = torch.as_tensor(norm)
+        if not self.watch.accepts(self.step + 1, loss, norm, batch.keys):
+            optimizer.zero_grad(set_to_none=True)
+            for value, before in statistics:
+                value.copy_(before)
+            return 0
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(self.recipe.max_logit_scale))
-        window.add(loss.detach(), torch.as_tensor(norm), sum(counts))
+        window.add(loss.detach(), norm, sum(counts))
         return sum(counts)
 
     def count_rows(self, rows: int) -> list[int]:
@@ -353,6 +403,8 @@ class Trainer:
         Raises:
             Preempted: Always.
         """
+        self.saver.wait()
+        self.accelerator.wait_for_everyone()
         if self.accelerator.trackers:
             self.accelerator.end_training()
         self.say(
@@ -412,18 +464,9 @@ class Trainer:
             )
         }
 
-    def mean_loss(self, window: Window) -> float | None:
-        """`Window.mean_loss`, with what can be done about a run that has diverged."""
-        return window.mean_loss(
-            self.accelerator,
-            self.step,
-            f"The last checkpoint in {self.folder.checkpoints} is from before; begin a new run from it "
-            "(--model.name) with a lower --optim.lr or a longer --schedule.warmup.",
-        )
-
     def log_window(self, window: Window, batch: Batch, lr: float) -> dict[str, Any]:
         """Write one line of the log about the steps since the last one."""
-        loss = self.mean_loss(window)
+        loss = window.mean_loss(self.accelerator, self.step, self.watch.advice)
         elapsed = time.monotonic() - window.began
         record = {
             "step": self.step,
@@ -468,26 +511,22 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
-        """Write a checkpoint (rank 0)."""
+        """Begin to write a checkpoint (rank 0)."""
         if self.main:
-            card = model_card(self.recipe, self.step, self.samples_seen, self.history)
-            save_checkpoint(
-                self.folder.checkpoints,
+            self.saver.save(
                 self.step,
-                write_model=lambda folder: self.encoder.write_into(
-                    folder, final=self.model_folder, card=card
-                ),
-                optimizer=self.optimizer,
+                self.encoder,
+                self.optimizer,
+                card=model_card(self.recipe, self.step, self.samples_seen, self.history),
                 state={
                     "samples_seen": self.samples_seen,
                     "world_size": self.world,
                     "identity": self.identity(),
                     "history": self.history,
                     "stream": self.stream.state_dict(),
+                    "losses": self.watch.state(),
                 },
-                keep=self.recipe.checkpoint.keep,
             )
-        self.accelerator.wait_for_everyone()
 
     @property
     def model_folder(self) -> Path:
@@ -502,6 +541,7 @@ class Trainer:
             "seconds": seconds,
             "evaluation": self.history.get(str(self.step), {}),
             "faults": dict(self.stream.faults),
+            "batches_left_out": len(self.watch.left_out),
             "checkpoint": str(self.model_folder),
         }
         self.folder.write_metrics(metrics)
