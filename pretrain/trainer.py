@@ -31,6 +31,7 @@ from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.gradcache import cached_backward, require_row_by_row
 from pretrain.locks import apply_lock, set_training_mode
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
+from pretrain.meter import Meter
 from pretrain.norm import use_global_batch_norm
 from pretrain.objectives import Features, build_objective
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
@@ -128,6 +129,7 @@ class Trainer:
         self.saved: dict[str, Tensor] = {}
         self.watched: Tensor | None = None  # sources of the rows of a step whose loss is told by source
         self.source_losses: Tensor | None = None
+        self.meter = Meter(self.encoder, recipe, self.accelerator)
         self.stop, self.stopping = StopRequest(), False
         self.saver = Saver(self.folder.checkpoints, recipe.checkpoint)
         self.watch = Watch(
@@ -315,6 +317,7 @@ class Trainer:
         if recipe.on_divergence.action == "rollback" and not complete_checkpoints(self.folder.checkpoints):
             self.save()
         self.saver.wait()  # loader processes are not forked in the middle of a save
+        self.meter.begin(network)
         wrapped, optimizer = self.accelerator.prepare(network, self.optimizer)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         window, self.logged = Window(self.accelerator.device), self.step
@@ -370,10 +373,13 @@ class Trainer:
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
         self.watched = batch.sources if told and len(self.stream.sources) > 1 else None
         loss = self.backward(wrapped, inputs)
+        if told:
+            self.meter.take_norms()
         norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_norm or math.inf)
         norm = torch.as_tensor(norm)
         if not self.watch.accepts(self.step + 1, loss, norm, batch.keys):
             optimizer.zero_grad(set_to_none=True)
+            self.meter.norms = {}
             for value, before in statistics:
                 value.copy_(before)
             return 0
@@ -480,6 +486,7 @@ class Trainer:
             "logit_scale": float(self.model.logit_scale.detach().exp()),
             "memory_mb": peak_memory_mb(self.accelerator.device),
             "faults": dict(self.stream.faults),
+            **self.meter.record(window.samples / elapsed),
         }
         if len(self.stream.sources) > 1:
             record["sources"] = self.log_sources(elapsed)
@@ -538,6 +545,8 @@ class Trainer:
         metrics = {
             "steps": self.step,
             "samples_seen": self.samples_seen,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "pairs": self.stream.samples,
             "seconds": seconds,
             "evaluation": self.history.get(str(self.step), {}),
             "faults": dict(self.stream.faults),
