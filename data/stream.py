@@ -9,6 +9,7 @@ run to run.
 from __future__ import annotations
 
 import hashlib
+import signal
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -373,6 +374,10 @@ def as_it_is(made: Any) -> Any:
 
 def start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
+    # Schedulers send these to every process of a job, and they are the training process's to answer: a loader
+    # that dies of them fails the step that would have been the last before the save. It ends with its parent.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def pair_stream(

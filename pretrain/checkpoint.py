@@ -28,7 +28,7 @@ def save_checkpoint(
     step: int,
     *,
     write_model: Callable[[Path], None],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | dict[str, torch.Tensor],
     state: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -40,7 +40,7 @@ def save_checkpoint(
         checkpoints: The run's folder of checkpoints.
         step: Optimiser steps taken.
         write_model: Writes the model's files into the folder it is given.
-        optimizer: Its state is written by parameter name (groups carry `names`).
+        optimizer: Its state is written by parameter name (groups carry `names`); or that state, already taken.
         state: JSON that resuming needs.
         keep: Newest checkpoints that stay.
 
@@ -55,7 +55,8 @@ def save_checkpoint(
         (temporary / "model").mkdir()
         write_model(temporary / "model")
         (temporary / "training").mkdir()
-        save_tensors(optimizer_state(optimizer), temporary / "training" / OPTIMIZER)
+        moments = optimizer if isinstance(optimizer, dict) else optimizer_state(optimizer)
+        save_tensors(moments, temporary / "training" / OPTIMIZER)
         write_text(temporary / "training" / STATE, json.dumps({"step": step, **state}, indent=2) + "\n")
     for old in complete_checkpoints(checkpoints)[keep:]:
         gone = aside(old)

@@ -69,12 +69,17 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return SumOverRanks.apply(value)  # pyright: ignore[reportReturnType]
 
 
-def gather_counts(rows: int, device: torch.device) -> list[int]:
-    """How many rows each rank has, in rank order."""
-    mine = torch.tensor([rows], device=device)
+def gather_numbers(values: list[int], device: torch.device) -> list[list[int]]:
+    """A few whole numbers of each rank, in rank order; it waits for the device."""
+    mine = torch.tensor(values, device=device)
     found = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(found, mine)
-    return torch.cat(found).tolist()
+    return torch.stack(found).tolist()
+
+
+def gather_counts(rows: int, device: torch.device) -> list[int]:
+    """How many rows each rank has, in rank order."""
+    return [count for (count,) in gather_numbers([rows], device)]
 
 
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:

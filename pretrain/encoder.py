@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -198,8 +198,13 @@ class Encoder:
             self.write_into(temporary, final=folder, card=card)
         return folder
 
-    def write_into(self, folder: Path, *, final: Path, card: str = "") -> None:
-        """Write the checkpoint's files into an existing folder that will be known as `final`."""
+    def write_into(
+        self, folder: Path, *, final: Path, card: str = "", weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write the checkpoint's files into an existing folder that will be known as `final`.
+
+        `weights` are the model's own when None; a copy can be written while the model trains on.
+        """
         model_cfg = dict(self.model_cfg)
         if model_cfg["text_cfg"].get("hf_model_name"):
             # open_clip reads a transformers tower's configuration from the place that is named here.
@@ -209,7 +214,8 @@ class Encoder:
             self.tokenizer.save_pretrained(folder)  # pyright: ignore
         config = {"model_cfg": model_cfg, "preprocess_cfg": self.preprocess_cfg}
         write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        state = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
+        weights = self.model.state_dict() if weights is None else weights
+        state = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         save_tensors(state, folder / WEIGHTS)
         write_text(folder / "README.md", card or f"# {final.name}\n\nA dual encoder saved by PairStream.\n")
 

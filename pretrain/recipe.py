@@ -380,6 +380,44 @@ class Checkpoints(Config):
     """How many of the newest stay."""
 
 
+class PretrainCheckpoints(Checkpoints):
+    """Checkpoints of weeks of training: written beside it, and copied to where they outlive the machine."""
+
+    background: bool = True
+    """Write files in a thread while training goes on, from a copy in main memory; False waits instead."""
+    copy_to: str | None = None
+    """Copy each checkpoint to this folder or fsspec URL (s3://BUCKET/RUN, gs://..., hf://...); `--resume` looks there
+    when the run folder has none."""
+    copy_keep: int | None = Field(default=None, ge=1)
+    """How many of the newest copies stay; None leaves all."""
+
+    @model_validator(mode="after")
+    def complete(self) -> PretrainCheckpoints:
+        if self.copy_keep and not self.copy_to:
+            raise ValueError(
+                f"copy_keep {self.copy_keep} without copy_to: there is no place to keep copies in"
+            )
+        return self
+
+
+class OnDivergence(Config):
+    """What becomes of a step whose loss or gradient is not finite, or whose loss spikes.
+
+    Its samples are written to `divergence.jsonl` in any case.
+    """
+
+    action: Literal["stop", "skip", "rollback"] = "stop"
+    """`stop` ends the run with an error and keeps the last good checkpoint; `skip` leaves the step out (it waits for
+    the device once a step); `rollback` goes back to the last checkpoint and leaves that batch out."""
+    spike: float | None = Field(default=None, gt=1)
+    """A loss above this multiple of the median of the last `window` steps counts as well; None: only what is not
+    finite does."""
+    window: int = Field(default=100, ge=1)
+    """Steps of the median; before so many there are no spikes."""
+    limit: int = Field(default=10, ge=1)
+    """Batches that may be left out; the run stops at the next."""
+
+
 class Evaluation(Config):
     """An evaluator that runs every so many steps, named by its import string."""
 
@@ -425,7 +463,11 @@ class PretrainRecipe(Config):
     seed: int = 0
     log_every: int = Field(default=20, ge=1)
     """Optimiser steps between lines of log.jsonl."""
-    checkpoint: Checkpoints = Checkpoints()
+    checkpoint: PretrainCheckpoints = PretrainCheckpoints()
+    on_divergence: OnDivergence = OnDivergence()
+    preempted_exit_code: int = Field(default=0, ge=0, le=255)
+    """Exit code of a run that SIGTERM or SIGUSR1 told to leave, after its save. 0 does not alarm a scheduler that
+    starts jobs again by itself (SLURM's --requeue); Kubernetes takes 0 for finished, and wants another, such as 75."""
     evaluate: tuple[Evaluation, ...] = ()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Accelerate's trackers that get the log as well."""

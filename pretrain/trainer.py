@@ -21,24 +21,27 @@ from pretrain.checkpoint import (
     complete_checkpoints,
     load_optimizer_state,
     optimizer_state,
-    read_training_state,
-    save_checkpoint,
     step_folder,
 )
-from pretrain.collectives import gather_counts
+from pretrain.collectives import gather_counts, gather_numbers
+from pretrain.copies import fetch_newest
+from pretrain.divergence import RollBack, Watch, batch_statistics
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.gradcache import cached_backward, require_row_by_row
 from pretrain.locks import apply_lock, locks_begun, set_training_mode
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
+from pretrain.meter import Meter
 from pretrain.norm import use_global_batch_norm
 from pretrain.objectives import Features, build_objective
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from pretrain.recipe import PretrainRecipe
+from pretrain.preemption import Preempted, StopRequest
+from pretrain.recipe import Lock, PretrainRecipe
 from pretrain.report import flatten, model_card, write_report
+from pretrain.resume import Restored, beginning, find_checkpoint, newest_whole
+from pretrain.saver import Saver
 from pretrain.selfcheck import check_gradients
 from pretrain.source_losses import source_losses
-from pretrain.towers import read_checkpoint
 
 # What `tower_lr` leaves alone, by the names open_clip's models give their parameters.
 NOT_TOWERS = (
@@ -52,6 +55,7 @@ FREE: Any = {
     **dict.fromkeys(
         ("run", "processes", "precision", "log_every", "checkpoint", "evaluate", "trackers"), True
     ),
+    **dict.fromkeys(("on_divergence", "preempted_exit_code"), True),
     "data": {"train", "workers", "max_faults", "cache_dir", "cache_gb"},
 }
 
@@ -89,7 +93,8 @@ class Trainer:
 
     Args:
         recipe: All of the run.
-        resume: Continue from the run folder's newest checkpoint, or start if it has none.
+        resume: Continue from the run folder's newest whole checkpoint, or start if it has none; a text names
+            another checkpoint or run folder, from which to go on when this one has none (see `pretrain.resume`).
         overwrite: Replace an earlier run of that folder.
 
     Raises:
@@ -97,7 +102,7 @@ class Trainer:
         FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` was given.
     """
 
-    def __init__(self, recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = False):
+    def __init__(self, recipe: PretrainRecipe, *, resume: bool | str = False, overwrite: bool = False):
         self.recipe = recipe
         self.accelerator = make_accelerator(recipe)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -118,15 +123,25 @@ class Trainer:
         ]
         self.stream = self.open_stream()
         # Not before all else has been found good: `overwrite` deletes.
-        self.folder = RunFolder(recipe.run, resume=resume, overwrite=overwrite, writes=self.main)
+        self.folder = RunFolder(recipe.run, resume=bool(resume), overwrite=overwrite, writes=self.main)
         if self.main:
             clear_leftovers(self.folder.checkpoints)
         self.step, self.samples_seen, self.history = 0, 0, {}
         self.saved: dict[str, Tensor] = {}
         self.watched: Tensor | None = None  # sources of the rows of a step whose loss is told by source
         self.source_losses: Tensor | None = None
+        self.meter = Meter(self.encoder, recipe, self.accelerator)
+        self.stop, self.stopping = StopRequest(), False
+        self.saver = Saver(self.folder.checkpoints, recipe.checkpoint)
+        self.watch = Watch(
+            recipe.on_divergence,
+            self.accelerator,
+            self.folder.path,
+            f"The last checkpoint in {self.folder.checkpoints} is from before; begin a new run from it "
+            "(--model.name) with a lower --optim.lr or a longer --schedule.warmup.",
+        )
         if resume:
-            self.restore()
+            self.restore(resume if isinstance(resume, str) else None)
         if self.main and self.step == 0:
             self.folder.write_recipe(recipe)
 
@@ -174,31 +189,56 @@ class Trainer:
             )
         return stream
 
-    def restore(self) -> None:
-        """Continue from the newest whole checkpoint, if there is one."""
-        found = complete_checkpoints(self.folder.checkpoints)
-        if not found:
-            self.say(f"nothing to resume in {self.folder.path}: starting at step 0")
-            self.folder.rewind_log(-1)
+    def restore(self, given: str | None) -> None:
+        """Continue from a checkpoint, if there is one; see `find_checkpoint`."""
+        copies = self.recipe.checkpoint.copy_to
+        if copies and self.main and not complete_checkpoints(self.folder.checkpoints):
+            fetched = fetch_newest(copies, self.folder.checkpoints)
+            self.say(
+                f"brought {fetched.name} back from {copies}" if fetched else f"no checkpoint in {copies}"
+            )
+        self.accelerator.wait_for_everyone()
+        found = find_checkpoint(self.folder.checkpoints, given, self.say)
+        steps = gather_counts(found.step if found else 0, self.accelerator.device) if self.world > 1 else [0]
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the ranks found checkpoints of different steps, {steps}, in {self.folder.checkpoints}: the run "
+                "folder must lie where all of them see it"
+            )
+        if found is not None:
+            self.take(found)
             return
-        state, self.saved = read_training_state(found[0])
+        self.say(
+            f"nothing to resume in {self.folder.path}: starting at step 0 {beginning(self.recipe.model)}"
+        )
+        self.folder.rewind_log(-1)
+        self.watch.begin()
+
+    def take(self, found: Restored) -> None:
+        """Bring weights, step and stream to where a checkpoint has them.
+
+        Raises:
+            ValueError: It is of another run.
+        """
+        state = found.state
         changed = [key for key, value in self.identity().items() if state["identity"].get(key) != value]
         if changed:
             raise ValueError(
-                f"{found[0]}: cannot resume with another {', '.join(changed)}: the run would not be the one that "
-                "was begun. Change it back, or start a new run with --run NAME."
+                f"{found.folder}: cannot resume with another {', '.join(changed)}: the run would not be the one "
+                "that was begun. Change it back, or start a new run with --run NAME."
             )
-        weights = read_checkpoint(found[0] / "model").model.state_dict()
-        self.model.load_state_dict(weights)
+        self.model.load_state_dict(found.weights)
+        self.saved = found.optimizer
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
         self.stream.load_state_dict(state["stream"])
+        self.watch.load(state.get("losses", []))
         self.folder.rewind_log(self.step)
         if state["world_size"] != self.world:
             self.say(
-                f"resuming a run of {state['world_size']} processes on {self.world}: the global batches are the "
-                "same, sums over ranks differ by rounding"
+                f"the checkpoint is of {state['world_size']} processes, here are {self.world}. Exact: weights, "
+                "optimiser, the samples of each global batch, their order and augmentation. Not exact: sums over "
+                "ranks, which differ by rounding, and dropout, which each rank draws for itself"
             )
-        self.say(f"resuming at step {self.step} from {found[0]}")
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
@@ -224,6 +264,7 @@ class Trainer:
 
         Raises:
             ValueError: The loss is not finite, or too many samples are bad; checkpoint and log stay.
+            Preempted: A signal asked the run to leave; it has saved (see `pretrain.preemption`).
         """
         began, recipe = time.monotonic(), self.recipe
         if recipe.trackers:
@@ -237,12 +278,32 @@ class Trainer:
         )
         if self.step == 0:
             self.evaluate(every=False)
-        with ProgressBar("pretrain", recipe.steps, start=self.step, show=self.main) as bar:
-            bounds = sorted({lock.step for lock in recipe.locks if lock.step > self.step} | {recipe.steps})
-            for bound in bounds:
-                if self.step < bound:
-                    self.train_phase(min(bound, recipe.steps), bar)
+        elif str(self.step) not in self.history:
+            self.evaluate()  # what a run that was told to leave had left out
+        bounds = [*(lock.step for lock in recipe.locks if lock.step < recipe.steps), recipe.steps]
+        with (
+            self.saver,
+            self.stop,
+            ProgressBar("pretrain", recipe.steps, start=self.step, show=self.main) as bar,
+        ):
+            while self.step < recipe.steps:
+                try:
+                    self.train_phase(next(bound for bound in bounds if bound > self.step), bar)
+                except RollBack as back:
+                    self.roll_back(back.step)
+                    bar.advance(self.step - bar.done)
+        self.accelerator.wait_for_everyone()  # the last checkpoint is there
         return self.finish(time.monotonic() - began)
+
+    def roll_back(self, step: int) -> None:
+        """Go back to the newest checkpoint from before a step, whose batch is left out from now on."""
+        self.saver.wait()
+        self.accelerator.wait_for_everyone()
+        found = newest_whole(self.folder.checkpoints, self.say, until=step - 1)
+        assert found is not None, "a run that may roll back begins with a checkpoint"
+        self.take(found)
+        self.accelerator.free_memory()
+        self.say(f"step {step} diverged: back to step {self.step}, leaving its batch out ({self.watch.path})")
 
     def train_phase(self, stop: int, bar: ProgressBar) -> None:
         """Train up to a step, during which the same parameters train."""
@@ -253,6 +314,10 @@ class Trainer:
         lr_scale = {"model.": lock.tower_lr, **dict.fromkeys(NOT_TOWERS, 1.0)}
         self.optimizer = build_optimizer(network.named_parameters(), recipe.optim, lr_scale=lr_scale)
         load_optimizer_state(self.optimizer, self.saved)
+        if recipe.on_divergence.action == "rollback" and not complete_checkpoints(self.folder.checkpoints):
+            self.save()
+        self.saver.wait()  # loader processes are not forked in the middle of a save
+        self.meter.begin(network)
         wrapped, optimizer = self.accelerator.prepare(network, self.optimizer)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         window, self.logged = Window(self.accelerator.device), self.step
@@ -265,18 +330,24 @@ class Trainer:
             seen = self.train_step(batch, wrapped, optimizer, parameters, window)
             self.step += 1
             self.samples_seen += seen
-            saves = self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps
-            if saves:
-                self.mean_loss(window)  # before anything is kept of a run that has diverged
-            if self.step % recipe.log_every == 0 or self.step == recipe.steps:
+            leaves = self.told_to_leave and self.step < recipe.steps
+            saves = leaves or self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps
+            logs = self.step % recipe.log_every == 0 or self.step == recipe.steps
+            if saves or logs or any(self.step % interval == 0 for interval, _ in self.evaluators):
+                self.watch.settle()  # before anything is told or kept of a run that has diverged
+            self.saver.poll()
+            if logs:
                 record = self.log_window(window, batch, lr)
                 window, self.logged = Window(self.accelerator.device), self.step
                 loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
                 bar.advance(0, note=f"loss {loss}, {record['samples_per_s']:.0f} samples/s")
             bar.advance()
-            self.evaluate()
+            if not leaves:  # little time is left; a resumed run makes up for it
+                self.evaluate()
             if saves:
                 self.save()
+            if leaves:
+                self.leave()
             waited = time.monotonic()
         self.saved = optimizer_state(self.optimizer)
         self.accelerator.free_memory()
@@ -292,22 +363,61 @@ class Trainer:
         """One optimiser step; returns how many pairs all ranks saw."""
         device = self.accelerator.device
         images, tokens = batch["images"], batch["tokens"]
-        counts = [len(images)] if self.world == 1 else gather_counts(len(images), device)
+        counts = self.count_rows(len(images))
         # One pair has nothing to be contrasted with; a rank whose samples were all bad has nothing to forward.
-        if sum(counts) < 2 or min(counts) == 0:
+        if sum(counts) < 2 or min(counts) == 0 or self.step + 1 in self.watch.left_out:
             return 0
         set_training_mode(self.model, locks_begun(self.recipe.locks, self.step))
+        statistics = batch_statistics(self.model) if self.recipe.on_divergence.action == "skip" else []
         inputs = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
         self.watched = batch.sources if told and len(self.stream.sources) > 1 else None
         loss = self.backward(wrapped, inputs)
+        if told:
+            self.meter.take_norms()
         norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_norm or math.inf)
+        norm = torch.as_tensor(norm)
+        if not self.watch.accepts(self.step + 1, loss, norm, batch.keys):
+            optimizer.zero_grad(set_to_none=True)
+            self.meter.norms = {}
+            for value, before in statistics:
+                value.copy_(before)
+            return 0
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(self.recipe.max_logit_scale))
-        window.add(loss.detach(), torch.as_tensor(norm), sum(counts))
+        window.add(loss.detach(), norm, sum(counts))
         return sum(counts)
+
+    def count_rows(self, rows: int) -> list[int]:
+        """How many rows each rank has; the ranks also agree here whether this step is the last before leaving."""
+        if self.world == 1:
+            return [rows]
+        found = gather_numbers([rows, int(self.stop.requested)], self.accelerator.device)
+        self.stopping = any(stop for _, stop in found)
+        return [count for count, _ in found]
+
+    @property
+    def told_to_leave(self) -> bool:
+        """Whether this step is to be the last; several ranks must have agreed on it."""
+        return self.stop.requested if self.world == 1 else self.stopping
+
+    def leave(self) -> None:
+        """End a run that was told to, after its save.
+
+        Raises:
+            Preempted: Always.
+        """
+        self.saver.wait()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.trackers:
+            self.accelerator.end_training()
+        self.say(
+            f"told to leave: saved step {self.step} of {self.recipe.steps} in {self.folder.checkpoints}; "
+            "the same command with --resume goes on"
+        )
+        raise Preempted(self.step, self.recipe.preempted_exit_code)
 
     def backward(self, wrapped: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
         """Leave the global batch's gradients in the parameters; returns the loss."""
@@ -360,18 +470,9 @@ class Trainer:
             )
         }
 
-    def mean_loss(self, window: Window) -> float | None:
-        """`Window.mean_loss`, with what can be done about a run that has diverged."""
-        return window.mean_loss(
-            self.accelerator,
-            self.step,
-            f"The last checkpoint in {self.folder.checkpoints} is from before; begin a new run from it "
-            "(--model.name) with a lower --optim.lr or a longer --schedule.warmup.",
-        )
-
     def log_window(self, window: Window, batch: Batch, lr: float) -> dict[str, Any]:
         """Write one line of the log about the steps since the last one."""
-        loss = self.mean_loss(window)
+        loss = window.mean_loss(self.accelerator, self.step, self.watch.advice)
         elapsed = time.monotonic() - window.began
         record = {
             "step": self.step,
@@ -385,6 +486,7 @@ class Trainer:
             "logit_scale": float(self.model.logit_scale.detach().exp()),
             "memory_mb": peak_memory_mb(self.accelerator.device),
             "faults": dict(self.stream.faults),
+            **self.meter.record(window.samples / elapsed),
         }
         if len(self.stream.sources) > 1:
             record["sources"] = self.log_sources(elapsed)
@@ -417,26 +519,22 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
-        """Write a checkpoint (rank 0)."""
+        """Begin to write a checkpoint (rank 0)."""
         if self.main:
-            card = model_card(self.recipe, self.step, self.samples_seen, self.history)
-            save_checkpoint(
-                self.folder.checkpoints,
+            self.saver.save(
                 self.step,
-                write_model=lambda folder: self.encoder.write_into(
-                    folder, final=self.model_folder, card=card
-                ),
-                optimizer=self.optimizer,
+                self.encoder,
+                self.optimizer,
+                card=model_card(self.recipe, self.step, self.samples_seen, self.history),
                 state={
                     "samples_seen": self.samples_seen,
                     "world_size": self.world,
                     "identity": self.identity(),
                     "history": self.history,
                     "stream": self.stream.state_dict(),
+                    "losses": self.watch.state(),
                 },
-                keep=self.recipe.checkpoint.keep,
             )
-        self.accelerator.wait_for_everyone()
 
     @property
     def model_folder(self) -> Path:
@@ -448,9 +546,12 @@ class Trainer:
         metrics = {
             "steps": self.step,
             "samples_seen": self.samples_seen,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "pairs": self.stream.samples,
             "seconds": seconds,
             "evaluation": self.history.get(str(self.step), {}),
             "faults": dict(self.stream.faults),
+            "batches_left_out": len(self.watch.left_out),
             "checkpoint": str(self.model_folder),
         }
         self.folder.write_metrics(metrics)

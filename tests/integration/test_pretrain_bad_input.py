@@ -100,15 +100,26 @@ def cut(path: Path) -> None:
     ],
 )
 def test_a_checkpoint_cut_in_half(command, tmp_path, file, said):
+    """The one before is taken, with a word about it; when that is damaged too, the run refuses to begin anew."""
     command(steps=3)
-    newest = complete_checkpoints(tmp_path / "run/checkpoints")[0]
+    newest, before = complete_checkpoints(tmp_path / "run/checkpoints")
     cut(newest / file)
-    message = refused(command("--resume", steps=3))
-    assert said in message
-    assert newest.name in message
     if file.startswith("model"):
         with pytest.raises(ValueError, match=said):
             load_encoder(newest / "model")
+    whole = {path: path.read_bytes() for path in before.rglob("*") if path.is_file()}
+    code, message = command("--resume", steps=3)
+    assert code == 0
+    assert f"damaged, so the one before is taken: {newest}" in message
+    assert said in message
+    assert "resuming at step 2 from" in message
+    assert_untouched(tmp_path / "run", 3)  # step 3 was trained and written again
+    assert {path: path.read_bytes() for path in before.rglob("*") if path.is_file()} == whole
+    for checkpoint in (newest, before):
+        cut(checkpoint / file)
+    message = refused(command("--resume", steps=3))
+    assert "none of its 2 checkpoints can be read; the newest: " in message
+    assert said in message
 
 
 def test_weights_of_another_architecture(tmp_path, tiny_models):
@@ -184,10 +195,12 @@ def test_a_file_system_without_space(tmp_path, tiny_models):
 
 def test_a_run_that_fails_keeps_its_log(tiny_recipe, tmp_path, monkeypatch):
     """An evaluator that breaks at step 4 leaves checkpoint and log of the steps before."""
+    calls = []
 
     class Breaks:
         def run(self, encoder):
-            if (tmp_path / "run/checkpoints/step-00000002").exists():
+            calls.append(None)
+            if len(calls) == 3:  # after steps 0 and 2
                 raise ValueError("the evaluation set is gone")
             return {"x": 1.0}
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 WORKER = Path(__file__).with_name("training_worker.py")
 KILLED = -9
+LEFT = 75
 
 # The place of the kill and at which of its calls; saves are at steps 2, 4 and 6.
 KILLS = [
@@ -42,6 +43,7 @@ def runs(tmp_path_factory, tiny_shards, tiny_models, tiny_bert) -> dict[str, Pat
         "schedule": {"warmup": 2},
         "log_every": 1,
         "checkpoint": {"every": 2, "keep": 1},
+        "preempted_exit_code": LEFT,
     }
     unlocking = {
         "model": tiny_models["resnet"],
@@ -57,18 +59,21 @@ def runs(tmp_path_factory, tiny_shards, tiny_models, tiny_bert) -> dict[str, Pat
         recipe = {**base, **keys, "run": str(folder / name)}
         resumed = {"recipe": recipe, "resume": bool(kill), "world": world}
         killed = {"recipe": recipe, "kill": kill, "world": world}
-        chains[name], expected[name] = ([killed, resumed], [KILLED, 0]) if kill else ([resumed], [0])
+        ended = LEFT if kill and kill[0] == "told to leave" else KILLED
+        chains[name], expected[name] = ([killed, resumed], [ended, 0]) if kill else ([resumed], [0])
 
     workers = {"data": {**augmented, "workers": 1}}
     add("whole", {})
     for number, kill in enumerate(KILLS):
         add(f"killed-{number}", workers if number in (0, 3) else {}, kill)
+    add("left", {**workers, "checkpoint": {"every": 4, "keep": 1}}, ("told to leave", 3))
     add("phases", unlocking)
     for step in (3, 4, 5):  # in the last step before the phase, in its first, and in its second
         add(f"phases-{step}", unlocking, ("backward", step))
     two = {"model": tiny_models["resnet"]}
     add("two", two, world=2)
     add("two-killed", two, ("backward", 4), world=2)
+    add("two-left", two, ("told to leave", 3), world=2)
 
     (folder / "chains.json").write_text(json.dumps(chains))
     said = folder / "said.txt"
@@ -89,7 +94,7 @@ def runs(tmp_path_factory, tiny_shards, tiny_models, tiny_bert) -> dict[str, Pat
 def content(run: Path) -> tuple[dict, dict, list[dict]]:
     """Weights, optimiser state and log of a run, without what a clock or the memory says."""
     last = run / "checkpoints" / "step-00000006"
-    varying = ("samples_per_s", "data_wait_s", "memory_mb")
+    varying = ("samples_per_s", "tflops_per_s", "data_wait_s", "memory_mb")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     log = [{key: value for key, value in record.items() if key not in varying} for record in log]
     return (
@@ -122,6 +127,16 @@ def test_around_the_step_that_unlocks_a_tower(runs, step):
 @pytest.mark.dist
 def test_with_two_ranks(runs):
     assert_same_run(runs["two"], runs["two-killed"])
+
+
+def test_told_to_leave_with_loader_processes(runs):
+    """SIGTERM in step 3, long before the checkpoint at step 4, to the loader processes as well."""
+    assert_same_run(runs["whole"], runs["left"])
+
+
+@pytest.mark.dist
+def test_two_ranks_of_which_one_is_told_to_leave(runs):
+    assert_same_run(runs["two"], runs["two-left"])
 
 
 def test_the_comparison_can_fail(runs):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pretrain.checkpoint
 import pretrain.encoder
 import pretrain.objectives
+import pretrain.preemption
 import pretrain.trainer
 from pairstream.run import RunFolder
 from pretrain.recipe import PretrainRecipe
@@ -24,6 +25,12 @@ from pretrain.recipe import PretrainRecipe
 
 def die(*_, **__) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tell_to_leave(original, *args, **keys):
+    """SIGTERM to all processes of the training, loaders too, as a scheduler sends it; then go on."""
+    os.killpg(os.getpgrp(), signal.SIGTERM)
+    return original(*args, **keys)
 
 
 def strike(owner, name: str, number: int, *, instead=die, when=lambda *_: True) -> None:
@@ -67,6 +74,7 @@ def goes(path: Path, target: Path) -> bool:
 
 PLACES = {
     "backward": lambda n: strike(pretrain.objectives, "distributed_info_nce", n),
+    "told to leave": lambda n: strike(pretrain.objectives, "distributed_info_nce", n, instead=tell_to_leave),
     "half of the optimizer's step": lambda n: strike(
         pretrain.trainer.torch.optim.AdamW, "step", n, instead=after
     ),
@@ -86,6 +94,8 @@ def fork_training(job: dict, rank: int, port: int) -> int:
         return child
     code = 1
     try:
+        if job.get("kill"):
+            os.setpgid(0, 0)
         if job.get("world", 1) > 1:
             os.environ |= {
                 "RANK": str(rank),
@@ -101,6 +111,8 @@ def fork_training(job: dict, rank: int, port: int) -> int:
         recipe = PretrainRecipe.model_validate(job["recipe"])
         pretrain.trainer.Trainer(recipe, resume=job.get("resume", False)).train()
         code = 0
+    except pretrain.preemption.Preempted as left:
+        code = left.code
     except BaseException as error:
         import traceback
 

@@ -47,3 +47,22 @@ def test_no_recipe_and_both_flags_are_refused(recipe):
         read(recipe, "--resume", "--overwrite")
     with pytest.raises(FileNotFoundError, match="no recipe 'absent'"):
         read("absent")
+
+
+def test_resume_may_name_another_checkpoint_where_the_stage_takes_one(recipe):
+    def resumes(*words: str):
+        command = read_training_command("pretrain", PretrainRecipe, words, resumes_others=True)
+        assert command is not None
+        assert command.recipe.steps == 6
+        return command.resume
+
+    assert resumes(recipe) is False
+    assert resumes(recipe, "--resume") is True
+    assert resumes(recipe, "--resume", "--seed", "1") is True
+    assert resumes("--resume", recipe) is True  # the word after it is the recipe
+    assert resumes("--resume", "auto", recipe) is True
+    assert resumes(recipe, "--resume", "auto", "--seed", "1") is True
+    assert resumes(recipe, "--resume", "runs/old", "--seed", "1") == "runs/old"
+    assert resumes("--resume=runs/old", recipe) == "runs/old"
+    with pytest.raises(ValueError, match="--resume runs/old: `pairstream pretrain` continues only"):
+        read(recipe, "--resume", "runs/old")

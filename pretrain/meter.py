@@ -1,0 +1,73 @@
+"""What the log says of a step's work: FLOPs and their share of the peak, and each tower's gradient norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from pretrain.encoder import Encoder
+from pretrain.flops import count_flops, loss_flops, peak_flops
+from pretrain.recipe import PretrainRecipe
+from pretrain.selfcheck import part_of
+
+
+class Meter:
+    """Counts the FLOPs of a phase's steps, once, and takes gradient norms by part where a line is to be logged.
+
+    MFU is as PaLM has it: FLOPs of the model and the loss, forward and backward, over the dense bf16 peak of all
+    devices. Work that is done twice to save memory (GradCache's second forward pass) and distillation's teachers are
+    left out.
+
+    Args:
+        encoder: The model.
+        recipe: The run.
+        accelerator: Of the run.
+    """
+
+    def __init__(self, encoder: Encoder, recipe: PretrainRecipe, accelerator: Accelerator):
+        self.encoder, self.recipe, self.accelerator = encoder, recipe, accelerator
+        self.peak = peak_flops(accelerator.device)
+        self.context: int = encoder.tokenize(["a"]).shape[1]
+
+    def begin(self, network: nn.Module) -> None:
+        """Take up a phase, in which the same parameters train."""
+        self.network = network
+        self.parts: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad and "logit" not in name:
+                self.parts.setdefault(part_of(name).replace(" ", "_"), []).append(parameter)
+        self.norms: dict[str, Tensor] = {}
+        self.per_pair: float | None = None
+
+    def take_norms(self) -> None:
+        """Take the gradient norm of each tower, before clipping; tensors, so that nothing waits for the device."""
+        grads = {
+            part: [parameter.grad for parameter in parameters if parameter.grad is not None]
+            for part, parameters in self.parts.items()
+        }
+        self.norms = {part: get_total_norm(found) for part, found in grads.items() if found}
+
+    def flops_per_pair(self) -> float:
+        """FLOPs of a step for each pair."""
+        if self.per_pair is None:
+            captions = self.recipe.data.captions_per_image
+            count = count_flops(self.network, self.encoder.image_size, self.context, captions)
+            self.per_pair = count.step + loss_flops(self.recipe.batch_size, self.encoder.embed_dim)
+        return self.per_pair
+
+    def record(self, samples_per_s: float) -> dict[str, Any]:
+        """The log line's part: `grad_norm_image_tower` and so on, `flops_per_pair`, `tflops_per_s`, and `mfu`.
+
+        The last only on a GPU whose peak is known.
+        """
+        norms, self.norms = self.norms, {}  # a step that is left out has none
+        found: dict[str, Any] = {f"grad_norm_{part}": float(norm) for part, norm in norms.items()}
+        if self.accelerator.is_main_process:
+            rate = samples_per_s * self.flops_per_pair()
+            found |= {"flops_per_pair": self.flops_per_pair(), "tflops_per_s": rate / 1e12}
+            if self.peak is not None:
+                found["mfu"] = rate / (self.peak * self.accelerator.num_processes)
+        return found
