@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from data.stream import Batch, PairStream, pair_stream
 from data.transforms import TrainTransform
 from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder
+from pretrain.average import WeightAverage
 from pretrain.checkpoint import (
     clear_leftovers,
     complete_checkpoints,
     load_optimizer_state,
     optimizer_state,
+    read_trained_weights,
     read_training_state,
     save_checkpoint,
     step_folder,
@@ -113,6 +116,7 @@ class Trainer:
                 set_training_mode(self.model, locks)
                 require_row_by_row(self.model)
         use_global_batch_norm(self.model)
+        self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
         self.evaluators: list[tuple[int, Evaluator]] = [
             (config.every, load_evaluator(config)) for config in recipe.evaluate
         ]
@@ -190,6 +194,9 @@ class Trainer:
             )
         weights = read_checkpoint(found[0] / "model").model.state_dict()
         self.model.load_state_dict(weights)
+        if self.recipe.ema:
+            self.average = WeightAverage(self.model, self.recipe.ema)
+            self.model.load_state_dict(read_trained_weights(found[0]))
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
         self.stream.load_state_dict(state["stream"])
         self.folder.rewind_log(self.step)
@@ -254,6 +261,8 @@ class Trainer:
         self.optimizer = build_optimizer(network.named_parameters(), recipe.optim, lr_scale=lr_scale)
         load_optimizer_state(self.optimizer, self.saved)
         wrapped, optimizer = self.accelerator.prepare(network, self.optimizer)
+        if self.average:
+            self.average.follow(self.model)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         window, self.logged = Window(self.accelerator.device), self.step
         waited = time.monotonic()
@@ -263,6 +272,8 @@ class Trainer:
             lr = recipe.optim.lr * learning_rate_factor(self.step, recipe.steps, recipe.schedule)
             set_learning_rate(self.optimizer, lr)
             seen = self.train_step(batch, wrapped, optimizer, parameters, window)
+            if self.average:
+                self.average.update(self.step)
             self.step += 1
             self.samples_seen += seen
             saves = self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps
@@ -404,9 +415,10 @@ class Trainer:
         if not due:
             return
         if self.main:
-            numbers = {
-                name: value for evaluator in due for name, value in evaluator.run(self.encoder).items()
-            }
+            with self.averaged():
+                numbers = {
+                    name: value for evaluator in due for name, value in evaluator.run(self.encoder).items()
+                }
             self.history[str(self.step)] = numbers
             self.folder.log({"step": self.step, "samples_seen": self.samples_seen, "evaluation": numbers})
             if self.accelerator.trackers:
@@ -419,23 +431,29 @@ class Trainer:
         """Write a checkpoint (rank 0)."""
         if self.main:
             card = model_card(self.recipe, self.step, self.samples_seen, self.history)
-            save_checkpoint(
-                self.folder.checkpoints,
-                self.step,
-                write_model=lambda folder: self.encoder.write_into(
-                    folder, final=self.model_folder, card=card
-                ),
-                optimizer=self.optimizer,
-                state={
-                    "samples_seen": self.samples_seen,
-                    "world_size": self.world,
-                    "identity": self.identity(),
-                    "history": self.history,
-                    "stream": self.stream.state_dict(),
-                },
-                keep=self.recipe.checkpoint.keep,
-            )
+            with self.averaged() as trained:
+                save_checkpoint(
+                    self.folder.checkpoints,
+                    self.step,
+                    write_model=lambda folder: self.encoder.write_into(
+                        folder, final=self.model_folder, card=card
+                    ),
+                    optimizer=self.optimizer,
+                    state={
+                        "samples_seen": self.samples_seen,
+                        "world_size": self.world,
+                        "identity": self.identity(),
+                        "history": self.history,
+                        "stream": self.stream.state_dict(),
+                    },
+                    keep=self.recipe.checkpoint.keep,
+                    trained=trained,
+                )
         self.accelerator.wait_for_everyone()
+
+    def averaged(self) -> AbstractContextManager[dict[str, Tensor] | None]:
+        """The encoder is the average of its weights inside, if the recipe has one; yields those that train."""
+        return self.average.in_place() if self.average else nullcontext()
 
     @property
     def model_folder(self) -> Path:
@@ -444,6 +462,9 @@ class Trainer:
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Write metrics.json and the report, and say where the model is."""
+        if self.average:
+            self.average.exchange()  # the encoder that a caller finds is the one that was saved
+            self.average = None
         metrics = {
             "steps": self.step,
             "samples_seen": self.samples_seen,
