@@ -339,6 +339,9 @@ class AdamW(Config):
     weight_decay: float = Field(default=0.2, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; None leaves gradients as they are."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of each layer group of a tower as a multiple of that of the next one towards the output; 0.65
+    to 0.9 suit pretrained towers."""
 
 
 class MuonConfig(AdamW):

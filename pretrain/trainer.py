@@ -32,7 +32,7 @@ from pretrain.collectives import gather_counts
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.gradcache import cached_backward, require_row_by_row
-from pretrain.locks import apply_lock, locks_begun, set_training_mode
+from pretrain.locks import apply_lock, learning_rate_scales, locks_begun, set_training_mode
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.norm import use_global_batch_norm
 from pretrain.objectives import Features, build_objective
@@ -42,13 +42,6 @@ from pretrain.report import flatten, model_card, write_report
 from pretrain.selfcheck import check_gradients
 from pretrain.source_losses import source_losses
 from pretrain.towers import read_checkpoint
-
-# What `tower_lr` leaves alone, by the names open_clip's models give their parameters.
-NOT_TOWERS = (
-    *("model.logit_scale", "model.logit_bias"),
-    *("model.visual.head", "model.visual.proj", "model.visual.attnpool"),
-    *("model.text_projection", "model.text.text_projection", "model.text.proj"),
-)
 
 # What a resumed run may change: where things lie, how fast they come, what is told of them.
 FREE: Any = {
@@ -257,7 +250,10 @@ class Trainer:
         lock = locks_begun(recipe.locks, self.step)[-1]
         apply_lock(self.model, lock)
         network = DualEncoder(self.encoder)
-        lr_scale = {"model.": lock.tower_lr, **dict.fromkeys(NOT_TOWERS, 1.0)}
+        scales = learning_rate_scales(
+            self.model, tower_lr=lock.tower_lr, layer_decay=recipe.optim.layer_decay
+        )
+        lr_scale = {f"model.{name}": scale for name, scale in scales.items()}
         self.optimizer = build_optimizer(network.named_parameters(), recipe.optim, lr_scale=lr_scale)
         load_optimizer_state(self.optimizer, self.saved)
         wrapped, optimizer = self.accelerator.prepare(network, self.optimizer)
