@@ -205,6 +205,11 @@ class FinetuneRecipe(Config):
 
     @model_validator(mode="after")
     def possible(self) -> FinetuneRecipe:
+        if self.optim.layer_decay != 1:
+            raise ValueError(
+                f"optim.layer_decay ({self.optim.layer_decay}) is for pretraining; here tower_lr sets the image "
+                "tower's rate"
+            )
         if self.schedule.warmup >= self.steps:
             raise ValueError(
                 f"schedule.warmup ({self.schedule.warmup}) must be below steps ({self.steps}): "

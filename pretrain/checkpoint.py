@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pairstream.atomic import TEMPORARY, aside, new_folder, write_text
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
+TRAINED = "weights.safetensors"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -31,6 +32,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | dict[str, torch.Tensor],
     state: dict[str, Any],
     keep: int,
+    trained: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write one checkpoint, whole or not at all, and drop the oldest ones past `keep`.
 
@@ -43,6 +45,7 @@ def save_checkpoint(
         optimizer: Its state is written by parameter name (groups carry `names`); or that state, already taken.
         state: JSON that resuming needs.
         keep: Newest checkpoints that stay.
+        trained: The weights that train, where the model written is their average.
 
     Returns:
         The checkpoint's folder.
@@ -57,6 +60,9 @@ def save_checkpoint(
         (temporary / "training").mkdir()
         moments = optimizer if isinstance(optimizer, dict) else optimizer_state(optimizer)
         save_tensors(moments, temporary / "training" / OPTIMIZER)
+        if trained is not None:
+            weights = {name: value.detach().cpu().contiguous() for name, value in trained.items()}
+            save_tensors(weights, temporary / "training" / TRAINED)
         write_text(temporary / "training" / STATE, json.dumps({"step": step, **state}, indent=2) + "\n")
     for old in complete_checkpoints(checkpoints)[keep:]:
         gone = aside(old)
@@ -113,6 +119,21 @@ def read_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, torch.T
             f"{folder}: the training state is damaged ({error}). Remove this folder to resume from the one before."
         ) from error
     return state, tensors
+
+
+def read_trained_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that train, of a checkpoint whose model is their average.
+
+    Raises:
+        ValueError: The file is missing or cut short.
+    """
+    try:
+        return load_file(folder / "training" / TRAINED)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder / 'training' / TRAINED}: the weights behind the average cannot be read ({error}). Remove "
+            f"{folder.name} to resume from the checkpoint before."
+        ) from error
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -116,6 +116,44 @@ def apply_lock(model: Any, lock: Lock) -> None:
             require_grad(part, True)
 
 
+def learning_rate_scales(model: Any, *, tower_lr: float = 1.0, layer_decay: float = 1.0) -> dict[str, float]:
+    """Each parameter's learning rate as a multiple of the recipe's.
+
+    1 for logit_scale and the projections; for the towers `tower_lr`, times `layer_decay` for every step down from the
+    projection: the last layer group once, the one before twice, and so on to the stem.
+
+    Args:
+        model: open_clip's module.
+        tower_lr: Of both towers.
+        layer_decay: Below 1, lower layers, which hold what is most general, move less.
+
+    Returns:
+        Multiples by the names of the model's parameters.
+
+    Raises:
+        ValueError: `layer_decay` is not 1, and a tower's layers are not known.
+
+    Reference:
+        Clark et al. 2020, ELECTRA, appendix A; BEiT's fine-tuning uses the same for ViTs.
+    """
+    scales = {}
+
+    def scale(parts: Sequence[Part], value: float) -> None:
+        for part in parts:
+            inside = [part] if isinstance(part, nn.Parameter) else part.parameters()
+            scales.update((id(parameter), value) for parameter in inside)
+
+    for groups, tower in ((image_groups, "image_groups"), (text_groups, "text_groups")):
+        scale(tower_parts(model, tower), tower_lr)
+        if layer_decay != 1:
+            layers = groups(model)[0]
+            for number, group in enumerate(layers):
+                scale(group, tower_lr * layer_decay ** (len(layers) - number))
+    for projection in (image_projection, text_projection):
+        scale(projection(model), 1.0)
+    return {name: scales.get(id(value), 1.0) for name, value in model.named_parameters()}
+
+
 def tower_parts(model: Any, tower: Literal["image_groups", "text_groups"] | str) -> list[Part]:
     """Everything of one tower."""
     if tower == "image_groups":

@@ -339,6 +339,9 @@ class AdamW(Config):
     weight_decay: float = Field(default=0.2, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; None leaves gradients as they are."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of each layer group of a tower as a multiple of that of the next one towards the output; 0.65
+    to 0.9 suit pretrained towers."""
 
 
 class MuonConfig(AdamW):
@@ -369,6 +372,16 @@ class Cosine(Config):
     warmup: int = Field(default=500, ge=0)
     """Optimiser steps."""
     final: float = Field(default=0.0, ge=0, le=1)
+
+
+class EMA(Config):
+    """A running average of the weights, which is evaluated and saved in their place."""
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+    """Share of the average that stays each step; it spans about 1 / (1 - decay) steps."""
+    ramp: bool = True
+    """Whether the share begins at 0.1 and rises to `decay` as (1 + n) / (10 + n), so that random first weights
+    are forgotten; false keeps an average that starts from a pretrained model slow."""
 
 
 class Checkpoints(Config):
@@ -452,6 +465,8 @@ class PretrainRecipe(Config):
     """Optimiser steps."""
     optim: Optimizer = AdamW()
     schedule: Cosine = Cosine()
+    ema: EMA | None = None
+    """Evaluate and save a running average of the weights; None takes the weights themselves."""
     locks: tuple[Lock, ...] = ()
     """Phases of locked towers in the order of their steps; none trains everything throughout."""
     max_logit_scale: float = Field(default=100.0, gt=0)

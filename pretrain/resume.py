@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.checkpoint import complete_checkpoints, read_training_state
+from pretrain.checkpoint import complete_checkpoints, read_trained_weights, read_training_state
 from pretrain.recipe import Model, OpenClipModel, TimmTower, TransformersText
 from pretrain.towers import read_checkpoint
 
@@ -26,6 +26,9 @@ class Restored:
     optimizer: dict[str, Tensor]
     """The optimiser's tensors by `NAME|KEY`."""
     weights: dict[str, Tensor]
+    """Of the model that was saved."""
+    trained: dict[str, Tensor]
+    """Of the model that was trained: the same, unless the run keeps an average."""
 
     @property
     def step(self) -> int:
@@ -40,7 +43,9 @@ def read_whole(folder: Path) -> Restored:
         ValueError: A file of it is missing, cut short, or does not fit the others.
     """
     state, optimizer = read_training_state(folder)
-    return Restored(folder, state, optimizer, read_checkpoint(folder / "model").model.state_dict())
+    weights = read_checkpoint(folder / "model").model.state_dict()
+    trained = read_trained_weights(folder) if state["identity"].get("ema") else weights
+    return Restored(folder, state, optimizer, weights, trained)
 
 
 def newest_whole(checkpoints: Path, say: Say, *, until: int | None = None) -> Restored | None:

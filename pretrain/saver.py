@@ -23,10 +23,10 @@ from pretrain.recipe import PretrainCheckpoints
 class Saver:
     """Writes a run's checkpoints, one at a time, while training goes on.
 
-    The step that saves waits until model and optimiser are copied to main memory (three times the model's size
-    with AdamW, held until the files are written), and for the save before if that is still under way; a copy to
-    `copy_to` belongs to its save. A failed write is raised by the next step, a failed copy by the end of the run:
-    the checkpoint itself is there, and the next copy may succeed.
+    The step that saves waits until model and optimiser are copied to main memory (three times the model's size with
+    AdamW, four with an average of the weights; held until the files are written), and for the save before if that is
+    still under way; a copy to `copy_to` belongs to its save. A failed write is raised by the next step, a failed copy
+    by the end of the run: the checkpoint itself is there, and the next copy may succeed.
 
     Args:
         checkpoints: The run's folder of checkpoints.
@@ -56,6 +56,7 @@ class Saver:
         *,
         card: str,
         state: dict[str, Any],
+        average: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Begin to write one checkpoint; it appears under its name when it is whole.
 
@@ -65,16 +66,19 @@ class Saver:
             optimizer: Its state is written by parameter name.
             card: The model card.
             state: JSON that resuming needs.
+            average: The weights that are written as the model; those that train then go to what resuming needs.
 
         Raises:
             OSError: This or an earlier save failed; earlier checkpoints are untouched.
         """
         self.wait()
         weights, moments = encoder.model.state_dict(), optimizer_state(optimizer)
+        trained = None if average is None else weights
+        weights = weights if average is None else average
         if self.thread is None:
-            self.write(step, encoder, weights, moments, card, state)
+            self.write(step, encoder, weights, trained, moments, card, state)
             return
-        taken = snapshot(weights), snapshot(moments)
+        taken = snapshot(weights), None if trained is None else snapshot(trained), snapshot(moments)
         state = copy.deepcopy(state)
         self.under_way = self.thread.submit(self.write, step, encoder, *taken, card, state)
 
@@ -83,6 +87,7 @@ class Saver:
         step: int,
         encoder: Encoder,
         weights: Mapping[str, Tensor],
+        trained: Mapping[str, Tensor] | None,
         moments: dict[str, Tensor],
         card: str,
         state: dict[str, Any],
@@ -96,6 +101,7 @@ class Saver:
             optimizer=moments,
             state=state,
             keep=self.config.keep,
+            trained=trained,
         )
         if not self.config.copy_to:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from data.stream import Batch, PairStream, pair_stream
 from data.transforms import TrainTransform
 from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder
+from pretrain.average import WeightAverage
 from pretrain.checkpoint import (
     clear_leftovers,
     complete_checkpoints,
@@ -29,26 +31,19 @@ from pretrain.divergence import RollBack, Watch, batch_statistics
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.gradcache import cached_backward, require_row_by_row
-from pretrain.locks import apply_lock, locks_begun, set_training_mode
+from pretrain.locks import apply_lock, learning_rate_scales, locks_begun, set_training_mode
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.meter import Meter
 from pretrain.norm import use_global_batch_norm
 from pretrain.objectives import Features, build_objective
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from pretrain.preemption import Preempted, StopRequest
-from pretrain.recipe import Lock, PretrainRecipe
+from pretrain.recipe import PretrainRecipe
 from pretrain.report import flatten, model_card, write_report
 from pretrain.resume import Restored, beginning, find_checkpoint, newest_whole
 from pretrain.saver import Saver
 from pretrain.selfcheck import check_gradients
 from pretrain.source_losses import source_losses
-
-# What `tower_lr` leaves alone, by the names open_clip's models give their parameters.
-NOT_TOWERS = (
-    *("model.logit_scale", "model.logit_bias"),
-    *("model.visual.head", "model.visual.proj", "model.visual.attnpool"),
-    *("model.text_projection", "model.text.text_projection", "model.text.proj"),
-)
 
 # What a resumed run may change: where things lie, how fast they come, what is told of them.
 FREE: Any = {
@@ -118,6 +113,7 @@ class Trainer:
                 set_training_mode(self.model, locks)
                 require_row_by_row(self.model)
         use_global_batch_norm(self.model)
+        self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
         self.evaluators: list[tuple[int, Evaluator]] = [
             (config.every, load_evaluator(config)) for config in recipe.evaluate
         ]
@@ -228,6 +224,9 @@ class Trainer:
                 "that was begun. Change it back, or start a new run with --run NAME."
             )
         self.model.load_state_dict(found.weights)
+        if self.recipe.ema:
+            self.average = WeightAverage(self.model, self.recipe.ema)
+            self.model.load_state_dict(found.trained)
         self.saved = found.optimizer
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
         self.stream.load_state_dict(state["stream"])
@@ -311,7 +310,10 @@ class Trainer:
         lock = locks_begun(recipe.locks, self.step)[-1]
         apply_lock(self.model, lock)
         network = DualEncoder(self.encoder)
-        lr_scale = {"model.": lock.tower_lr, **dict.fromkeys(NOT_TOWERS, 1.0)}
+        scales = learning_rate_scales(
+            self.model, tower_lr=lock.tower_lr, layer_decay=recipe.optim.layer_decay
+        )
+        lr_scale = {f"model.{name}": scale for name, scale in scales.items()}
         self.optimizer = build_optimizer(network.named_parameters(), recipe.optim, lr_scale=lr_scale)
         load_optimizer_state(self.optimizer, self.saved)
         if recipe.on_divergence.action == "rollback" and not complete_checkpoints(self.folder.checkpoints):
@@ -319,6 +321,8 @@ class Trainer:
         self.saver.wait()  # loader processes are not forked in the middle of a save
         self.meter.begin(network)
         wrapped, optimizer = self.accelerator.prepare(network, self.optimizer)
+        if self.average:
+            self.average.follow(self.model)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         window, self.logged = Window(self.accelerator.device), self.step
         waited = time.monotonic()
@@ -328,6 +332,8 @@ class Trainer:
             lr = recipe.optim.lr * learning_rate_factor(self.step, recipe.steps, recipe.schedule)
             set_learning_rate(self.optimizer, lr)
             seen = self.train_step(batch, wrapped, optimizer, parameters, window)
+            if self.average:
+                self.average.update(self.step)
             self.step += 1
             self.samples_seen += seen
             leaves = self.told_to_leave and self.step < recipe.steps
@@ -506,9 +512,10 @@ class Trainer:
         if not due:
             return
         numbers: dict[str, float] = {}
-        for evaluator in due:
-            if self.main or getattr(evaluator, "over_ranks", False):
-                numbers |= evaluator.run(self.encoder)
+        with self.averaged():
+            for evaluator in due:
+                if self.main or getattr(evaluator, "over_ranks", False):
+                    numbers |= evaluator.run(self.encoder)
         if self.main:
             self.history[str(self.step)] = numbers
             self.folder.log({"step": self.step, "samples_seen": self.samples_seen, "evaluation": numbers})
@@ -534,7 +541,12 @@ class Trainer:
                     "stream": self.stream.state_dict(),
                     "losses": self.watch.state(),
                 },
+                average=self.average.state if self.average else None,
             )
+
+    def averaged(self) -> AbstractContextManager[Any]:
+        """The encoder is the average of its weights inside, if the recipe has one."""
+        return self.average.in_place() if self.average else nullcontext()
 
     @property
     def model_folder(self) -> Path:
@@ -543,6 +555,9 @@ class Trainer:
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Write metrics.json and the report, and say where the model is."""
+        if self.average:
+            self.average.exchange()  # the encoder that a caller finds is the one that was saved
+            self.average = None
         metrics = {
             "steps": self.step,
             "samples_seen": self.samples_seen,

@@ -321,6 +321,7 @@ def test_every_recipe_parses():
         ({"steps": "many"}, "steps: .*integer"),
         ({"task": {"kind": "vqa", "prompt": "no question"}}, r"exactly one \{question\}"),
         ({"schedule": {"warmup": 8}}, "would never reach its peak"),
+        ({"optim": {"layer_decay": 0.5}}, r"optim.layer_decay \(0.5\) is for pretraining; .* tower_lr"),
         ({"data": {"train": "x", "val": []}}, "shard list is empty"),
         (
             {"freeze_image_tower": False, "data": {"train": "x", "val": "x", "cache_image_tokens": True}},

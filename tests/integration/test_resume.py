@@ -70,7 +70,11 @@ def runs(tmp_path_factory, tiny_shards, tiny_models, tiny_bert) -> dict[str, Pat
     add("phases", unlocking)
     for step in (3, 4, 5):  # in the last step before the phase, in its first, and in its second
         add(f"phases-{step}", unlocking, ("backward", step))
-    two = {"model": tiny_models["resnet"]}
+    average = {"model": tiny_models["resnet"], "ema": {"decay": 0.5}}
+    add("average", average)
+    for number, kill in enumerate([("backward", 4), ("trained weights' file", 2)]):
+        add(f"average-{number}", average, kill)
+    two = {"model": tiny_models["resnet"], "ema": {"decay": 0.5}}
     add("two", two, world=2)
     add("two-killed", two, ("backward", 4), world=2)
     add("two-left", two, ("told to leave", 3), world=2)
@@ -92,16 +96,15 @@ def runs(tmp_path_factory, tiny_shards, tiny_models, tiny_bert) -> dict[str, Pat
 
 
 def content(run: Path) -> tuple[dict, dict, list[dict]]:
-    """Weights, optimiser state and log of a run, without what a clock or the memory says."""
+    """Weights, training state and log of a run, without what a clock or the memory says."""
     last = run / "checkpoints" / "step-00000006"
     varying = ("samples_per_s", "tflops_per_s", "data_wait_s", "memory_mb")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     log = [{key: value for key, value in record.items() if key not in varying} for record in log]
-    return (
-        load_file(last / "model" / "open_clip_model.safetensors"),
-        load_file(last / "training" / "optimizer.safetensors"),
-        log,
-    )
+    state = load_file(last / "training" / "optimizer.safetensors")
+    if (last / "training" / "weights.safetensors").is_file():
+        state |= load_file(last / "training" / "weights.safetensors")
+    return load_file(last / "model" / "open_clip_model.safetensors"), state, log
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -122,6 +125,14 @@ def test_killed_and_resumed_is_as_never_killed(runs, number):
 @pytest.mark.parametrize("step", [3, 4, 5])
 def test_around_the_step_that_unlocks_a_tower(runs, step):
     assert_same_run(runs["phases"], runs[f"phases-{step}"])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_with_an_average_of_the_weights(runs, number):
+    assert_same_run(runs["average"], runs[f"average-{number}"])
+    model, state, _ = content(runs["average"])
+    apart = {name for name, value in model.items() if value.tobytes() != state[name].tobytes()}
+    assert {"visual.conv1.weight", "visual.bn1.running_mean", "logit_scale"} <= apart
 
 
 @pytest.mark.dist

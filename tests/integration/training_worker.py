@@ -81,6 +81,13 @@ PLACES = {
     "log": lambda n: strike(RunFolder, "log", n, instead=half_a_line),
     "model file": lambda n: strike(pretrain.encoder, "save_tensors", n, instead=half_a_file),
     "optimizer file": lambda n: strike(pretrain.checkpoint, "save_tensors", n, instead=half_a_file),
+    "trained weights' file": lambda n: strike(
+        pretrain.checkpoint,
+        "save_tensors",
+        n,
+        instead=half_a_file,
+        when=lambda tensors, path: path.name == "weights.safetensors",
+    ),
     "before the rename": lambda n: strike(Path, "replace", n, when=appears),
     "after the rename": lambda n: strike(Path, "replace", n, instead=after, when=appears),
     "while old ones are dropped": lambda n: strike(Path, "replace", n, instead=after, when=goes),

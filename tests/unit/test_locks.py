@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from pretrain.encoder import build_encoder
-from pretrain.locks import apply_lock, image_groups, locks_begun, set_training_mode, text_groups
+from pretrain.locks import (
+    apply_lock,
+    image_groups,
+    learning_rate_scales,
+    locks_begun,
+    set_training_mode,
+    text_groups,
+)
 from pretrain.recipe import Lock, TowersModel
 
 
@@ -52,6 +59,36 @@ def test_more_groups_train_more_from_the_output_side(models, kind):
     assert set.union(*trained) == trained[-2] == trained[-1]
     apply_lock(model, Lock())
     assert all(value.requires_grad for value in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "timm", "pooler"])
+def test_rates_fall_from_the_projection_to_the_stem(models, kind):
+    model = models[kind]
+    scales = learning_rate_scales(model, tower_lr=0.5, layer_decay=0.8)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    expected = {"logit_scale": 1.0}
+    for groups, projection in (image_groups(model), text_groups(model)):
+        for depth, group in enumerate(reversed([*groups, []])):
+            for part in group:
+                for parameter in [part] if isinstance(part, nn.Parameter) else part.parameters():
+                    expected[names[id(parameter)]] = 0.5 * 0.8**depth
+        for part in projection:
+            for parameter in [part] if isinstance(part, nn.Parameter) else part.parameters():
+                expected[names[id(parameter)]] = 1.0
+    assert scales == pytest.approx(expected)
+    assert len(set(scales.values())) > 3
+    assert set(learning_rate_scales(model, tower_lr=0.5).values()) == {0.5, 1.0}
+
+
+def test_a_named_depth_has_the_rate_that_its_place_says(models):
+    """Written out once: two blocks, so the last is one step below the projection and the stem three."""
+    scales = learning_rate_scales(models["vit"], layer_decay=0.5)
+    assert scales["visual.proj"] == scales["text_projection"] == scales["logit_scale"] == 1
+    assert (
+        scales["visual.transformer.resblocks.1.attn.in_proj_weight"] == scales["visual.ln_post.bias"] == 0.5
+    )
+    assert scales["transformer.resblocks.0.mlp.c_fc.weight"] == 0.25
+    assert scales["visual.conv1.weight"] == scales["token_embedding.weight"] == 0.125
 
 
 def test_too_many_groups_are_refused(models):

@@ -310,6 +310,14 @@ def test_tower_lr_is_for_all_of_both_towers(tiny_recipe, fresh_accelerate):
     assert full == {"model.visual.proj", "model.text_projection", "model.logit_scale"}
 
 
+def test_layer_decay_and_tower_lr_multiply(train):
+    trainer = train(steps=1, schedule={"warmup": 0}, optim={"layer_decay": 0.5}, locks=[{"tower_lr": 0.1}])
+    rates = {name: group["lr_scale"] for group in trainer.optimizer.param_groups for name in group["names"]}
+    assert rates["model.visual.proj"] == rates["model.logit_scale"] == 1.0
+    assert rates["model.visual.ln_post.weight"] == pytest.approx(0.05)
+    assert rates["model.visual.conv1.weight"] == pytest.approx(0.0125)
+
+
 def test_more_groups_than_a_tower_has_are_refused(train):
     with pytest.raises(ValueError, match="image_groups 9: expected 0 to 3 or 'all'"):
         train(locks=[Lock(image_groups=9).model_dump()])
