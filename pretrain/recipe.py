@@ -312,8 +312,10 @@ Loss = Annotated[
 ]
 
 
-class Lock(Config):
-    """Which parts train, from a step on. Locked parts run as in evaluation: batch statistics stay, dropout is off."""
+class Phase(Config):
+    """What trains from a step on, and on what pictures. Locked parts run as in evaluation: batch statistics stay,
+    dropout is off.
+    """
 
     step: int = Field(default=0, ge=0)
     """Optimiser step at which this begins."""
@@ -327,6 +329,10 @@ class Lock(Config):
     """Whether a tower that is or was locked by groups goes on as in evaluation where it trains: its own batch
     statistics, no dropout. Going over to those of the batch makes the loss jump when a pretrained tower is unlocked;
     false suits long training with large batches."""
+    image_size: int | None = Field(default=None, ge=8)
+    """Side of the square pictures, pixels; None is the model's own. Embeddings of positions are interpolated."""
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each picture's patches that a ViT does not see in training (FLIP)."""
 
 
 class AdamW(Config):
@@ -429,8 +435,8 @@ class PretrainRecipe(Config):
     schedule: Cosine = Cosine()
     ema: EMA | None = None
     """Evaluate and save a running average of the weights; None takes the weights themselves."""
-    locks: tuple[Lock, ...] = ()
-    """Phases of locked towers in the order of their steps; none trains everything throughout."""
+    phases: tuple[Phase, ...] = ()
+    """In the order of their steps; none trains everything throughout."""
     max_logit_scale: float = Field(default=100.0, gt=0)
     """logit_scale (exponentiated) is clamped to at most this after each step."""
     processes: int | None = Field(default=None, ge=1)
@@ -445,6 +451,13 @@ class PretrainRecipe(Config):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Accelerate's trackers that get the log as well."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def renamed(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "locks" in content:
+            raise ValueError("the key locks is called phases now, with the same keys in it")
+        return content
+
     @model_validator(mode="after")
     def possible(self) -> PretrainRecipe:
         if self.schedule.warmup >= self.steps:
@@ -452,9 +465,7 @@ class PretrainRecipe(Config):
                 f"schedule.warmup ({self.schedule.warmup}) must be below steps ({self.steps}): "
                 "the learning rate would never reach its peak"
             )
-        starts = [lock.step for lock in self.locks]
-        if starts and (starts[0] != 0 or starts != sorted(set(starts))):
-            raise ValueError(f"locks must begin at step 0 and go upwards, got steps {starts}")
+        self.check_phases()
         if self.data.captions_per_image > 1 and not (
             self.data.captions == "random" and isinstance(self.loss, MultiPositiveConfig)
         ):
@@ -463,3 +474,22 @@ class PretrainRecipe(Config):
                 f"loss: {{kind: multi_positive}}, got {self.data.captions} and {self.loss.kind}"
             )
         return self
+
+    def check_phases(self) -> None:
+        """Refuse phases out of order, and those with keys that would do nothing."""
+        starts = [phase.step for phase in self.phases]
+        if starts and (starts[0] != 0 or starts != sorted(set(starts))):
+            raise ValueError(f"phases must begin at step 0 and go upwards, got steps {starts}")
+        counted = False
+        for number, phase in enumerate(self.phases):
+            counted = counted or phase.image_groups != "all"
+            if phase.patch_dropout and (phase.image_groups == 0 or (counted and phase.keep_statistics)):
+                raise ValueError(
+                    f"phases.{number}.patch_dropout: the image tower is or was locked by groups and runs as in "
+                    "evaluation, where no patch is left out; with groups that train, set keep_statistics: false"
+                )
+            if phase.image_size and isinstance(self.loss, DistillationConfig):
+                raise ValueError(
+                    f"phases.{number}.image_size: teachers see the student's pictures, and theirs have one size; "
+                    "leave image_size out or take another loss"
+                )
