@@ -439,6 +439,21 @@ def pair_stream(
     return PairStream(shards, load, collate, batch_size=batch_size, **options)
 
 
+def set_picture_size(stream: PairStream, size: tuple[int, int]) -> None:
+    """Let a stream that `pair_stream` made give pictures of another size, from its next `iterate` on.
+
+    Args:
+        stream: Changed in place; which samples a batch holds, and their crops, stay as they were.
+        size: (height, width), pixels.
+    """
+
+    def resized(load: Any) -> Any:
+        return load and replace(load, transform=replace(load.transform, size=size))
+
+    stream.load, stream.collate = resized(stream.load), replace(stream.collate, size=size)  # pyright: ignore
+    stream.sources = [replace(source, load=resized(source.load)) for source in stream.sources]
+
+
 def own_captions(source: Source, load: PairLoad) -> Source:
     """A source that loads by its own choice of captions.
 

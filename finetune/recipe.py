@@ -9,7 +9,15 @@ from pydantic import Field, field_validator, model_validator
 
 from finetune.fusion.recipe import ClassifyTask
 from pairstream.recipe import Config
-from pretrain.recipe import AdamW, Checkpoints, Cosine, OpenClipModel, Optimizer
+from pretrain.recipe import (
+    AdamW,
+    Checkpoints,
+    Cosine,
+    OpenClipModel,
+    Optimizer,
+    Schedule,
+    check_schedule,
+)
 
 
 class Linear(Config):
@@ -189,7 +197,7 @@ class FinetuneRecipe(Config):
     steps: int = Field(ge=1)
     """Optimiser steps."""
     optim: Optimizer = AdamW(lr=1e-3, weight_decay=0.05)
-    schedule: Cosine = Cosine(warmup=50)
+    schedule: Schedule = Cosine(warmup=50)
     decoding: Decoding = Decoding()
     evaluate: Evaluation = Evaluation()
     checkpoint: Checkpoints = Checkpoints()
@@ -210,11 +218,7 @@ class FinetuneRecipe(Config):
                 f"optim.layer_decay ({self.optim.layer_decay}) is for pretraining; here tower_lr sets the image "
                 "tower's rate"
             )
-        if self.schedule.warmup >= self.steps:
-            raise ValueError(
-                f"schedule.warmup ({self.schedule.warmup}) must be below steps ({self.steps}): "
-                "the learning rate would never reach its peak"
-            )
+        check_schedule(self.schedule, self.steps)
         if self.data.cache_image_tokens and not self.freeze_image_tower:
             raise ValueError(
                 "data.cache_image_tokens needs freeze_image_tower: tokens of a tower that trains change"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.recipe import EMA
+from pretrain.resolution import resize_image_tower
 
 
 class WeightAverage:
@@ -32,12 +35,12 @@ class WeightAverage:
         Tarvainen & Valpola 2017, Mean teachers (arXiv 1703.01780); the ramp is TensorFlow's.
     """
 
-    def __init__(self, model: nn.Module, config: EMA):
+    def __init__(self, model: Any, config: EMA):
         self.config = config
         self.state = {name: value.clone() for name, value in model.state_dict().items()}
         self.follow(model)
 
-    def follow(self, model: nn.Module) -> None:
+    def follow(self, model: Any) -> None:
         """Average this model's tensors from now on, by the first one's names and shapes.
 
         Wrapping a model for several processes may give it other tensors, and so may moving it.
@@ -48,6 +51,13 @@ class WeightAverage:
         ]  # shares their memory
         self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self.copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    def resize_image_tower(self, size: tuple[int, int]) -> None:
+        """Let the average take pictures of another size, before the model does; then `follow` it."""
+        with self.in_place():
+            visual = deepcopy(self.model.visual)
+        resize_image_tower(visual, size)
+        self.state |= {f"visual.{name}": value for name, value in visual.state_dict().items()}
 
     def decay(self, step: int) -> float:
         """How much of the average stays at an update after `step` earlier ones: from 0.1 up to `ema.decay`."""

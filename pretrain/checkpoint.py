@@ -162,11 +162,17 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, to
             }
             if own:
                 found += 1
-                # The fused kernel walks memory, so a moment must lie as its parameter does.
+                # The fused kernel counts steps beside the parameter, Adafactor on the CPU.
+                fused = isinstance(optimizer, torch.optim.AdamW)
                 optimizer.state[parameter] = {
-                    key: torch.empty_like(parameter).copy_(value)
-                    if value.ndim
-                    else value.to(parameter.device)
+                    key: as_parameter_lies(parameter, value) if value.ndim or fused else value
                     for key, value in own.items()
                 }
     return found
+
+
+def as_parameter_lies(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A moment on its parameter's device; the fused kernel walks memory, so one of its shape must lie as it does."""
+    if value.ndim and value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value.to(parameter.device)

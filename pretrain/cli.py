@@ -1,4 +1,4 @@
-"""`pairstream pretrain RECIPE`, which is also `accelerate launch -m pretrain RECIPE`."""
+"""`pairstream pretrain RECIPE`, also `accelerate launch -m pretrain RECIPE`; `pairstream pretrain interpolate A B`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ CHECK = "--check-gradients"
 COMMANDS = {
     "plan": ("pretrain.plan:main", "parameters, FLOPs, memory, time and cost of a recipe, before it starts"),
     "scaling": ("pretrain.scaling:main", "a power law through several runs"),
+    "interpolate": ("pretrain.interpolate:main", "the model between two checkpoints of one architecture"),
     "convert": ("pretrain.convert:main", "a checkpoint as transformers' CLIPModel, or one of those as ours"),
     "push": ("pretrain.hub:main", "upload a checkpoint to the Hugging Face hub"),
 }
+"""What is done beside training: where it is, and what it does. A recipe of such a name needs its path."""
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +26,7 @@ def main(argv: list[str]) -> int:
     words = [word for word in argv if word != CHECK]
     command = read_training_command("pretrain", PretrainRecipe, words, resumes_others=True)
     if command is None:
-        lines = [f"  pairstream pretrain {name:<9}{text}" for name, (_, text) in COMMANDS.items()]
+        lines = [f"  pairstream pretrain {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
         print(f"{CHECK} first compares the gradient of these processes with that of one; pretrain only")
         print("\n" + "\n".join(["further commands, each with --help:", *lines]))
         return 0

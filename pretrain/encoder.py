@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from data.transforms import EvalTransform, decode_image
 from pairstream.atomic import new_folder, write_text
 from pretrain.checkpoint import save_tensors
 from pretrain.recipe import Model, OpenClipModel, TowersModel
+from pretrain.resolution import as_size, resize_image_tower
 from pretrain.short_texts import text_features
 from pretrain.towers import CONFIG, WEIGHTS, Built, build_named, build_towers, read_checkpoint
 
@@ -57,10 +59,7 @@ class Encoder:
             self.model.visual.to(memory_format=self.layout)
         self.tokenizer = built.tokenizer
         self.model_cfg, self.preprocess_cfg = built.model_cfg, built.preprocess_cfg
-        size = built.preprocess_cfg["size"]
-        self.image_size: tuple[int, int] = (
-            (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        )
+        self.image_size = as_size(built.preprocess_cfg["size"])
         self.embed_dim = int(built.model_cfg["embed_dim"])
         self.transform = EvalTransform(
             self.image_size,
@@ -70,6 +69,28 @@ class Encoder:
         )
         self.normalize = Normalize(built.preprocess_cfg["mean"], built.preprocess_cfg["std"], self.layout)
         self.normalize.to(self.device)
+
+    def set_image_size(self, size: tuple[int, int]) -> None:
+        """Take pictures of another size from now on, here and in checkpoints; positions are interpolated.
+
+        Args:
+            size: (height, width), pixels.
+
+        Raises:
+            ValueError: A size that the image tower cannot take.
+        """
+        if size == self.image_size:
+            return
+        resize_image_tower(self.model.visual, size)
+        self.image_size = size
+        self.transform = replace(self.transform, size=size)
+        # Squares are one number in open_clip's configurations.
+        plain = size[0] if size[0] == size[1] else list(size)
+        self.model_cfg = {
+            **self.model_cfg,
+            "vision_cfg": {**self.model_cfg["vision_cfg"], "image_size": plain},
+        }
+        self.preprocess_cfg = {**self.preprocess_cfg, "size": list(size)}
 
     def preprocess(self, image: Image.Image | bytes | Tensor) -> Tensor:
         """One picture, encoded, opened or decoded, to the model's input.

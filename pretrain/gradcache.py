@@ -91,7 +91,7 @@ def require_row_by_row(model: nn.Module) -> None:
             raise ValueError(
                 f"micro_batch: {name} is a {type(layer).__name__}: it would take its statistics from parts of the "
                 "batch, and the gradient would not be that of the batch. Take a tower with another normalisation "
-                "(a ViT), lock this one (locks: image_groups: 0), or leave micro_batch out."
+                "(a ViT), lock this one (phases: image_groups: 0), or leave micro_batch out."
             )
 
 

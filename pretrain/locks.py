@@ -11,7 +11,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
-from pretrain.recipe import Lock
+from pretrain.recipe import Phase
 
 Part = nn.Module | nn.Parameter
 Groups = Sequence[Sequence[Part]]
@@ -86,21 +86,21 @@ def present(parts: Sequence[Part | None]) -> list[Part]:
     return [part for part in parts if part is not None]
 
 
-def apply_lock(model: Any, lock: Lock) -> None:
+def apply_lock(model: Any, phase: Phase) -> None:
     """Set `requires_grad` throughout a dual encoder.
 
     logit_scale and the projections always train.
 
     Args:
         model: open_clip's module.
-        lock: How many of each tower's last groups train.
+        phase: How many of each tower's last groups train.
 
     Raises:
         ValueError: A tower has fewer groups than are to train, or layers that are not known.
     """
     for groups, wanted, tower in (
-        (image_groups, lock.image_groups, "image_groups"),
-        (text_groups, lock.text_groups, "text_groups"),
+        (image_groups, phase.image_groups, "image_groups"),
+        (text_groups, phase.text_groups, "text_groups"),
     ):
         if isinstance(wanted, str):  # all of the tower
             for part in tower_parts(model, tower):
@@ -108,7 +108,7 @@ def apply_lock(model: Any, lock: Lock) -> None:
             continue
         layers, projection = groups(model)
         if not 0 <= wanted <= len(layers):
-            raise ValueError(f"locks: {tower} {wanted}: expected 0 to {len(layers)} or 'all'")
+            raise ValueError(f"phases: {tower} {wanted}: expected 0 to {len(layers)} or 'all'")
         for number, group in enumerate(layers):
             for part in group:
                 require_grad(part, number >= len(layers) - wanted)
@@ -176,12 +176,12 @@ def require_grad(part: Part, train: bool) -> None:
         parameter.requires_grad = train
 
 
-def locks_begun(locks: Sequence[Lock], step: int) -> list[Lock]:
+def phases_begun(phases: Sequence[Phase], step: int) -> list[Phase]:
     """The phases that have begun at a step, the one that holds last; a recipe without any trains everything."""
-    return [lock for lock in locks if lock.step <= step] or [Lock()]
+    return [phase for phase in phases if phase.step <= step] or [Phase()]
 
 
-def set_training_mode(model: Any, locks: Sequence[Lock] = ()) -> None:
+def set_training_mode(model: Any, phases: Sequence[Phase] = ()) -> None:
     """Training mode, except for what is locked: it runs as in evaluation, without dropout and with its statistics.
 
     So does every layer without trainable parameters in it, whatever locked it, and a whole tower of no trainable
@@ -189,15 +189,15 @@ def set_training_mode(model: Any, locks: Sequence[Lock] = ()) -> None:
 
     Args:
         model: open_clip's module, with `requires_grad` as `apply_lock` sets it.
-        locks: The phases that have begun (`locks_begun`). Where the last one keeps statistics, a tower whose groups
+        phases: Those that have begun (`phases_begun`). Where the last one keeps statistics, a tower whose groups
             any of them counts is in evaluation mode, those that train as well.
     """
     model.train()
     rest_locked_layers(model)
     for projection, tower in ((image_projection, "image_groups"), (text_projection, "text_groups")):
-        counts = [getattr(lock, tower) for lock in locks]
+        counts = [getattr(phase, tower) for phase in phases]
         counted = any(not isinstance(count, str) for count in counts)
-        if counted and (counts[-1] == 0 or locks[-1].keep_statistics):
+        if counted and (counts[-1] == 0 or phases[-1].keep_statistics):
             for part in tower_parts(model, tower):
                 set_mode(part, False)
             for part in projection(model):

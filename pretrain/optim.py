@@ -7,23 +7,25 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from timm.optim.adafactor_bv import AdafactorBigVision
+from timm.optim.lion import Lion
 from torch import nn
 
 from pretrain.muon import EMBEDDINGS, Muon
-from pretrain.recipe import AdamW, Cosine, MuonConfig
+from pretrain.recipe import WSD, AdafactorConfig, AdamW, Cosine, LionConfig, MuonConfig, Rsqrt
 
 
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
-    config: AdamW | MuonConfig,
+    config: AdamW | MuonConfig | LionConfig | AdafactorConfig,
     *,
     lr_scale: dict[str, float] | None = None,
-) -> torch.optim.AdamW:
-    """AdamW or Muon over named parameters: no decay on gains, biases and scalars (fewer than two dimensions).
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser over named parameters: no decay on gains, biases and scalars (below two dimensions).
 
     Args:
         parameters: Names and parameters; those without `requires_grad` are left out.
-        config: Learning rate (peak), betas, eps, weight decay; and Muon's momentum.
+        config: Learning rate (peak), weight decay, and what its kind has.
         lr_scale: Multiples of the learning rate by name prefix; the longest matching prefix counts, else 1.
 
     Returns:
@@ -55,21 +57,43 @@ def build_optimizer(
         group["names"].append(name)
     if not groups:
         raise ValueError("no parameter trains: every part is locked")
+    return make_optimizer(list(groups.values()), config)
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], config: AdamW | MuonConfig | LionConfig | AdafactorConfig
+) -> torch.optim.Optimizer:
+    """An optimiser over groups that bring their own weight decay."""
+    if isinstance(config, LionConfig):
+        return Lion(groups, lr=config.lr, betas=config.betas)
+    if isinstance(config, AdafactorConfig):
+        return AdafactorBigVision(
+            groups,
+            lr=config.lr,
+            momentum=config.momentum,
+            decay_rate=config.decay_rate,
+            beta2_cap=config.beta2_cap,
+        )
     # The fused kernel is exact and the fastest on CPU as well (1.36 times the default on small towers).
-    kind = torch.optim.AdamW if momentum is None else Muon
-    return kind(list(groups.values()), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    kind = Muon if isinstance(config, MuonConfig) else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def learning_rate_factor(step: int, steps: int, config: Cosine) -> float:
+def learning_rate_factor(step: int, steps: int, config: Cosine | WSD | Rsqrt) -> float:
     """The learning rate at a step as a share of the peak.
 
     Args:
         step: Optimiser steps taken before this one.
         steps: Optimiser steps of the whole run.
-        config: Warm-up steps and the final share.
+        config: Warm-up steps and what its kind has.
 
     Returns:
-        Linear from 1/warmup to 1 over the warm-up, then a cosine from 1 down to `final`.
+        Linear from 1/warmup to 1 over the warm-up; then what the kind's docstring says, at `final` (or zero) after
+        the last step.
+
+    Reference:
+        Loshchilov & Hutter 2017 (cosine); Hu et al. 2024, MiniCPM, and Hägele et al. 2024 for its 1 - sqrt decay (WSD);
+        Zhai et al. 2022, Scaling Vision Transformers (rsqrt with a cool-down).
 
     Example:
         >>> [round(learning_rate_factor(step, 4, Cosine(warmup=2)), 2) for step in range(4)]
@@ -77,8 +101,19 @@ def learning_rate_factor(step: int, steps: int, config: Cosine) -> float:
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(steps - config.warmup, 1)
-    return config.final + (1 - config.final) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    if isinstance(config, WSD):
+        done = part_done(step, steps, config.decay)
+        return config.final + (1 - config.final) * (1 - (done**0.5 if config.shape == "sqrt" else done))
+    if isinstance(config, Rsqrt):
+        factor = (1 + (step - config.warmup) / config.timescale) ** -0.5
+        return factor * (1 - part_done(step, steps, config.cooldown))
+    done = part_done(step, steps, steps - config.warmup)
+    return config.final + (1 - config.final) * (1 + math.cos(math.pi * done)) / 2
+
+
+def part_done(step: int, steps: int, last: int) -> float:
+    """How much of the `last` steps of a run lies behind one, 0 to 1."""
+    return min(max(step - (steps - last), 0) / max(last, 1), 1.0)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -312,8 +312,10 @@ Loss = Annotated[
 ]
 
 
-class Lock(Config):
-    """Which parts train, from a step on. Locked parts run as in evaluation: batch statistics stay, dropout is off."""
+class Phase(Config):
+    """What trains from a step on, and on what pictures. Locked parts run as in evaluation: batch statistics stay,
+    dropout is off.
+    """
 
     step: int = Field(default=0, ge=0)
     """Optimiser step at which this begins."""
@@ -327,21 +329,32 @@ class Lock(Config):
     """Whether a tower that is or was locked by groups goes on as in evaluation where it trains: its own batch
     statistics, no dropout. Going over to those of the batch makes the loss jump when a pretrained tower is unlocked;
     false suits long training with large batches."""
+    image_size: int | None = Field(default=None, ge=8)
+    """Side of the square pictures, pixels; None is the model's own. Embeddings of positions are interpolated."""
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each picture's patches that a ViT does not see in training (FLIP)."""
 
 
-class AdamW(Config):
-    """AdamW without decay on gains, biases and logit_scale."""
+class OptimizerConfig(Config):
+    """What every optimiser has. Gains, biases and logit_scale do not decay."""
 
-    kind: Literal["adamw"] = "adamw"
     lr: float = Field(default=5e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(default=1e-6, gt=0)
+    """At its peak."""
     weight_decay: float = Field(default=0.2, ge=0)
+    """Decoupled: a step takes lr x this share of a weight away."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; None leaves gradients as they are."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of each layer group of a tower as a multiple of that of the next one towards the output; 0.65
     to 0.9 suit pretrained towers."""
+
+
+class AdamW(OptimizerConfig):
+    """AdamW without decay on gains, biases and logit_scale."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-6, gt=0)
 
 
 class MuonConfig(AdamW):
@@ -355,23 +368,110 @@ class MuonConfig(AdamW):
     """Share of the earlier gradients in Muon's direction."""
 
 
-def optimizer_kind(value: Any) -> str:
-    """The `kind` of an optimiser; one that names none is AdamW."""
-    return value.get("kind", "adamw") if isinstance(value, dict) else getattr(value, "kind", "adamw")
+class LionConfig(OptimizerConfig):
+    """Lion: the sign of a momentum, of which it keeps one a weight where AdamW keeps two.
+
+    Its steps are larger, so the rate is a third to a tenth of AdamW's and the decay as much larger.
+    """
+
+    kind: Literal["lion"] = "lion"
+    lr: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=1.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Share of the momentum in a step's direction, and of its past in the momentum."""
+
+
+class AdafactorConfig(OptimizerConfig):
+    """Adafactor as big_vision trains SigLIP with: second moments by row and column, the first in bfloat16.
+
+    Takes a quarter of AdamW's memory at the same rate and decay.
+    """
+
+    kind: Literal["adafactor"] = "adafactor"
+    momentum: float | None = Field(default=0.9, ge=0, lt=1)
+    """Share of the past in a step's direction; None keeps none, and no memory for it."""
+    decay_rate: float = Field(default=0.8, gt=0, lt=1)
+    """Second moments forget as 1 - t ** -decay_rate, up to `beta2_cap`."""
+    beta2_cap: float = Field(default=0.999, gt=0, lt=1)
+
+
+def kind_or(default: str) -> Discriminator:
+    """Tells the alternatives of a union by `kind`; a configuration that names none is of the default one."""
+
+    def kind_of(value: Any) -> str:
+        return value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", default)
+
+    return Discriminator(kind_of)
 
 
 Optimizer = Annotated[
-    Annotated[AdamW, Tag("adamw")] | Annotated[MuonConfig, Tag("muon")], Discriminator(optimizer_kind)
+    Annotated[AdamW, Tag("adamw")]
+    | Annotated[MuonConfig, Tag("muon")]
+    | Annotated[LionConfig, Tag("lion")]
+    | Annotated[AdafactorConfig, Tag("adafactor")],
+    kind_or("adamw"),
 ]
 
 
-class Cosine(Config):
+class Warmup(Config):
+    """What every schedule begins with."""
+
+    warmup: int = Field(default=500, ge=0)
+    """Optimiser steps over which the rate rises linearly to its peak."""
+
+
+class Cosine(Warmup):
     """Linear warm-up, then a cosine down to `final` times the peak."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup: int = Field(default=500, ge=0)
-    """Optimiser steps."""
     final: float = Field(default=0.0, ge=0, le=1)
+
+
+class WSD(Warmup):
+    """Warm-up, a stable rate, and a decay at the end: a run can be made longer from any checkpoint before the decay."""
+
+    kind: Literal["wsd"] = "wsd"
+    decay: int = Field(default=500, ge=0)
+    """The last steps, over which the rate falls to `final` times the peak; a tenth to a fifth of the run."""
+    final: float = Field(default=0.0, ge=0, le=1)
+    shape: Literal["sqrt", "linear"] = "sqrt"
+    """Of the fall: 1 - sqrt of the part of it that is done, or straight."""
+
+
+class Rsqrt(Warmup):
+    """Warm-up, then peak / sqrt(1 + (step - warmup) / timescale): needs no end; the last steps fall to zero."""
+
+    kind: Literal["rsqrt"] = "rsqrt"
+    timescale: int = Field(default=10_000, ge=1)
+    """Steps after the warm-up at which the rate is the peak / sqrt(2)."""
+    cooldown: int = Field(default=0, ge=0)
+    """The last steps, over which the rate goes down to zero on a straight line."""
+
+
+Schedule = Annotated[
+    Annotated[Cosine, Tag("cosine")] | Annotated[WSD, Tag("wsd")] | Annotated[Rsqrt, Tag("rsqrt")],
+    kind_or("cosine"),
+]
+
+
+def check_schedule(schedule: Cosine | WSD | Rsqrt, steps: int) -> None:
+    """Refuse a schedule that does not fit into a run.
+
+    Raises:
+        ValueError: Its parts are as long as the run or longer.
+    """
+    if schedule.warmup >= steps:
+        raise ValueError(
+            f"schedule.warmup ({schedule.warmup}) must be below steps ({steps}): "
+            "the learning rate would never reach its peak"
+        )
+    name = {"wsd": "decay", "rsqrt": "cooldown"}.get(schedule.kind)
+    length = getattr(schedule, name) if name else 0
+    if schedule.warmup + length > steps:
+        raise ValueError(
+            f"schedule.warmup ({schedule.warmup}) and schedule.{name} ({length}) are longer than the run "
+            f"({steps} steps)"
+        )
 
 
 class EMA(Config):
@@ -464,11 +564,11 @@ class PretrainRecipe(Config):
     steps: int = Field(ge=1)
     """Optimiser steps."""
     optim: Optimizer = AdamW()
-    schedule: Cosine = Cosine()
+    schedule: Schedule = Cosine()
     ema: EMA | None = None
     """Evaluate and save a running average of the weights; None takes the weights themselves."""
-    locks: tuple[Lock, ...] = ()
-    """Phases of locked towers in the order of their steps; none trains everything throughout."""
+    phases: tuple[Phase, ...] = ()
+    """In the order of their steps; none trains everything throughout."""
     max_logit_scale: float = Field(default=100.0, gt=0)
     """logit_scale (exponentiated) is clamped to at most this after each step."""
     processes: int | None = Field(default=None, ge=1)
@@ -487,16 +587,17 @@ class PretrainRecipe(Config):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Accelerate's trackers that get the log as well."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def renamed(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "locks" in content:
+            raise ValueError("the key locks is called phases now, with the same keys in it")
+        return content
+
     @model_validator(mode="after")
     def possible(self) -> PretrainRecipe:
-        if self.schedule.warmup >= self.steps:
-            raise ValueError(
-                f"schedule.warmup ({self.schedule.warmup}) must be below steps ({self.steps}): "
-                "the learning rate would never reach its peak"
-            )
-        starts = [lock.step for lock in self.locks]
-        if starts and (starts[0] != 0 or starts != sorted(set(starts))):
-            raise ValueError(f"locks must begin at step 0 and go upwards, got steps {starts}")
+        check_schedule(self.schedule, self.steps)
+        self.check_phases()
         if self.data.captions_per_image > 1 and not (
             self.data.captions == "random" and isinstance(self.loss, MultiPositiveConfig)
         ):
@@ -505,3 +606,22 @@ class PretrainRecipe(Config):
                 f"loss: {{kind: multi_positive}}, got {self.data.captions} and {self.loss.kind}"
             )
         return self
+
+    def check_phases(self) -> None:
+        """Refuse phases out of order, and those with keys that would do nothing."""
+        starts = [phase.step for phase in self.phases]
+        if starts and (starts[0] != 0 or starts != sorted(set(starts))):
+            raise ValueError(f"phases must begin at step 0 and go upwards, got steps {starts}")
+        counted = False
+        for number, phase in enumerate(self.phases):
+            counted = counted or phase.image_groups != "all"
+            if phase.patch_dropout and (phase.image_groups == 0 or (counted and phase.keep_statistics)):
+                raise ValueError(
+                    f"phases.{number}.patch_dropout: the image tower is or was locked by groups and runs as in "
+                    "evaluation, where no patch is left out; with groups that train, set keep_statistics: false"
+                )
+            if phase.image_size and isinstance(self.loss, DistillationConfig):
+                raise ValueError(
+                    f"phases.{number}.image_size: teachers see the student's pictures, and theirs have one size; "
+                    "leave image_size out or take another loss"
+                )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pretrain.checkpoint import complete_checkpoints, read_trained_weights, read_training_state
 from pretrain.recipe import Model, OpenClipModel, TimmTower, TransformersText
+from pretrain.resolution import as_size
 from pretrain.towers import read_checkpoint
 
 Say = Callable[[str], None]
@@ -29,6 +30,8 @@ class Restored:
     """Of the model that was saved."""
     trained: dict[str, Tensor]
     """Of the model that was trained: the same, unless the run keeps an average."""
+    image_size: tuple[int, int]
+    """Of its pictures, which a run may change on its way."""
 
     @property
     def step(self) -> int:
@@ -43,9 +46,10 @@ def read_whole(folder: Path) -> Restored:
         ValueError: A file of it is missing, cut short, or does not fit the others.
     """
     state, optimizer = read_training_state(folder)
-    weights = read_checkpoint(folder / "model").model.state_dict()
+    built = read_checkpoint(folder / "model")
+    weights = built.model.state_dict()
     trained = read_trained_weights(folder) if state["identity"].get("ema") else weights
-    return Restored(folder, state, optimizer, weights, trained)
+    return Restored(folder, state, optimizer, weights, trained, as_size(built.preprocess_cfg["size"]))
 
 
 def newest_whole(checkpoints: Path, say: Say, *, until: int | None = None) -> Restored | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data.mixture import Source
-from data.stream import Batch, PairStream, pair_stream
+from data.stream import Batch, PairStream, pair_stream, set_picture_size
 from data.transforms import TrainTransform
 from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder
@@ -31,15 +31,16 @@ from pretrain.divergence import RollBack, Watch, batch_statistics
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.gradcache import cached_backward, require_row_by_row
-from pretrain.locks import apply_lock, learning_rate_scales, locks_begun, set_training_mode
+from pretrain.locks import apply_lock, learning_rate_scales, phases_begun, set_training_mode
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.meter import Meter
 from pretrain.norm import use_global_batch_norm
 from pretrain.objectives import Features, build_objective
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from pretrain.preemption import Preempted, StopRequest
-from pretrain.recipe import PretrainRecipe
+from pretrain.recipe import Phase, PretrainRecipe
 from pretrain.report import flatten, model_card, write_report
+from pretrain.resolution import as_size, require_image_size, set_patch_dropout
 from pretrain.resume import Restored, beginning, find_checkpoint, newest_whole
 from pretrain.saver import Saver
 from pretrain.selfcheck import check_gradients
@@ -106,11 +107,15 @@ class Trainer:
         self.encoder = build_encoder(recipe.model, device=self.accelerator.device)
         self.model: Any = self.encoder.model
         self.objective = build_objective(recipe.loss, self.encoder)
-        if recipe.micro_batch:
-            for step in [lock.step for lock in recipe.locks] or [0]:
-                locks = locks_begun(recipe.locks, step)
-                apply_lock(self.model, locks[-1])
-                set_training_mode(self.model, locks)
+        self.own_size = self.encoder.image_size
+        for phase in recipe.phases or (Phase(),):
+            phases = phases_begun(recipe.phases, phase.step)
+            apply_lock(self.model, phase)
+            set_patch_dropout(self.model.visual, phase.patch_dropout)
+            if phase.image_size:
+                require_image_size(self.model.visual, as_size(phase.image_size))
+            if recipe.micro_batch:
+                set_training_mode(self.model, phases)
                 require_row_by_row(self.model)
         use_global_batch_norm(self.model)
         self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
@@ -223,6 +228,7 @@ class Trainer:
                 f"{found.folder}: cannot resume with another {', '.join(changed)}: the run would not be the one "
                 "that was begun. Change it back, or start a new run with --run NAME."
             )
+        self.encoder.set_image_size(found.image_size)
         self.model.load_state_dict(found.weights)
         if self.recipe.ema:
             self.average = WeightAverage(self.model, self.recipe.ema)
@@ -250,7 +256,7 @@ class Trainer:
         Raises:
             ValueError: They differ.
         """
-        apply_lock(self.model, locks_begun(self.recipe.locks, self.step)[-1])
+        apply_lock(self.model, phases_begun(self.recipe.phases, self.step)[-1])
         parts = check_gradients(DualEncoder(self.encoder), self.encoder, self.objective, self.accelerator)
         told = ", ".join(f"{part} {cosine:.6f}, {ratio:.6f}" for part, (cosine, ratio) in parts.items())
         self.say(f"gradients are those of one process (cosine, ratio of lengths): {told}")
@@ -276,10 +282,11 @@ class Trainer:
             f"({self.accelerator.device.type}, {self.accelerator.mixed_precision})"
         )
         if self.step == 0:
+            self.begin_phase()
             self.evaluate(every=False)
         elif str(self.step) not in self.history:
             self.evaluate()  # what a run that was told to leave had left out
-        bounds = [*(lock.step for lock in recipe.locks if lock.step < recipe.steps), recipe.steps]
+        bounds = [*(phase.step for phase in recipe.phases if phase.step < recipe.steps), recipe.steps]
         with (
             self.saver,
             self.stop,
@@ -305,13 +312,12 @@ class Trainer:
         self.say(f"step {step} diverged: back to step {self.step}, leaving its batch out ({self.watch.path})")
 
     def train_phase(self, stop: int, bar: ProgressBar) -> None:
-        """Train up to a step, during which the same parameters train."""
+        """Train up to a step, during which the same parameters train on pictures of the same size."""
         recipe = self.recipe
-        lock = locks_begun(recipe.locks, self.step)[-1]
-        apply_lock(self.model, lock)
+        phase = self.begin_phase()
         network = DualEncoder(self.encoder)
         scales = learning_rate_scales(
-            self.model, tower_lr=lock.tower_lr, layer_decay=recipe.optim.layer_decay
+            self.model, tower_lr=phase.tower_lr, layer_decay=recipe.optim.layer_decay
         )
         lr_scale = {f"model.{name}": scale for name, scale in scales.items()}
         self.optimizer = build_optimizer(network.named_parameters(), recipe.optim, lr_scale=lr_scale)
@@ -358,6 +364,25 @@ class Trainer:
         self.saved = optimizer_state(self.optimizer)
         self.accelerator.free_memory()
 
+    def begin_phase(self) -> Phase:
+        """Make the model and the stream what the phase of the current step wants, and return it."""
+        phase = phases_begun(self.recipe.phases, self.step)[-1]
+        apply_lock(self.model, phase)
+        set_patch_dropout(self.model.visual, phase.patch_dropout)
+        size = as_size(phase.image_size) if phase.image_size else self.own_size
+        if size != self.encoder.image_size:
+            before = {name: value.shape for name, value in self.model.named_parameters()}
+            if self.average:
+                self.average.resize_image_tower(size)
+            self.encoder.set_image_size(size)
+            if self.average:
+                self.average.follow(self.model)
+            # Moments of another grid's positions are of no use.
+            gone = {f"model.{n}" for n, value in self.model.named_parameters() if value.shape != before[n]}
+            self.saved = {key: value for key, value in self.saved.items() if key.split("|")[0] not in gone}
+        set_picture_size(self.stream, size)
+        return phase
+
     def train_step(
         self,
         batch: Batch,
@@ -373,7 +398,7 @@ class Trainer:
         # One pair has nothing to be contrasted with; a rank whose samples were all bad has nothing to forward.
         if sum(counts) < 2 or min(counts) == 0 or self.step + 1 in self.watch.left_out:
             return 0
-        set_training_mode(self.model, locks_begun(self.recipe.locks, self.step))
+        set_training_mode(self.model, phases_begun(self.recipe.phases, self.step))
         statistics = batch_statistics(self.model) if self.recipe.on_divergence.action == "skip" else []
         inputs = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps

@@ -48,7 +48,7 @@ def runs(tmp_path_factory, tiny_shards, tiny_models, tiny_bert) -> dict[str, Pat
     unlocking = {
         "model": tiny_models["resnet"],
         "checkpoint": {"every": 1, "keep": 1},
-        "locks": [
+        "phases": [
             {"image_groups": 0, "text_groups": 0},
             {"step": 3, "image_groups": 1, "text_groups": "all", "tower_lr": 0.5},
         ],
@@ -70,6 +70,18 @@ def runs(tmp_path_factory, tiny_shards, tiny_models, tiny_bert) -> dict[str, Pat
     add("phases", unlocking)
     for step in (3, 4, 5):  # in the last step before the phase, in its first, and in its second
         add(f"phases-{step}", unlocking, ("backward", step))
+    growing = {
+        "ema": {"decay": 0.5},
+        "checkpoint": {"every": 1, "keep": 1},
+        "phases": [{"image_size": 16, "patch_dropout": 0.5}, {"step": 3, "image_size": 32}],
+        "model": {
+            **tiny_models["vit"],
+            "image_tower": {**tiny_models["vit"]["image_tower"], "patch_size": 8},
+        },
+    }
+    add("growing", growing)
+    for step in (3, 4, 5):
+        add(f"growing-{step}", growing, ("backward", step))
     average = {"model": tiny_models["resnet"], "ema": {"decay": 0.5}}
     add("average", average)
     for number, kill in enumerate([("backward", 4), ("trained weights' file", 2)]):
@@ -125,6 +137,11 @@ def test_killed_and_resumed_is_as_never_killed(runs, number):
 @pytest.mark.parametrize("step", [3, 4, 5])
 def test_around_the_step_that_unlocks_a_tower(runs, step):
     assert_same_run(runs["phases"], runs[f"phases-{step}"])
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_around_the_step_from_which_pictures_are_larger(runs, step):
+    assert_same_run(runs["growing"], runs[f"growing-{step}"])
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -89,7 +89,7 @@ def trainings(models, odd_shards) -> Callable[[Path], dict[str, dict]]:
                 "loss": {"kind": "sigmoid", "tile": 2},
                 "micro_batch": 2,
             },
-            "phases": {**base, "run": str(folder / "phases"), "model": models["resnet"], "locks": phases},
+            "phases": {**base, "run": str(folder / "phases"), "model": models["resnet"], "phases": phases},
         }
 
     return make

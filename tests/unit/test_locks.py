@@ -11,11 +11,11 @@ from pretrain.locks import (
     apply_lock,
     image_groups,
     learning_rate_scales,
-    locks_begun,
+    phases_begun,
     set_training_mode,
     text_groups,
 )
-from pretrain.recipe import Lock, TowersModel
+from pretrain.recipe import Phase, TowersModel
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +51,13 @@ def test_more_groups_train_more_from_the_output_side(models, kind):
     count = len(image_groups(model)[0])
     trained = []
     for wanted in (*range(count + 1), "all"):
-        apply_lock(model, Lock(image_groups=wanted, text_groups=0))
+        apply_lock(model, Phase(image_groups=wanted, text_groups=0))
         trained.append({name for name, value in model.named_parameters() if value.requires_grad})
     assert "logit_scale" in trained[0]
     sizes = [len(names) for names in trained[:-1]]
     assert sizes == sorted(set(sizes))
     assert set.union(*trained) == trained[-2] == trained[-1]
-    apply_lock(model, Lock())
+    apply_lock(model, Phase())
     assert all(value.requires_grad for value in model.parameters())
 
 
@@ -92,16 +92,16 @@ def test_a_named_depth_has_the_rate_that_its_place_says(models):
 
 
 def test_too_many_groups_are_refused(models):
-    with pytest.raises(ValueError, match="locks: text_groups 7: expected 0 to 3 or 'all'"):
-        apply_lock(models["vit"], Lock(text_groups=7))
-    apply_lock(models["vit"], Lock())
+    with pytest.raises(ValueError, match="phases: text_groups 7: expected 0 to 3 or 'all'"):
+        apply_lock(models["vit"], Phase(text_groups=7))
+    apply_lock(models["vit"], Phase())
 
 
 def test_an_unknown_image_tower_can_only_train_as_a_whole():
     model = nn.Module()
     model.visual = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="cannot lock parts of an image tower Linear; use image_groups: all"):
-        apply_lock(model, Lock(image_groups=1))
+        apply_lock(model, Phase(image_groups=1))
 
 
 def test_a_text_tower_that_is_no_bert_can_only_train_as_a_whole(tiny_models, tiny_bert):
@@ -120,8 +120,8 @@ def test_a_text_tower_that_is_no_bert_can_only_train_as_a_whole(tiny_models, tin
         with pytest.raises(
             ValueError, match=f"parts of a text tower {type(tower).__name__}: .* text_groups: all"
         ):
-            apply_lock(model, Lock(text_groups=1))
-        apply_lock(model, Lock(image_groups=0))
+            apply_lock(model, Phase(text_groups=1))
+        apply_lock(model, Phase(image_groups=0))
         assert all(parameter.requires_grad for parameter in tower.parameters())
 
 
@@ -136,7 +136,7 @@ def image_modes(model) -> list[bool]:
 def test_a_locked_tower_runs_as_in_evaluation_and_its_projection_trains(models):
     """BERT's dropout would else make the features of a locked tower random."""
     model = models["timm"]
-    lock = Lock(image_groups=0, text_groups=0)
+    lock = Phase(image_groups=0, text_groups=0)
     apply_lock(model, lock)
     set_training_mode(model, [lock])
     assert not any(text_modes(model) + image_modes(model))
@@ -150,8 +150,8 @@ def test_a_locked_tower_runs_as_in_evaluation_and_its_projection_trains(models):
     trained = {name for name, value in model.named_parameters() if value.grad is not None}
     assert trained == {name for name, _ in model.named_parameters() if ".head." in name or ".proj." in name}
     assert all(float(value.grad.abs().sum()) > 0 for value in model.parameters() if value.grad is not None)
-    apply_lock(model, Lock())
-    set_training_mode(model, [Lock()])
+    apply_lock(model, Phase())
+    set_training_mode(model, [Phase()])
     assert all(text_modes(model) + image_modes(model))
     assert not torch.equal(model.encode_text(tokens), model.encode_text(tokens))
 
@@ -161,10 +161,10 @@ def test_loose_layers_of_a_locked_tower_rest_too(tiny_models):
     model = build_encoder(TowersModel.model_validate(tiny_models["vit"]), device="cpu").model
     model.visual.patch_dropout = nn.Dropout(0.5)
     for locks, training in (
-        ([Lock(image_groups=0)], False),
-        ([Lock(image_groups=0), Lock(step=1, image_groups=1)], False),
-        ([Lock(image_groups=0), Lock(step=1, image_groups=1, keep_statistics=False)], True),
-        ([Lock(text_groups=0)], True),
+        ([Phase(image_groups=0)], False),
+        ([Phase(image_groups=0), Phase(step=1, image_groups=1)], False),
+        ([Phase(image_groups=0), Phase(step=1, image_groups=1, keep_statistics=False)], True),
+        ([Phase(text_groups=0)], True),
     ):
         apply_lock(model, locks[-1])
         set_training_mode(model, locks)
@@ -174,11 +174,11 @@ def test_loose_layers_of_a_locked_tower_rest_too(tiny_models):
 @pytest.mark.parametrize("keep", [True, False])
 def test_an_unlocked_tower_keeps_its_statistics_and_has_no_dropout(models, keep):
     model = models["timm"]
-    locks = (Lock(image_groups=0, text_groups=0), Lock(step=5, text_groups=1, keep_statistics=keep))
-    assert [len(locks_begun(locks, step)) for step in (0, 4, 5, 6)] == [1, 1, 2, 2]
-    assert locks_begun((), 7) == [Lock()]
+    locks = (Phase(image_groups=0, text_groups=0), Phase(step=5, text_groups=1, keep_statistics=keep))
+    assert [len(phases_begun(locks, step)) for step in (0, 4, 5, 6)] == [1, 1, 2, 2]
+    assert phases_begun((), 7) == [Phase()]
     apply_lock(model, locks[1])
-    set_training_mode(model, locks_begun(locks, 5))
+    set_training_mode(model, phases_begun(locks, 5))
     last = model.text.transformer.encoder.layer[-1]
     assert last.output.dense.weight.requires_grad
     assert last.output.dropout.training is not keep
@@ -191,18 +191,18 @@ def test_an_unlocked_tower_keeps_its_statistics_and_has_no_dropout(models, keep)
     assert moved == {not keep}
     assert all(layer.weight.grad is not None for layer in norms)  # the gains train all the same
     model.zero_grad(set_to_none=True)
-    apply_lock(model, Lock())
+    apply_lock(model, Phase())
 
 
 def test_a_tower_that_was_never_locked_has_its_dropout(models):
     """LiT: the image tower is locked for good, the text tower learns from scratch."""
     model = models["timm"]
-    for lock in (Lock(image_groups=0), Lock(step=3, image_groups=1)):
+    for lock in (Phase(image_groups=0), Phase(step=3, image_groups=1)):
         apply_lock(model, lock)
-        set_training_mode(model, [Lock(image_groups=0), lock])
+        set_training_mode(model, [Phase(image_groups=0), lock])
         assert not any(image_modes(model))
         assert all(text_modes(model))
-    apply_lock(model, Lock())
+    apply_lock(model, Phase())
 
 
 def test_batch_norms_of_locked_parts_keep_their_statistics():

@@ -158,9 +158,9 @@ def test_batch_norm_in_parts_is_refused_unless_it_is_locked(tiny_recipe, tiny_mo
     fresh_accelerate()
     late = [{"image_groups": 0}, {"step": 2, "image_groups": "all"}]
     with pytest.raises(ValueError, match="micro_batch"):
-        Trainer(PretrainRecipe.model_validate({**content, "locks": late}))
+        Trainer(PretrainRecipe.model_validate({**content, "phases": late}))
     fresh_accelerate()
-    Trainer(PretrainRecipe.model_validate({**content, "locks": [{"image_groups": 0}], "steps": 3}))
+    Trainer(PretrainRecipe.model_validate({**content, "phases": [{"image_groups": 0}], "steps": 3}))
 
 
 def test_a_teacher_with_another_input_is_refused(encoder, tiny_models, tmp_path):

@@ -6,12 +6,22 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from pretrain.checkpoint import load_optimizer_state, optimizer_state
+from pretrain.checkpoint import load_optimizer_state, optimizer_state, save_tensors
 from pretrain.muon import orthogonalise
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from pretrain.recipe import AdamW, Cosine, MuonConfig, PretrainRecipe
+from pretrain.recipe import (
+    WSD,
+    AdafactorConfig,
+    AdamW,
+    Cosine,
+    LionConfig,
+    MuonConfig,
+    PretrainRecipe,
+    Rsqrt,
+)
 from pretrain.trainer import DualEncoder
 
 
@@ -78,6 +88,95 @@ def test_without_warmup_it_starts_at_the_peak():
     assert learning_rate_factor(10, 10, Cosine(warmup=0)) == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize("shape", ["sqrt", "linear"])
+def test_wsd_is_stable_and_falls_at_the_end(shape):
+    config = WSD(warmup=10, decay=20, final=0.1, shape=shape)
+    factors = [learning_rate_factor(step, 100, config) for step in range(101)]
+    assert factors[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert factors[10:81] == [1.0] * 71
+    assert factors[85] == pytest.approx(0.1 + 0.9 * (1 - (0.5 if shape == "sqrt" else 0.25)))
+    assert factors[100] == pytest.approx(0.1)
+    assert factors[80:] == sorted(factors[80:], reverse=True)
+    longer = [learning_rate_factor(step, 150, config) for step in range(80)]
+    assert longer == factors[:80]  # a longer run begins in the same way
+
+
+def test_rsqrt_falls_by_its_timescale_and_cools_down():
+    config = Rsqrt(warmup=10, timescale=100, cooldown=50)
+    factors = [learning_rate_factor(step, 400, config) for step in range(401)]
+    assert factors[9] == factors[10] == 1.0
+    assert factors[110] == pytest.approx(2**-0.5)
+    assert factors[310] == pytest.approx(0.5)
+    assert factors[375] == pytest.approx(0.5 * (1 + 365 / 100) ** -0.5)
+    assert factors[400] == 0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    endless = Rsqrt(warmup=10, timescale=100)
+    assert learning_rate_factor(310, 311, endless) == pytest.approx(0.5)
+
+
+def test_no_decay_at_all_stays_at_the_peak():
+    assert [learning_rate_factor(step, 4, WSD(warmup=0, decay=0)) for step in range(4)] == [1.0] * 4
+
+
+def test_a_schedule_longer_than_its_run_is_refused():
+    content = {"run": "r", "data": {"train": "x"}, "steps": 100}
+    for schedule, said in (
+        ({"kind": "wsd", "warmup": 50, "decay": 51}, r"warmup \(50\) and schedule.decay \(51\) are longer"),
+        (
+            {"kind": "rsqrt", "warmup": 50, "cooldown": 60},
+            r"schedule.cooldown \(60\) are longer .* \(100 steps\)",
+        ),
+        ({"kind": "wsd", "warmup": 100}, "would never reach its peak"),
+        ({"kind": "wsd", "cooldown": 3}, "cooldown"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            PretrainRecipe.model_validate({**content, "schedule": schedule})
+    recipe = PretrainRecipe.model_validate({**content, "schedule": {"warmup": 3}})
+    assert isinstance(recipe.schedule, Cosine)  # as before there were others
+
+
+def test_a_step_of_lion_by_hand():
+    torch.manual_seed(0)
+    weight, gain = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.ones(4))
+    config = LionConfig(lr=0.01, weight_decay=0.5, betas=(0.9, 0.99))
+    optimizer = build_optimizer([("weight", weight), ("gain", gain)], config)
+    expected = [weight.detach().double(), gain.detach().double()]
+    momenta = [torch.zeros_like(value) for value in expected]
+    for _ in range(3):
+        for number, (parameter, decay) in enumerate(((weight, 0.5), (gain, 0.0))):
+            parameter.grad = torch.randn_like(parameter)
+            gradient = parameter.grad.double()
+            direction = torch.sign(0.9 * momenta[number] + 0.1 * gradient)
+            expected[number] = expected[number] * (1 - 0.01 * decay) - 0.01 * direction
+            momenta[number] = 0.99 * momenta[number] + 0.01 * gradient
+        optimizer.step()
+    for parameter, value in zip((weight, gain), expected, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_of_adafactor_by_hand():
+    """Without momentum: rank-one second moments of a matrix, whole ones of a vector; decay only for the matrix."""
+    torch.manual_seed(0)
+    weight, gain = nn.Parameter(torch.randn(20, 16)), nn.Parameter(torch.ones(4))
+    config = AdafactorConfig(lr=0.01, weight_decay=0.5, momentum=None)
+    optimizer = build_optimizer([("weight", weight), ("gain", gain)], config)
+    expected, row, column = weight.detach().double(), 0.0, 0.0
+    vector, second = gain.detach().double(), 0.0
+    for step in range(1, 4):
+        weight.grad, gain.grad = torch.randn_like(weight), torch.randn_like(gain)
+        beta = min(0.999, 1 - step**-0.8)
+        square = weight.grad.double() ** 2
+        row = beta * row + (1 - beta) * square.mean(1, keepdim=True)
+        column = beta * column + (1 - beta) * square.mean(0, keepdim=True)
+        estimate = row * column / row.mean()
+        expected = expected * (1 - 0.01 * 0.5) - 0.01 * weight.grad.double() / estimate.sqrt()
+        second = beta * second + (1 - beta) * gain.grad.double() ** 2
+        vector = vector - 0.01 * gain.grad.double() / second**0.5
+        optimizer.step()
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gain.detach().double(), vector, rtol=1e-5, atol=1e-6)
+
+
 def test_muon_takes_weights_and_leaves_embeddings_and_gains(tiny_models):
     from pretrain.encoder import build_encoder
 
@@ -130,16 +229,21 @@ def test_orthogonalise_pulls_singular_values_to_one(shape):
     assert not orthogonalise(torch.zeros(3, 4)).any()
 
 
-def test_muon_goes_on_from_its_saved_state_bit_for_bit():
+@pytest.mark.parametrize(
+    "config",
+    [MuonConfig(lr=0.1), LionConfig(lr=0.1), AdafactorConfig(lr=0.1), AdafactorConfig(lr=0.1, momentum=None)],
+    ids=["muon", "lion", "adafactor", "adafactor without momentum"],
+)
+def test_an_optimiser_goes_on_from_its_saved_state_bit_for_bit(config, tmp_path):
     def run(stops: set[int]) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        named = [("weight", nn.Parameter(torch.randn(4, 8))), ("gain", nn.Parameter(torch.ones(8)))]
-        optimizer = build_optimizer(named, MuonConfig(lr=0.1))
+        named = [("weight", nn.Parameter(torch.randn(20, 16, 2, 2))), ("gain", nn.Parameter(torch.ones(8)))]
+        optimizer = build_optimizer(named, config)
         for step in range(6):
             if step in stops:
-                saved = optimizer_state(optimizer)
-                optimizer = build_optimizer(named, MuonConfig(lr=0.1))
-                assert load_optimizer_state(optimizer, saved) == 2
+                save_tensors(optimizer_state(optimizer), tmp_path / "state.safetensors")
+                optimizer = build_optimizer(named, config)
+                assert load_optimizer_state(optimizer, load_file(tmp_path / "state.safetensors")) == 2
             for _, parameter in named:
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pairstream.recipe import dump_recipe, find_recipe, load_recipe
-from pretrain.recipe import Lock, PretrainRecipe
+from pretrain.recipe import Phase, PretrainRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 # Those of training runs; the suites of retrieval are tested in test_suite.py.
@@ -80,7 +80,20 @@ FAULTS = {
         {"data": {"train": "x", "captions_per_image": 2}},
         r"captions_per_image 2 needs data.captions: random and loss: {kind: multi_positive}, got random and info_nce",
     ),
-    "late lock": ({"locks": [{"step": 2}]}, r"locks must begin at step 0 and go upwards, got steps \[2\]"),
+    "late phase": ({"phases": [{"step": 2}]}, r"phases must begin at step 0 and go upwards, got steps \[2\]"),
+    "locks": ({"locks": [{}]}, "the key locks is called phases now"),
+    "patch dropout of a locked tower": (
+        {"phases": [{"image_groups": 0, "keep_statistics": False, "patch_dropout": 0.5}]},
+        r"phases.0.patch_dropout: the image tower is or was locked",
+    ),
+    "patch dropout of a tower that keeps statistics": (
+        {"phases": [{"image_groups": 0}, {"step": 2, "patch_dropout": 0.5}]},
+        r"phases.1.patch_dropout: .* set keep_statistics: false",
+    ),
+    "another size than the teachers'": (
+        {"loss": {"kind": "distillation", "teachers": ["x"]}, "phases": [{"image_size": 16}]},
+        "phases.0.image_size: teachers see the student's pictures",
+    ),
     "patches": (
         {"model": {"kind": "towers", "image_tower": {"kind": "vit", "image_size": 60, "patch_size": 16}}},
         "image_size 60 is not a multiple of patch_size 16",
@@ -118,7 +131,7 @@ def test_all_faults_come_in_one_message(write):
 
 def test_overrides_change_nested_keys_and_lists_stay(write):
     path = write(
-        locks=[Lock().model_dump()], evaluate=[{"use": "a:B", "options": {"data": "x", "k": [1, 5]}}]
+        phases=[Phase().model_dump()], evaluate=[{"use": "a:B", "options": {"data": "x", "k": [1, 5]}}]
     )
     recipe = load(path, "--optim.lr", "2e-3", "--data.workers", "3", "--model.image-tower.layers", "5")
     assert (recipe.optim.lr, recipe.data.workers) == (2e-3, 3)

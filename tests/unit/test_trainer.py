@@ -13,7 +13,7 @@ import torch
 import pretrain.objectives as module
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.encoder import load_encoder
-from pretrain.recipe import Lock, PretrainRecipe
+from pretrain.recipe import Phase, PretrainRecipe
 from pretrain.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -246,7 +246,7 @@ def test_locked_towers_stay_bit_for_bit_with_their_batch_statistics(
 ):
     recipe = PretrainRecipe.model_validate(
         tiny_recipe(
-            model=tiny_models[kind], locks=[{"image_groups": 0, "text_groups": 0}], schedule={"warmup": 0}
+            model=tiny_models[kind], phases=[{"image_groups": 0, "text_groups": 0}], schedule={"warmup": 0}
         )
     )
     trainer = Trainer(recipe)
@@ -262,7 +262,7 @@ def test_a_step_unlocks_the_last_groups(tiny_recipe, fresh_accelerate, tiny_mode
     content = tiny_recipe(
         model=tiny_models["resnet"],
         schedule={"warmup": 0},
-        locks=[
+        phases=[
             {"image_groups": 0, "text_groups": 0},
             {"step": 3, "image_groups": 1, "text_groups": 1, "tower_lr": 0.5, "keep_statistics": False},
         ],
@@ -288,7 +288,7 @@ def test_a_step_unlocks_the_last_groups(tiny_recipe, fresh_accelerate, tiny_mode
 def test_an_unlocked_tower_trains_with_the_statistics_it_has(tiny_recipe, fresh_accelerate, tiny_models):
     """By default its last groups' weights and gains move, the statistics they normalise with do not."""
     locks = [{"image_groups": 0}, {"step": 1, "image_groups": 1}]
-    content = tiny_recipe(model=tiny_models["resnet"], schedule={"warmup": 0}, steps=3, locks=locks)
+    content = tiny_recipe(model=tiny_models["resnet"], schedule={"warmup": 0}, steps=3, phases=locks)
     trainer = Trainer(PretrainRecipe.model_validate(content))
     before = weights(trainer)
     trainer.train()
@@ -298,7 +298,7 @@ def test_an_unlocked_tower_trains_with_the_statistics_it_has(tiny_recipe, fresh_
 
 
 def test_tower_lr_is_for_all_of_both_towers(tiny_recipe, fresh_accelerate):
-    content = tiny_recipe(steps=1, schedule={"warmup": 0}, locks=[{"tower_lr": 0.1}])
+    content = tiny_recipe(steps=1, schedule={"warmup": 0}, phases=[{"tower_lr": 0.1}])
     trainer = Trainer(PretrainRecipe.model_validate(content))
     trainer.train()
     full = {
@@ -311,7 +311,7 @@ def test_tower_lr_is_for_all_of_both_towers(tiny_recipe, fresh_accelerate):
 
 
 def test_layer_decay_and_tower_lr_multiply(train):
-    trainer = train(steps=1, schedule={"warmup": 0}, optim={"layer_decay": 0.5}, locks=[{"tower_lr": 0.1}])
+    trainer = train(steps=1, schedule={"warmup": 0}, optim={"layer_decay": 0.5}, phases=[{"tower_lr": 0.1}])
     rates = {name: group["lr_scale"] for group in trainer.optimizer.param_groups for name in group["names"]}
     assert rates["model.visual.proj"] == rates["model.logit_scale"] == 1.0
     assert rates["model.visual.ln_post.weight"] == pytest.approx(0.05)
@@ -320,7 +320,7 @@ def test_layer_decay_and_tower_lr_multiply(train):
 
 def test_more_groups_than_a_tower_has_are_refused(train):
     with pytest.raises(ValueError, match="image_groups 9: expected 0 to 3 or 'all'"):
-        train(locks=[Lock(image_groups=9).model_dump()])
+        train(phases=[Phase(image_groups=9).model_dump()])
 
 
 # What a run folder refuses
