@@ -27,6 +27,7 @@ from data.curate.records import UNUSABLE, Records
 from data.curate.write import WriteShard, plan_shards
 from data.faults import FaultLog
 from data.fetch import is_remote
+from data.index import cache_home
 from data.shards import MANIFEST, expand_shards, write_manifest
 from pairstream.atomic import TEMPORARY, write_bytes, write_text
 from pairstream.command import read_recipe_command
@@ -115,8 +116,9 @@ def alone(out: Path) -> Iterator[None]:
     """Let one process at a time work on a folder."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: {out} is a file: expected a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f"{TEMPORARY}{out.name}.lock"))
+    locks = cache_home() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / hashlib.sha256(str(out).encode("utf-8", "surrogateescape")).hexdigest()[:16])
     try:
         lock.acquire(timeout=0)
     except Timeout:

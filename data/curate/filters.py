@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -131,10 +132,8 @@ def domain_of(url: str) -> str:
     except ValueError:  # such as a bracket that is not closed
         return ""
     host = host.rstrip(".")
-    try:
+    with suppress(UnicodeError):
         host = host.encode("idna").decode("ascii")  # so that both spellings of a name are one
-    except UnicodeError:
-        pass
     return host.removeprefix("www.")
 
 

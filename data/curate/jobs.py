@@ -83,8 +83,8 @@ def on_ray(work: Guarded, jobs: list[tuple[Any, ...]], recipe: CurateRecipe) -> 
         raise
     except Exception as error:  # Ray has errors of its own
         raise ValueError(
-            f"distributor: ray: {str(error)[:400] or type(error).__name__}. Can every machine import pairstream, and see "
-            "the shards and out under the same paths? What is done is kept: the same command goes on."
+            f"distributor: ray: {str(error)[:400] or type(error).__name__}. Can every machine import pairstream, and "
+            "see the shards and out under the same paths? What is done is kept: the same command goes on."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The first pass: each shard is read once, its samples are judged one by one, and what is kept of them is written down."""
+"""The first pass: each shard is read once, its samples are judged one by one, and a record of each is written."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from data.faults import Fault
 from data.pictures import Picture
 from data.samples import RawSample, read_sample
 from data.tar import ShardIndex, ShardReader
-from pairstream.report import Card, Report
+from pairstream.recipe import Config
+from pairstream.report import Card, Report, show
 
 THUMBNAIL = 240  # pixels of the longer side
 BINS = 30
@@ -98,13 +99,15 @@ def histogram(values: np.ndarray, records: Records, kept: np.ndarray) -> dict[st
         kept: Those that stay; bool (n,).
 
     Returns:
-        `edges` (steps + 1), `before` and `after` (steps); None when no sample has such a number.
+        `edges` (steps + 1), `before` and `after` (steps), and `same`, the number that all samples have (None when
+        they differ); None when no sample has such a number.
     """
     known = (records.width > 0) & np.isfinite(values)
     if not known.any():
         return None
     values = values.astype(np.float64)
     low, high = float(values[known].min()), float(np.percentile(values[known], 99))
+    lowest = low
     whole = bool((values[known] == np.round(values[known])).all())
     step = (high - low) / BINS or 1.0
     if whole:
@@ -113,7 +116,13 @@ def histogram(values: np.ndarray, records: Records, kept: np.ndarray) -> dict[st
     edges = low + step * np.arange(BINS + 1)
     clipped = np.clip(values, edges[0], edges[-1])
     before, after = (np.histogram(clipped[known & which], edges)[0].tolist() for which in (known, kept))
-    return {"edges": [round(float(edge), 6) for edge in edges], "before": before, "after": after}
+    same = lowest if (values[known] == values[known][0]).all() else None
+    return {
+        "edges": [round(float(edge), 6) for edge in edges],
+        "before": before,
+        "after": after,
+        "same": same,
+    }
 
 
 class Pictures:
@@ -193,9 +202,14 @@ def write_report(
     report.numbers(tiles)
     steps(report, recipe, metrics)
     report.heading("Before and after")
+    same = [name for name, found in metrics["histograms"].items() if found["same"] is not None]
+    if same:
+        words = (f"{name} {show(metrics['histograms'][name]['same'])}" for name in same)
+        report.text(f"The same for all samples: {', '.join(words)}.")
     for name, found in metrics["histograms"].items():
-        curves = {which: outline(found["edges"], found[which]) for which in ("before", "after")}
-        report.curves(name, curves, HISTOGRAMS[name][0], "samples")
+        if name not in same:
+            curves = {which: outline(found["edges"], found[which]) for which in ("before", "after")}
+            report.curves(name, curves, HISTOGRAMS[name][0], "samples")
     pictures = Pictures()
     try:
         examples(report, recipe, records, decision, pictures)
@@ -212,22 +226,19 @@ def steps(report: Report, recipe: CurateRecipe, metrics: dict[str, Any]) -> None
     report.heading("What each rule dropped")
     left, rows = metrics["samples"], []
     rules = dict(zip(recipe.labels(), recipe.filters, strict=True))
-    for cause, count in metrics["dropped"].items():
-        words = SAID.get(cause) or ", ".join(
-            f"{key} {value}"
-            for key, value in rules[cause]
-            .model_dump(mode="json", exclude={"kind"}, exclude_none=True)
-            .items()
-            if value not in ([], "")
-        )
+    # The best share is taken after the search for copies, wherever its rule stands.
+    late = {name for name, rule in rules.items() if getattr(rule, "top", None) is not None}
+    order = {cause: (cause in late) + 2 * (cause in (BALANCE, NO_ENTRY)) for cause in metrics["dropped"]}
+    for cause, count in sorted(metrics["dropped"].items(), key=lambda item: order[item[0]]):
+        words = SAID.get(cause) or in_words(rules[cause])
         rows.append([cause, words, count, f"{count / max(metrics['samples'], 1):.1%}", left])
         left -= count
     rows.append(["kept", "", left, f"{left / max(metrics['samples'], 1):.1%}", left])
     report.table(
-        ["rule", "what it asks", "dropped", "of all", "came so far"],
+        ["rule", "what it asks", "dropped", "of all", "reached it"],
         rows,
-        "A sample counts under the first rule that it fails. Copies, leaks, best shares (top) and the balance are settled "
-        "when all shards are read.",
+        "A sample counts under the first rule that it fails. Leaks, copies, best shares (top) and the balance are "
+        "settled when all shards are read.",
     )
     if metrics["captions_shortened"]:
         report.text(
@@ -239,6 +250,15 @@ def steps(report: Report, recipe: CurateRecipe, metrics: dict[str, Any]) -> None
             list(metrics["faults"].items()),
             "Also counts samples that a cut shard lost.",
         )
+
+
+def in_words(rule: Config) -> str:
+    """A rule's keys as the report shows them: `min 5, max 300`."""
+    told = []
+    for key, value in rule.model_dump(mode="json", exclude={"kind"}, exclude_none=True).items():
+        if value not in ([], ""):
+            told.append(f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return ", ".join(told)
 
 
 def outline(edges: list[float], counts: list[int]) -> list[tuple[float, float]]:
@@ -314,8 +334,8 @@ def copies_shown(
         report.table(
             ["found by", "samples of this set"],
             list(leaks["by"].items()),
-            f"{leaks['samples']:,} samples are copies of {leaks['evaluation_samples_leaked']:,} of the evaluation set's "
-            f"{leaks['evaluation_samples']:,}; they {'were dropped' if recipe.leaks.drop else 'stay (drop: false)'}.",
+            f"Of the evaluation set's {leaks['evaluation_samples']:,} samples {leaks['evaluation_samples_leaked']:,} "
+            f"were met; {leaks['samples']:,} copies {'were dropped' if recipe.leaks.drop else 'stay (drop: false)'}.",
         )
         rows = np.flatnonzero(decision.leak_of >= 0)
         rows = rows[np.lexsort((records.text[rows], -decision.leak_by[rows].astype(int)))][: recipe.examples]
@@ -335,22 +355,24 @@ def planted(report: Report, table: list[dict[str, Any]]) -> None:
     methods = list(dict.fromkeys(row["method"] for row in table))
     cells = {(row["kind"], row["method"]): row for row in table}
 
-    def show(share: float | None) -> str | None:
+    def percent(share: float | None) -> str | None:
         return None if share is None else f"{share:.1%}"
 
-    rows = []
+    recall, precision = [], []
     for kind, (_, what) in KINDS.items():
         own = [cells[kind, method] for method in methods]
-        rows.append(
-            [kind, what, own[0]["planted"]]
-            + [show(cell["recall"]) for cell in own]
-            + [show(cells[kind, "any"]["precision"])]
-        )
+        recall.append([kind, what, own[0]["planted"], *(percent(cell["recall"]) for cell in own)])
+        precision.append([kind, *(percent(cell["precision"]) for cell in own)])
     report.table(
-        ["planted copy", "made by", "planted", *(f"found: {method}" for method in methods), "precision"],
-        rows,
-        "Copies of pictures of this set, made for this table and not written. Found: the share that is paired with its "
-        "picture. Precision: of all pairs of a planted copy, by any method, the share with its picture or a copy of it.",
+        ["planted copy", "made by", "planted", *methods],
+        recall,
+        "Recall: the share of copies that a search pairs with their picture. The copies were made of pictures of this "
+        "set for these two tables, and not written.",
+    )
+    report.table(
+        ["planted copy", *methods],
+        precision,
+        "Precision: of all pairs of a planted copy, the share that is with its picture or with a copy of that.",
     )
 
 
