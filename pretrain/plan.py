@@ -12,10 +12,15 @@ from pretrain.encoder import Encoder, build_encoder
 from pretrain.flops import Count, count_flops, loss_flops
 from pretrain.locks import apply_lock
 from pretrain.objectives import build_objective
-from pretrain.recipe import DistillationConfig, Lock, MuonConfig, OpenClipModel, PretrainRecipe
+from pretrain.recipe import DistillationConfig, OpenClipModel, Phase, PretrainRecipe
+from pretrain.resolution import as_size, set_patch_dropout
 
 MFU = 0.35
 """Share of the peak that training reaches: 0.3 to 0.45 is usual for ViT towers, about half of it for ResNets."""
+
+
+MOMENTS = {"adamw": 8.0, "muon": 4.0, "lion": 4.0, "adafactor": 2.0}
+"""Bytes of an optimiser's state for each trained parameter, nearly all of which are matrices."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ DEVICES = ("8xa100-80gb", "8xh100", "64xh100")
 
 
 @dataclass(frozen=True)
-class Phase:
-    """Steps during which the same parameters train."""
+class Stretch:
+    """Steps during which the same parameters train on pictures of one size."""
 
     steps: int
     trainable: int
@@ -58,7 +63,7 @@ class Plan:
     Attributes:
         parameters: Of all of the dual encoder.
         towers: The same by part.
-        phases: One, or one for each of the recipe's locks.
+        phases: One, or one for each of the recipe's phases.
         teachers: FLOPs of the teachers' forward passes, per pair.
     """
 
@@ -67,14 +72,14 @@ class Plan:
     towers: dict[str, int]
     embed_dim: int
     image_bytes: int
-    phases: tuple[Phase, ...]
+    phases: tuple[Stretch, ...]
     teachers: float
 
     @property
     def step_flops(self) -> float:
         """FLOPs per pair: forward and backward pass, the loss, teachers, and GradCache's second forward pass.
 
-        The mean over the phases of a run with locks.
+        The mean over the phases.
         """
         again = 1 if self.recipe.micro_batch else 0
         steps = sum(phase.steps for phase in self.phases)
@@ -91,8 +96,8 @@ class Plan:
     def memory(self, devices: int) -> dict[str, float]:
         """Bytes on each device, by what they are for: an estimate.
 
-        Weights take 4 bytes a parameter, in bf16 2 more for autocast's copies; gradients 4 and AdamW's moments 8
-        (Muon's 4 for matrices) a trained parameter; DistributedDataParallel's buckets another 4. Activations are those
+        Weights take 4 bytes a parameter, in bf16 2 more for autocast's copies; gradients 4 and the optimiser's state
+        as `MOMENTS` has it a trained parameter; DistributedDataParallel's buckets another 4. Activations are those
         that the counted forward pass saved, at half in bf16, for the rows that a device holds at a time. To this the
         libraries add 1 to 2 GB and the allocator's gaps some 10 %.
         """
@@ -106,7 +111,7 @@ class Plan:
         return {
             "weights": self.parameters * (6.0 if bf16 else 4.0),
             "gradients": trained * (8.0 if devices > 1 else 4.0),
-            "optimiser": trained * (4.0 if isinstance(recipe.optim, MuonConfig) else 8.0),
+            "optimiser": trained * MOMENTS[recipe.optim.kind],
             "activations": activations * rows,
             # Images of this rank, and the features of all pairs with their gradients.
             "batch": share * self.image_bytes + recipe.batch_size * self.embed_dim * 4 * 2 * (1 + captions),
@@ -117,7 +122,7 @@ def make_plan(recipe: PretrainRecipe) -> Plan:
     """Build the recipe's model and count what its steps take; reads no data.
 
     Raises:
-        ValueError: The model cannot be built, or a lock does not fit it.
+        ValueError: The model cannot be built, or a phase does not fit it.
     """
     encoder = build_encoder(recipe.model, device="cpu")
     # SigLIP's bias comes with the objective; teachers are built below, once each.
@@ -126,26 +131,29 @@ def make_plan(recipe: PretrainRecipe) -> Plan:
     model = encoder.model
     image = sum(parameter.numel() for parameter in model.visual.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
-    phases = []
-    locks = [lock for lock in recipe.locks if lock.step < recipe.steps] or [Lock()]
-    ends = [*(lock.step for lock in locks[1:]), recipe.steps]
-    for lock, end in zip(locks, ends, strict=True):
-        apply_lock(model, lock)
+    stretches = []
+    phases = [phase for phase in recipe.phases if phase.step < recipe.steps] or [Phase()]
+    ends = [*(phase.step for phase in phases[1:]), recipe.steps]
+    own, largest = encoder.image_size, 0
+    for phase, end in zip(phases, ends, strict=True):
+        apply_lock(model, phase)
+        set_patch_dropout(model.visual, phase.patch_dropout)
+        encoder.set_image_size(as_size(phase.image_size) if phase.image_size else own)
+        largest = max(largest, 3 * math.prod(encoder.image_size))
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        phases.append(Phase(end - lock.step, trained, count_step(encoder, recipe)))
+        stretches.append(Stretch(end - phase.step, trained, count_step(encoder, recipe)))
     teachers = 0.0
     if isinstance(recipe.loss, DistillationConfig):
         for name in recipe.loss.teachers:
             teacher = build_encoder(OpenClipModel(name=name), device="cpu")
             teachers += count_step(teacher, recipe).forward
-    height, width = encoder.image_size
     return Plan(
         recipe,
         total,
         {"image tower": image, "text tower": total - image},
         encoder.embed_dim,
-        3 * height * width,
-        tuple(phases),
+        largest,
+        tuple(stretches),
         teachers,
     )
 
