@@ -30,10 +30,7 @@ def main(argv: list[str]) -> int:
     from pairstream.errors import require
 
     require("transformers", "finetune", "fine-tuning")
-    if command.recipe.task.kind == "classify":
-        from finetune.fusion.trainer import ClassifierTrainer as Trainer
-    else:
-        from finetune.trainer import Finetuner as Trainer
+    from finetune.trainer import Finetuner
 
-    Trainer(command.recipe, resume=command.resume, overwrite=command.overwrite).train()
+    Finetuner(command.recipe, resume=command.resume, overwrite=command.overwrite).train()
     return 0

@@ -170,6 +170,11 @@ class VisionLanguageModel(TaskModel):
         expected = labels[:, columns].flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), expected, ignore_index=IGNORED, reduction="sum")
 
+    @staticmethod
+    def targets(labels: Tensor) -> Tensor:
+        """How many tokens of a batch have to be learnt: what the loss is divided by."""
+        return labels.ne(IGNORED).sum()
+
     def caption(self, images: Sequence[Picture], decoding: Decoding | None = None) -> list[str]:
         """Write a caption for each picture.
 

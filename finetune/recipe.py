@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from finetune.fusion.recipe import ClassifyTask
+from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask
 from pairstream.recipe import Config
 from pretrain.recipe import AdamW, Checkpoints, Cosine, OpenClipModel, Optimizer
 
@@ -114,7 +114,7 @@ class VqaTask(Config):
         return value
 
 
-Task = Annotated[CaptionTask | VqaTask | ClassifyTask, Field(discriminator="kind")]
+Task = Annotated[CaptionTask | VqaTask | ClassifyTask | ChooseTask | MatchTask, Field(discriminator="kind")]
 
 
 class Data(Config):

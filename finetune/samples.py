@@ -14,6 +14,7 @@ from torch import Tensor
 from data.faults import Fault
 from data.samples import RawSample
 from data.transforms import EvalTransform, TrainTransform, decode_image
+from finetune.fusion.recipe import ChooseTask, MatchTask
 from finetune.recipe import CaptionTask, Task, VqaTask
 from finetune.text import Pair, make_pair, pack
 
@@ -89,9 +90,9 @@ def read_texts(task: Task, sample: RawSample) -> Any:
     Raises:
         Fault: There is nothing of that kind, or it is broken.
     """
-    if isinstance(task, CaptionTask):
+    if isinstance(task, CaptionTask | MatchTask):
         return read_captions(sample)
-    if isinstance(task, VqaTask):
+    if isinstance(task, VqaTask | ChooseTask):
         return read_questions(sample)
     from finetune.fusion.samples import read_post
 
@@ -112,7 +113,7 @@ class TextLoad:
     task: Task
 
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> TextRow:
-        others = [] if isinstance(self.task, CaptionTask) else sample.captions()
+        others = sample.captions() if isinstance(self.task, VqaTask) else []
         if isinstance(self.task, CaptionTask) and sample.record.get("questions"):
             others = [
                 text for question in read_questions(sample) for text in (question.text, question.majority)

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from finetune import ptb
 from finetune.baselines import QuestionOnly, most_frequent_caption
+from finetune.fusion.answers import Choosing
+from finetune.fusion.matching import Matching
 from finetune.fusion.task import Classification
 from finetune.metrics import caption_metrics
 from finetune.model import VisionLanguageModel
+from finetune.questions import Questions
 from finetune.recipe import CaptionTask, Task, VqaTask
 from finetune.samples import Question
-from finetune.vqa_accuracy import question_accuracy, vqa_accuracy
 from pairstream.report import Card
 
 # One evaluated picture: key, index, file (or None), judged_by, and `written`: one text or one for each question.
@@ -100,14 +102,10 @@ class Captioning:
         ]
 
 
-class VisualQuestions:
-    """Answers, judged by VQA accuracy."""
+class VisualQuestions(Questions):
+    """Written answers, judged by VQA accuracy."""
 
-    main = "accuracy"
-
-    def __init__(self, task: VqaTask):
-        self.task = task
-        self.blind: QuestionOnly | None = None
+    task: VqaTask
 
     def corpus(self, row: list[Question]) -> Iterator[str]:
         for question in row:
@@ -124,53 +122,19 @@ class VisualQuestions:
         for row in rows:
             row["written"] = [next(answers) for _ in row["judged_by"]]
 
-    def score(self, rows: Sequence[Row]) -> dict[str, Any]:
-        assert self.blind is not None, "learn() comes first"
-        mode = self.task.accuracy
-        questions: list[Question] = [question for row in rows for question in row["judged_by"]]
-        truth = [question.answers for question in questions]
-        names = sorted({name for question in questions for name in question.kinds})
-        types = {name: [question.kinds.get(name, "(none)") for question in questions] for name in names}
-        ours = vqa_accuracy([text for row in rows for text in row["written"]], truth, mode=mode, types=types)
-        majority = vqa_accuracy([self.blind.majority] * len(truth), truth, mode=mode)
-        blind = vqa_accuracy(
-            [self.blind.answer(question.text) for question in questions], truth, mode=mode, types=types
-        )
-        return {
-            **ours,
-            "majority_baseline": majority["accuracy"],
-            "majority_answer": self.blind.majority,
-            "question_only_baseline": blind["accuracy"],
-            "question_only": {name: value for name, value in blind.items() if name.startswith("by_")},
-            "question_only_model": "most frequent training answer to the same question, else to its first words",
-            "images": len(rows),
-        }
-
-    def predictions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        return [
-            {"question_id": question.id, "answer": text}
-            for row in rows
-            for question, text in zip(row["judged_by"], row["written"], strict=True)
-        ]
-
-    def cards(self, rows: Sequence[Row]) -> list[Card]:
-        cards = []
-        for number, row in enumerate(rows):
-            if not row["file"]:
-                continue
-            place = number % len(row["judged_by"])  # another kind of question from card to card
-            question, text = row["judged_by"][place], row["written"][place]
-            right = question_accuracy(text, question.answers, self.task.accuracy) >= 0.5
-            lines = [f"answer: {text}"] + ([] if right else [f"humans: {question.majority}"])
-            cards.append(Card(shrink(row["file"]), question.text, lines, "right" if right else "wrong"))
-        return cards
-
 
 def make_task(task: Task) -> TaskKind:
     """The implementation of a recipe's `task`."""
-    if isinstance(task, CaptionTask):
-        return Captioning(task)
-    return VisualQuestions(task) if isinstance(task, VqaTask) else Classification(task)
+    return TASKS[task.kind](task)
+
+
+TASKS: dict[str, Any] = {
+    "caption": Captioning,
+    "vqa": VisualQuestions,
+    "classify": Classification,
+    "choose": Choosing,
+    "match": Matching,
+}
 
 
 def shrink(file: bytes, side: int = 256) -> bytes:

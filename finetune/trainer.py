@@ -11,33 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from data.stream import Batch, PairStream
 from data.transforms import TrainTransform
-from finetune.model import (
-    VisionLanguageModel,
-    build_task_model,
-    load_task_model,
-    pretrained_language_model,
-    small_language_model,
-)
-from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLanguageModel
+from finetune.families import make_family
+from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
-from finetune.samples import (
-    EvalCollate,
-    EvalLoad,
-    ImageCollate,
-    ImageLoad,
-    TextLoad,
-    TextRow,
-    TrainCollate,
-    TrainLoad,
-)
-from finetune.saved import task_folder
+from finetune.samples import EvalCollate, EvalLoad, ImageCollate, ImageLoad, TextLoad, TextRow
 from finetune.tasks import Row, make_task
-from finetune.text import IGNORED, train_tokenizer, wrap_tokenizer
 from pairstream.atomic import write_text
 from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder, finite
@@ -49,7 +32,6 @@ from pretrain.checkpoint import (
     save_checkpoint,
     step_folder,
 )
-from pretrain.encoder import load_encoder
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
@@ -57,7 +39,7 @@ TOKENIZER_SAMPLES = 100_000  # samples whose texts the tokenizer and the baselin
 
 
 class Finetuner:
-    """Trains the captioner or VQA model of a recipe.
+    """Trains the task model of a recipe, whatever its task; what kinds of models do differently is in their `Family`.
 
     The state of a run is its step: batches, drawn captions and dropout of a step are functions of (seed, step), so
     that a resumed run goes on bit for bit where the checkpoint was made (on CPU).
@@ -76,9 +58,6 @@ class Finetuner:
         0.91
     """
 
-    slow_parts: tuple[str, ...] = ("image_tower.",)
-    """Name prefixes of pretrained parts, which train at `tower_lr` times the rate."""
-
     def __init__(self, recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = False):
         self.recipe = recipe
         self.began = time.monotonic()
@@ -91,6 +70,7 @@ class Finetuner:
                 f"take a multiple of {self.world}"
             )
         self.task = make_task(recipe.task)
+        self.family = make_family(recipe.task)
         self.step, self.samples_seen, self.history = 0, 0, {}
         self.saved: dict[str, Tensor] = {}
         texts = self.read_texts()
@@ -98,11 +78,11 @@ class Finetuner:
         state: dict[str, Any] = {}
         if found:
             state, self.saved = read_training_state(found[0])
-        self.model = self.restore(found[0], state) if found else self.build(texts)
+        self.model = self.restore(found[0], state) if found else self.family.build(self, texts)
         self.optimizer = build_optimizer(
             self.model.named_parameters(),
             recipe.optim,
-            lr_scale=dict.fromkeys(self.slow_parts, recipe.tower_lr),
+            lr_scale=dict.fromkeys(self.family.slow_parts, recipe.tower_lr),
         )
         load_optimizer_state(self.optimizer, self.saved)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -143,29 +123,7 @@ class Finetuner:
         self.task.learn(row.judged_by for row in texts)
         return texts
 
-    def build(self, texts: list[TextRow]) -> VisionLanguageModel:
-        """The model at step 0."""
-        recipe, config = self.recipe, self.recipe.language_model
-        if isinstance(config, ContinuedLanguageModel):
-            return self.reopen(task_folder(recipe.model.name))
-        encoder = load_encoder(
-            recipe.model.name, pretrained=recipe.model.pretrained, device=str(self.accelerator.device)
-        )
-        torch.manual_seed(recipe.seed)
-        if isinstance(config, PretrainedLanguageModel):
-            language_model, tokenizer = pretrained_language_model(config.name)
-        else:
-            corpus = (text for row in texts for text in (*self.task.corpus(row.judged_by), *row.others))
-            made = [
-                train_tokenizer(corpus, config.vocabulary).backend_tokenizer.to_str() if self.main else ""
-            ]
-            if self.world > 1:
-                broadcast_object_list(made)
-            tokenizer = wrap_tokenizer(made[0])
-            language_model = small_language_model(config, tokenizer)
-        return build_task_model(recipe, encoder, language_model, tokenizer)
-
-    def restore(self, checkpoint: Path, state: dict[str, Any]) -> VisionLanguageModel:
+    def restore(self, checkpoint: Path, state: dict[str, Any]) -> Any:
         """The model as a checkpoint has it; the run's step and history are set from its state."""
         changed = [key for key, value in self.identity().items() if state["identity"].get(key) != value]
         if changed:
@@ -174,23 +132,7 @@ class Finetuner:
                 "was begun. Change it back, or start a new run with --run NAME."
             )
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
-        return self.reopen(checkpoint / "model")
-
-    def reopen(self, folder: Path) -> VisionLanguageModel:
-        """The model of the recipe with all weights of a saved one.
-
-        Raises:
-            ValueError: Its connector is another.
-        """
-        parts = load_task_model(folder, device=str(self.accelerator.device))
-        if parts.connector_config != self.recipe.connector:
-            raise ValueError(
-                f"{folder} has the connector {parts.connector_config.model_dump()}, the recipe "
-                f"{self.recipe.connector.model_dump()}: a model that goes on keeps its own, so give that as `connector`"
-            )
-        model = build_task_model(self.recipe, parts.encoder, parts.language_model, parts.tokenizer)
-        model.connector.load_state_dict(parts.connector.state_dict())
-        return model
+        return self.family.reopen(self, checkpoint / "model")
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
@@ -209,20 +151,15 @@ class Finetuner:
     def open_train(self) -> PairStream:
         """The training batches of this rank."""
         recipe, encoder = self.recipe, self.model.encoder
-        cached = recipe.data.cache_image_tokens
         crop = recipe.data.crop_scale
         transform = (
             encoder.transform if crop == (1.0, 1.0) else TrainTransform(encoder.image_size, scale=crop)
         )
+        load, collate = self.family.reading(self, None if recipe.data.cache_image_tokens else transform)
         return PairStream(
             recipe.data.train,
-            TrainLoad(
-                recipe.task,
-                self.model.tokenizer,
-                room=self.model.context - self.model.prefix_length,
-                transform=None if cached else transform,
-            ),
-            TrainCollate(self.model.tokenizer.pad_token_id, encoder.image_size, pictures=not cached),
+            load,
+            collate,
             batch_size=recipe.batch_size // self.world,
             seed=recipe.seed,
             rank=self.rank,
@@ -319,13 +256,13 @@ class Finetuner:
         return self.finish()
 
     def train_step(self, batch: Batch, wrapped: Any, optimizer: Any, window: Window) -> None:
-        """One optimiser step, on the mean over the answer tokens of all ranks."""
+        """One optimiser step, on the mean over the answer tokens (or labelled samples) of all ranks."""
         device = self.accelerator.device
         inputs = {name: value.to(device, non_blocking=True) for name, value in batch.data.items()}
         if self.kept is not None:
             inputs["tokens"] = self.kept[batch.indices].to(device, non_blocking=True)
         counts = torch.tensor(
-            [float((batch["labels"] != IGNORED).sum()), float(len(batch)), float(len(batch) == 0)],
+            [float(self.model.targets(batch["labels"])), float(len(batch)), float(len(batch) == 0)],
             device=device,
         )
         if self.world > 1:

@@ -132,6 +132,10 @@ def post_model(folder: str | Path, *, device: str = "auto") -> tuple[FusionClass
         ValueError: A model of another task, or damaged.
     """
     model = load_classifier(folder, device=device)
+    if model.task.kind != "classify":
+        raise ValueError(
+            f"--classifier {folder}: expected a model trained for classify, it is for {model.task.kind}"
+        )
     fingerprint = folder_hash(task_folder(folder))
     return model, ClassifierIdentity(name=short_name(folder), fingerprint=fingerprint, labels=model.labels)
 

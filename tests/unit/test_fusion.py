@@ -94,9 +94,9 @@ def recipe(world: Path, run: Path, task: dict | None = None, **changes) -> Finet
 
 
 def train(recipe: FinetuneRecipe, **options) -> dict:
-    from finetune.fusion.trainer import ClassifierTrainer
+    from finetune.trainer import Finetuner
 
-    return ClassifierTrainer(recipe, **options).train()
+    return Finetuner(recipe, **options).train()
 
 
 def test_pooled_heads_are_their_formulas():
@@ -223,18 +223,18 @@ def test_it_learns_what_neither_modality_tells_alone(world, tmp_path):
 
 
 def test_killed_and_resumed_is_bit_equal(world, tmp_path, monkeypatch):
-    from finetune.fusion.trainer import ClassifierTrainer
+    from finetune.trainer import Finetuner
 
     changes = {"checkpoint": {"every": 4}, "task": {"class_weights": "balanced"}, "freeze_image_tower": False}
     train(recipe(world, tmp_path / "straight", **changes))
-    save = ClassifierTrainer.save
+    save = Finetuner.save
 
     def save_and_die(self):
         save(self)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClassifierTrainer, "save", save_and_die)
+        patch.setattr(Finetuner, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             train(recipe(world, tmp_path / "killed", **changes))
     train(recipe(world, tmp_path / "killed", **changes), resume=True)
