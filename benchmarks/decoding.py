@@ -204,6 +204,7 @@ class MeanLoss(nn.Module):
         self.model = model
 
     def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:
+        inputs.pop("num_items_in_batch", None)  # of several batches to a step; here each is one
         return {"loss": self.model(**inputs) / (inputs["labels"] != IGNORED).sum()}
 
 

@@ -39,7 +39,9 @@ class TextTarget:
         return self.encoder.tokens_of(pixels)
 
     def score_of(self, features: Tensor, of: Tensor) -> Tensor:
-        prefix = self.model.connector(features)  # (b, p, width)
+        seen = self.model.connector(features)  # (b, p, width)
+        prefix = self.model.connector.prefix(seen)  # (b, length, width)
+        self.model.connector.look(seen)
         words = self.model.language_model.get_input_embeddings()(self.row[:-1])
         whole = torch.cat([prefix, words.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1)
         places = torch.arange(self.first, len(self.row), device=self.row.device)

@@ -19,7 +19,7 @@ from finetune.model import (
     pretrained_language_model,
     small_language_model,
 )
-from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLanguageModel, Task
+from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, Lora, PretrainedLanguageModel, Task
 from finetune.samples import TextRow, TrainCollate, TrainLoad
 from finetune.saved import task_folder
 from finetune.text import train_tokenizer, wrap_tokenizer
@@ -29,8 +29,12 @@ from pretrain.encoder import load_encoder
 class Family(Protocol):
     """What the trainer asks of a kind of models; `run` is the trainer itself."""
 
-    slow_parts: tuple[str, ...]
-    """Name prefixes of pretrained parts, which train at `tower_lr` times the rate."""
+    towers: str
+    """Name prefix of the pretrained towers, which train at `tower_lr` times the rate."""
+
+    def rates(self, recipe: FinetuneRecipe) -> dict[str, float]:
+        """Multiples of the learning rate by name prefix."""
+        ...
 
     def build(self, run: Any, texts: list[TextRow]) -> Any:
         """The model at step 0."""
@@ -48,7 +52,15 @@ class Family(Protocol):
 class Writing:
     """Models that write text: an encoder, a connector and a language model."""
 
-    slow_parts = ("image_tower.",)
+    towers = "image_tower."
+
+    def rates(self, recipe: FinetuneRecipe) -> dict[str, float]:
+        rates = recipe.rates
+        return {
+            self.towers: recipe.tower_lr,
+            "connector.": rates.connector,
+            "language_model.": rates.language_model,
+        }
 
     def build(self, run: Any, texts: list[TextRow]) -> VisionLanguageModel:
         recipe: FinetuneRecipe = run.recipe
@@ -83,6 +95,12 @@ class Writing:
                 f"{folder} has the connector {parts.connector_config.model_dump()}, the recipe "
                 f"{recipe.connector.model_dump()}: a model that goes on keeps its own, so give that as `connector`"
             )
+        if (parts.lora or Lora()) != recipe.lora and (parts.lora or recipe.lora.rank < 1):
+            raise ValueError(
+                f"{folder} has adapters {parts.lora and parts.lora.model_dump()}, the recipe "
+                f"{recipe.lora.model_dump()}: a model that goes on keeps its own, so give them as `lora`"
+            )
+        parts.connector.detach()
         model = build_task_model(recipe, parts.encoder, parts.language_model, parts.tokenizer)
         model.connector.load_state_dict(parts.connector.state_dict())
         return model
@@ -101,7 +119,10 @@ class Writing:
 class Fusing:
     """Models that judge a picture with a text: two towers and a fusion head."""
 
-    slow_parts = ("towers.",)
+    towers = "towers."
+
+    def rates(self, recipe: FinetuneRecipe) -> dict[str, float]:
+        return {"": recipe.rates.head, self.towers: recipe.tower_lr}
 
     def build(self, run: Any, texts: list[TextRow]) -> FusionClassifier:
         recipe: Any = run.recipe

@@ -29,8 +29,8 @@ def multilabel_metrics(
 
     Returns:
         `accuracy` (samples whose labels are all right), `micro_f1`, `macro_f1`, `map` and `auroc` (means over the
-        labels that occur, and do not always), `ece` (of all single judgements), `by_class` (`precision`, `recall`, `f1`,
-        `average_precision`, `auroc`, `samples`), `labels`, `samples` and `reliability`. Shares are from 0 to 1.
+        labels that occur, and do not always), `ece` (of all single judgements), `by_class` (`precision`, `recall`,
+        `f1`, `average_precision`, `auroc`, `samples`), `labels`, `samples` and `reliability`. Shares are from 0 to 1.
 
     Raises:
         ValueError: Shapes differ, no samples, probabilities that are none.

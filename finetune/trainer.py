@@ -17,6 +17,7 @@ from torch import Tensor
 from data.stream import Batch, PairStream
 from data.transforms import TrainTransform
 from finetune.families import make_family
+from finetune.guard import FirstStep
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
 from finetune.samples import EvalCollate, EvalLoad, ImageCollate, ImageLoad, TextLoad, TextRow
@@ -73,6 +74,7 @@ class Finetuner:
         self.family = make_family(recipe.task)
         self.step, self.samples_seen, self.history = 0, 0, {}
         self.saved: dict[str, Tensor] = {}
+        self.guard: FirstStep | None = None
         texts = self.read_texts()
         found = complete_checkpoints(Path(recipe.run) / "checkpoints") if resume else []
         state: dict[str, Any] = {}
@@ -82,7 +84,7 @@ class Finetuner:
         self.optimizer = build_optimizer(
             self.model.named_parameters(),
             recipe.optim,
-            lr_scale=dict.fromkeys(self.family.slow_parts, recipe.tower_lr),
+            lr_scale=self.family.rates(recipe),
         )
         load_optimizer_state(self.optimizer, self.saved)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -144,6 +146,9 @@ class Finetuner:
             "language_model",
             "freeze_image_tower",
             "tower_lr",
+            "rates",
+            "waits",
+            "lora",
             "batch_size",
         )
         return {key: recipe[key] for key in (*same, "seed", "steps", "optim", "schedule")}
@@ -227,6 +232,11 @@ class Finetuner:
             f"{trained:,} of {everything:,} parameters train, {self.stream.samples} pictures, "
             f"{recipe.steps} steps of {recipe.batch_size}"
         )
+        late = set(self.waiting())
+        waiting = [name for name, parameter in self.model.named_parameters() if parameter in late]
+        self.guard = FirstStep(self.model, waiting)
+        if recipe.gradient_checkpointing and recipe.task.kind in ("caption", "vqa"):
+            self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         wrapped, optimizer = self.accelerator.prepare(self.model, self.optimizer)
         wrapped.train()
         window, waited = Window(self.accelerator.device), time.monotonic()
@@ -276,11 +286,37 @@ class Finetuner:
         # Gradients are averaged over the ranks, and the loss is the mean over the words of all of them.
         loss = total * (self.world / words)
         self.accelerator.backward(loss)
+        guard, self.guard = self.guard, None
+        if guard is not None:
+            guard.after_backward()
+        for parameter in self.waiting():
+            parameter.grad = None  # the optimiser passes over it: neither the weight nor its moments move
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.optim.clip_norm or math.inf)
         optimizer.step()
+        if guard is not None:
+            guard.after_step()
         optimizer.zero_grad(set_to_none=True)
         window.add(loss.detach(), torch.as_tensor(norm), int(pictures))
         self.samples_seen += int(pictures)
+
+    def waiting(self) -> list[torch.nn.Parameter]:
+        """The parameters that do not train yet; see `Waits`."""
+        waits, step = self.recipe.waits, self.step
+        prefixes = tuple(
+            prefix
+            for prefix, until in (
+                (self.family.towers, waits.towers),
+                ("language_model.", waits.language_model),
+            )
+            if step < until
+        )
+        if not prefixes:
+            return []
+        return [
+            parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and name.startswith(prefixes)
+        ]
 
     def mean_loss(self, window: Window) -> float | None:
         """`Window.mean_loss`, with what can be done about a run that has diverged."""

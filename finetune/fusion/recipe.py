@@ -12,9 +12,10 @@ from pairstream.recipe import Config
 class Pooled(Config):
     """Fusion of the towers' two embeddings, one vector each: hundreds of thousands of parameters, microseconds."""
 
-    kind: Literal["tanh", "concat", "gated"] = "tanh"
+    kind: Literal["tanh", "concat", "gated", "product"] = "tanh"
     """`tanh` is the classic late fusion tanh(W_i x_i + W_t x_t); `concat` one GELU layer over both side by side;
-    `gated` lets a gate choose between the two for each unit, for where one is missing or misleading."""
+    `gated` lets a gate choose between the two for each unit, for where one is missing or misleading;
+    `product` multiplies them unit by unit (low-rank bilinear), for tasks about whether the two agree."""
     width: int = Field(default=256, ge=1)
     """Hidden units."""
 

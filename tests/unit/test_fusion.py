@@ -27,6 +27,7 @@ FUSIONS = [
     {"kind": "tanh", "width": 16},
     {"kind": "concat", "width": 16},
     {"kind": "gated", "width": 16},
+    {"kind": "product", "width": 16},
     {"kind": "single_stream", "width": 16, "layers": 1, "heads": 2},
     {"kind": "co_attention", "width": 16, "layers": 1, "heads": 2},
 ]
@@ -109,6 +110,9 @@ def test_pooled_heads_are_their_formulas():
     assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
     head = build_head(Pooled(kind="concat", width=4), image_dim=5, text_dim=7)
     expected = torch.nn.functional.gelu(torch.cat([x, y], 1) @ head.both.weight.T + head.both.bias)
+    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
+    head = build_head(Pooled(kind="product", width=4), image_dim=5, text_dim=7)
+    expected = torch.tanh(head.image(x)) * torch.tanh(head.text(y))
     assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
     head = build_head(Pooled(kind="gated", width=4), image_dim=5, text_dim=7)
     gate = torch.sigmoid(torch.cat([x, y], 1) @ head.gate.weight.T + head.gate.bias)
