@@ -120,7 +120,7 @@ def load(model: str | Path | Any, device: str, kind: str) -> Any:
     from finetune.model import load_task_model
 
     loaded = load_task_model(model, device=device)
-    if loaded.task.kind != kind:
+    if (loaded.caption_task if kind == "caption" else loaded.vqa_task) is None:
         raise ValueError(f"{model} was trained for {loaded.task.kind}, expected a model for {kind}")
     return loaded
 
@@ -163,11 +163,11 @@ def explain_caption(
     images = opened.encoder.preprocess(image)[None]
     text = opened.caption([images[0]])[0] if caption is None else caption
     prompt = (
-        opened.tokenizer(opened.task.prompt, add_special_tokens=False)["input_ids"]
-        if opened.task.prompt
+        opened.tokenizer(opened.caption_task.prompt, add_special_tokens=False)["input_ids"]
+        if opened.caption_task.prompt
         else []
     )
-    ids, words, spans = text_pieces(opened.tokenizer, text, behind_prompt=bool(opened.task.prompt))
+    ids, words, spans = text_pieces(opened.tokenizer, text, behind_prompt=bool(opened.caption_task.prompt))
     found, picture = [], to_pil(images[0])
     for word, span in zip(words, spans, strict=True):
         heat, value = one_map(TextTarget(opened, prompt, ids, span), images, method)

@@ -159,4 +159,4 @@ def weighted(model: FusionClassifier, run: Any) -> FusionClassifier:
 
 def make_family(task: Task) -> Family:
     """The family of a task's models."""
-    return Writing() if task.kind in ("caption", "vqa") else Fusing()
+    return Writing() if task.kind in ("caption", "vqa", "mixed") else Fusing()

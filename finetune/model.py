@@ -24,6 +24,7 @@ from finetune.recipe import (
     Decoding,
     FinetuneRecipe,
     Lora,
+    MixedTask,
     SmallLanguageModel,
     Task,
     VqaTask,
@@ -80,6 +81,7 @@ class VisionLanguageModel(TaskModel):
         self.encoder, self.tokenizer = encoder, tokenizer
         self.task, self.decoding, self.connector_config = task, decoding, connector
         self.freeze_image_tower = freeze_image_tower
+        self.length_groups = 1
         self.image_tower = encoder.model.visual
         self.language_model = language_model.to(encoder.device)
         with torch.no_grad():
@@ -109,6 +111,20 @@ class VisionLanguageModel(TaskModel):
                 f"the picture alone takes {self.prefix_length} positions of the language model's {self.context}: "
                 "raise connector.merge, or language_model.context"
             )
+
+    @property
+    def caption_task(self) -> CaptionTask | None:
+        """How captions are asked for; None when the model writes none."""
+        if isinstance(self.task, MixedTask):
+            return self.task.caption
+        return self.task if isinstance(self.task, CaptionTask) else None
+
+    @property
+    def vqa_task(self) -> VqaTask | None:
+        """How questions are asked; None when the model answers none."""
+        if isinstance(self.task, MixedTask):
+            return self.task.vqa
+        return self.task if isinstance(self.task, VqaTask) else None
 
     @property
     def prefix_length(self) -> int:
@@ -167,7 +183,19 @@ class VisionLanguageModel(TaskModel):
         if tokens is None:
             assert images is not None, "give images or their tokens"
             tokens = self.image_tokens(images)
-        memory = self.connector(tokens)[image_of_text]  # (n, p, width)
+        memory = self.connector(tokens)  # (b, p, width)
+        if self.length_groups == 1:
+            return self.loss_of(memory[image_of_text], input_ids, attention_mask, labels)
+        total = memory.new_zeros(())
+        lengths = attention_mask.sum(dim=1)
+        for rows in lengths.argsort(stable=True).chunk(self.length_groups):
+            longest = int(lengths[rows[-1]])
+            parts = (part[rows, :longest] for part in (input_ids, attention_mask, labels))
+            total = total + self.loss_of(memory[image_of_text[rows]], *parts)
+        return total
+
+    def loss_of(self, memory: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Summed cross-entropy of texts, each with its own picture `(n, p, width)`; see `forward`."""
         prefix = self.connector.prefix(memory)  # (n, length, width)
         self.connector.look(memory)
         words = self.language_model.get_input_embeddings()(input_ids)  # (n, length, width)
@@ -203,11 +231,11 @@ class VisionLanguageModel(TaskModel):
             ValueError: The model was made for questions.
             data.faults.Fault: File contents that are no picture.
         """
-        if not isinstance(self.task, CaptionTask):
+        if self.caption_task is None:
             raise ValueError(f"this model was trained for {self.task.kind}: use answer(images, questions)")
         if len(images) == 0:
             return []
-        prompts = [self.task.prompt] * len(images)
+        prompts = [self.caption_task.prompt] * len(images)
         return self.write(self.see(images), list(range(len(images))), prompts, decoding)
 
     def answer(
@@ -243,11 +271,11 @@ class VisionLanguageModel(TaskModel):
 
     def prompt(self, question: str) -> str:
         """The prompt that asks a question."""
-        if not isinstance(self.task, VqaTask):
+        if self.vqa_task is None:
             raise ValueError("this model was trained for captions: use caption(images)")
         if not question.strip():
             raise ValueError("an empty question cannot be answered: expected some words")
-        return self.task.prompt.format(question=question.strip())
+        return self.vqa_task.prompt.format(question=question.strip())
 
     @torch.no_grad()
     def see(self, images: Sequence[Picture] | Tensor) -> Tensor:
@@ -464,7 +492,7 @@ def build_task_model(
     recipe: FinetuneRecipe, encoder: Encoder, language_model: Any, tokenizer: Any
 ) -> VisionLanguageModel:
     """Join the parts as a recipe says."""
-    return VisionLanguageModel(
+    model = VisionLanguageModel(
         encoder,
         recipe.connector,
         language_model,
@@ -475,6 +503,8 @@ def build_task_model(
         freeze_language_model=getattr(recipe.language_model, "freeze", False),
         lora=recipe.lora,
     )
+    model.length_groups = recipe.length_groups
+    return model
 
 
 def small_language_model(config: SmallLanguageModel, tokenizer: Any) -> GPT2LMHeadModel:

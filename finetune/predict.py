@@ -18,7 +18,7 @@ from data.transforms import decode_image
 from pairstream.atomic import write_text
 from pairstream.progress import ProgressBar
 
-QUESTIONS = ("vqa", "choose")  # tasks that answer questions
+QUESTIONS = ("vqa", "choose", "mixed")  # tasks that answer questions
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 

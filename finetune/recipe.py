@@ -254,12 +254,26 @@ class Evaluation(Config):
 
     every: int | None = Field(default=None, ge=1)
     """Optimiser steps between evaluations; None measures once, at the end."""
+    select: Literal["last", "best"] = "last"
+    """`best` keeps the model of the best evaluation (CIDEr-D, accuracy or macro-F1) in `best` of the run folder, and
+    reports that one. The number is then the best of several, on the same pictures: measure it on
+    others before you publish it."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations in a row without a new best; None goes on to the last step."""
     pictures: int | None = Field(default=None, ge=1)
     """Pictures at the most, the first of the shards; None takes all. CIDEr depends on this number."""
     batch_size: int = Field(default=64, ge=1)
     """Pictures in a batch, on each rank."""
     wall: int = Field(default=24, ge=0)
     """Pictures on the report's wall."""
+
+    @model_validator(mode="after")
+    def possible(self) -> Evaluation:
+        if self.every is None and (self.patience is not None or self.select == "best"):
+            raise ValueError(
+                "select: best and patience compare evaluations: set every, the steps between them"
+            )
+        return self
 
 
 class FinetuneRecipe(Config):
@@ -283,6 +297,9 @@ class FinetuneRecipe(Config):
     rates: Rates = Rates()
     waits: Waits = Waits()
     lora: Lora = Lora()
+    length_groups: int = Field(default=1, ge=1)
+    """Texts of a step are sorted by length into so many groups, each padded only to its own longest: the same loss with
+    less padding, for one call of the language model each. For texts of very unequal length."""
     gradient_checkpointing: bool = False
     """Compute the language model's activations again in the backward pass instead of keeping them: a third more time
     for a fraction of the memory."""

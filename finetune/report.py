@@ -14,6 +14,7 @@ from pairstream.run import RunFolder
 TITLES = {
     "caption": ("Captions", "Captions written for held-out pictures"),
     "vqa": ("Visual questions", "Questions answered"),
+    "mixed": ("Captions and visual questions", "What was written"),
     "classify": ("Labels", "Posts and the labels they were given"),
     "choose": ("Visual questions", "Questions answered from a list"),
     "match": ("Matching", "Pictures with right and wrong texts"),
@@ -33,6 +34,9 @@ def write_report(
         add_caption_numbers(report, metrics)
     elif recipe.task.kind in ("vqa", "choose"):
         add_answer_numbers(report, metrics)
+    elif recipe.task.kind == "mixed":
+        add_caption_numbers(report, metrics["caption"])
+        add_answer_numbers(report, metrics["vqa"])
     else:
         add_label_numbers(report, metrics, task.main)
     report.cards(wall, task.cards(rows))

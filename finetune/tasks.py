@@ -17,8 +17,8 @@ from finetune.fusion.task import Classification
 from finetune.metrics import caption_metrics
 from finetune.model import VisionLanguageModel
 from finetune.questions import Questions
-from finetune.recipe import CaptionTask, Task, VqaTask
-from finetune.samples import Question
+from finetune.recipe import CaptionTask, MixedTask, Task, VqaTask
+from finetune.samples import Both, Question
 from pairstream.report import Card
 
 # One evaluated picture: key, index, file (or None), judged_by, and `written`: one text or one for each question.
@@ -123,6 +123,66 @@ class VisualQuestions(Questions):
             row["written"] = [next(answers) for _ in row["judged_by"]]
 
 
+class Mixed:
+    """Captions and questions, each judged as if it were alone; the main number is the mean of both main numbers."""
+
+    main = "mean_of_tasks"
+
+    def __init__(self, task: MixedTask):
+        self.parts = {"caption": Captioning(task.caption), "vqa": VisualQuestions(task.vqa)}
+
+    def rows_of(self, name: str, rows: Sequence[Row]) -> list[Row]:
+        """The rows of one task, as that task knows them."""
+        place = ("caption", "vqa").index(name)
+        return [
+            {**row, "judged_by": row["judged_by"][place], "written": row.get("written", {}).get(name)}
+            for row in rows
+            if row["judged_by"][place]
+        ]
+
+    def corpus(self, row: Both) -> Iterator[str]:
+        yield from self.parts["caption"].corpus(row.captions)
+        yield from self.parts["vqa"].corpus(row.questions)
+
+    def learn(self, texts: Iterable[Both]) -> None:
+        rows = list(texts)
+        for name, part, own in zip(self.parts, self.parts.values(), zip(*rows, strict=True), strict=True):
+            if not any(own):
+                raise ValueError(
+                    f"no training sample has anything for the task {name}: take the other one alone"
+                )
+            part.learn([entry for entry in own if entry])
+
+    def write(self, model: VisionLanguageModel, images: Tensor, rows: list[Row]) -> None:
+        for row in rows:
+            row["written"] = {}
+        for place, (name, part) in enumerate(self.parts.items()):
+            chosen = [number for number, row in enumerate(rows) if row["judged_by"][place]]
+            own = self.rows_of(name, rows)
+            if own:
+                part.write(model, images[chosen], own)
+            for number, row in zip(chosen, own, strict=True):
+                rows[number]["written"][name] = row["written"]
+
+    def score(self, rows: Sequence[Row]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, part in self.parts.items():
+            own = self.rows_of(name, rows)
+            if not own:
+                raise ValueError(f"no validation sample has anything for the task {name}: nothing to judge")
+            found[name] = part.score(own)
+        mains = [found[name][part.main] for name, part in self.parts.items()]
+        return {**found, self.main: sum(mains) / len(mains), "images": len(rows)}
+
+    def predictions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        return [
+            entry for name, part in self.parts.items() for entry in part.predictions(self.rows_of(name, rows))
+        ]
+
+    def cards(self, rows: Sequence[Row]) -> list[Card]:
+        return [card for name, part in self.parts.items() for card in part.cards(self.rows_of(name, rows))]
+
+
 def make_task(task: Task) -> TaskKind:
     """The implementation of a recipe's `task`."""
     return TASKS[task.kind](task)
@@ -131,6 +191,7 @@ def make_task(task: Task) -> TaskKind:
 TASKS: dict[str, Any] = {
     "caption": Captioning,
     "vqa": VisualQuestions,
+    "mixed": Mixed,
     "classify": Classification,
     "choose": Choosing,
     "match": Matching,

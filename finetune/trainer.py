@@ -21,6 +21,7 @@ from finetune.guard import FirstStep
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
 from finetune.samples import EvalCollate, EvalLoad, ImageCollate, ImageLoad, TextLoad, TextRow
+from finetune.saved import BEST
 from finetune.tasks import Row, make_task
 from pairstream.atomic import write_text
 from pairstream.progress import ProgressBar
@@ -232,10 +233,12 @@ class Finetuner:
             f"{trained:,} of {everything:,} parameters train, {self.stream.samples} pictures, "
             f"{recipe.steps} steps of {recipe.batch_size}"
         )
+        if self.given_up():  # a run that had stopped early is resumed: there is nothing left to do
+            return self.finish()
         late = set(self.waiting())
         waiting = [name for name, parameter in self.model.named_parameters() if parameter in late]
         self.guard = FirstStep(self.model, waiting)
-        if recipe.gradient_checkpointing and recipe.task.kind in ("caption", "vqa"):
+        if recipe.gradient_checkpointing and hasattr(self.model, "language_model"):
             self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         wrapped, optimizer = self.accelerator.prepare(self.model, self.optimizer)
         wrapped.train()
@@ -259,7 +262,14 @@ class Finetuner:
                 bar.advance()
                 every = recipe.evaluate.every
                 if every and self.step % every == 0 and self.step < recipe.steps:
+                    self.mean_loss(window)
                     self.evaluate()
+                    self.keep_best()
+                    if self.given_up():
+                        many = recipe.evaluate.patience
+                        self.say(f"stopping at step {self.step}: no new best in the last {many} evaluations")
+                        self.save()
+                        break
                 if saves:
                     self.save()
                 waited = time.monotonic()
@@ -348,6 +358,34 @@ class Finetuner:
         return record
 
     def evaluate(self) -> tuple[dict[str, Any], list[Row]]:
+        """`judge` the model as it is, and put the numbers into history and log."""
+        numbers, rows = self.judge()
+        self.history[str(self.step)] = {
+            name: value for name, value in numbers.items() if isinstance(value, int | float)
+        }
+        self.folder.log({"step": self.step, "evaluation": self.history[str(self.step)]})
+        return numbers, rows
+
+    def best_step(self) -> int:
+        """The step of the best evaluation so far, the first of equally good ones."""
+        return int(max(self.history, key=lambda step: (self.history[step][self.task.main], -int(step))))
+
+    def given_up(self) -> bool:
+        """Whether the last `patience` evaluations brought no new best."""
+        patience = self.recipe.evaluate.patience
+        if patience is None:
+            return False
+        best = self.best_step()
+        return sum(int(step) > best for step in self.history) >= patience
+
+    def keep_best(self) -> None:
+        """Write the model to the run folder's `best` when the last evaluation is the best (rank 0)."""
+        if self.recipe.evaluate.select == "best" and self.best_step() == self.step:
+            if self.main:
+                self.model.save(self.folder.path / BEST)
+            self.accelerator.wait_for_everyone()
+
+    def judge(self) -> tuple[dict[str, Any], list[Row]]:
         """Write and judge texts of the validation pictures, on all ranks.
 
         Returns:
@@ -367,12 +405,7 @@ class Finetuner:
         if self.world > 1:
             rows = gather_object(rows)
         rows.sort(key=lambda row: row["index"])
-        numbers = self.task.score(rows)
-        self.history[str(self.step)] = {
-            name: value for name, value in numbers.items() if isinstance(value, int | float)
-        }
-        self.folder.log({"step": self.step, "evaluation": self.history[str(self.step)]})
-        return numbers, rows
+        return self.task.score(rows), rows
 
     def save(self) -> None:
         """Write a checkpoint (rank 0)."""
@@ -396,11 +429,18 @@ class Finetuner:
     def finish(self) -> dict[str, Any]:
         """Measure, write metrics, predictions and report, and say where the model is."""
         numbers, rows = self.evaluate()
-        model = step_folder(self.folder.checkpoints, self.step) / "model"
+        model, chosen = step_folder(self.folder.checkpoints, self.step) / "model", self.step
+        self.keep_best()
+        if self.recipe.evaluate.select == "best":
+            model, chosen = self.folder.path / BEST, self.best_step()
+            if chosen != self.step:
+                self.model = self.family.reopen(self, model)
+                numbers, rows = self.judge()
         metrics = {
             **numbers,
             "task": self.recipe.task.kind,
             "steps": self.step,
+            "model_of_step": chosen,
             "samples_seen": self.samples_seen,
             "seconds": time.monotonic() - self.began,
             "faults": dict(self.stream.faults),

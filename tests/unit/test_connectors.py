@@ -68,10 +68,23 @@ def make_model(connector, task=None, kind: str = "gpt2", **options) -> VisionLan
     return model
 
 
+def unsettle(model: VisionLanguageModel) -> VisionLanguageModel:
+    """Weights so large, and an output layer of its own, that the text depends on every position and never repeats."""
+    torch.manual_seed(2)
+    language = model.language_model
+    language.config.tie_word_embeddings = False
+    language.lm_head.weight = torch.nn.Parameter(torch.randn_like(language.lm_head.weight))
+    with torch.no_grad():
+        for name, parameter in language.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.5 if ".h." in name or ".layers." in name else 1.0)
+    return model
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, VisionLanguageModel]:
     return {
-        name: make_model(config, kind="llama" if name == "resampled" else "gpt2")
+        name: unsettle(make_model(config, kind="llama" if name == "resampled" else "gpt2"))
         for name, config in CONNECTORS.items()
     }
 
