@@ -166,6 +166,7 @@ class VisionLanguageModel(TaskModel):
         labels: Tensor,
         images: Tensor | None = None,
         tokens: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Summed cross-entropy of the answers.
 
@@ -176,6 +177,7 @@ class VisionLanguageModel(TaskModel):
             labels: int64 `(n, length)`, -100 on prompt and padding.
             images: uint8 `(b, 3, h, w)`; or
             tokens: float `(b, n_tokens, token_dim)`, what `image_tokens` made of them earlier.
+            weights: float `(n,)`, what each text counts; 1 for all when None.
 
         Returns:
             A scalar: the sum, not the mean, so that the caller can divide by the tokens of all ranks.
@@ -185,16 +187,24 @@ class VisionLanguageModel(TaskModel):
             tokens = self.image_tokens(images)
         memory = self.connector(tokens)  # (b, p, width)
         if self.length_groups == 1:
-            return self.loss_of(memory[image_of_text], input_ids, attention_mask, labels)
+            return self.loss_of(memory[image_of_text], input_ids, attention_mask, labels, weights)
         total = memory.new_zeros(())
         lengths = attention_mask.sum(dim=1)
         for rows in lengths.argsort(stable=True).chunk(self.length_groups):
             longest = int(lengths[rows[-1]])
             parts = (part[rows, :longest] for part in (input_ids, attention_mask, labels))
-            total = total + self.loss_of(memory[image_of_text[rows]], *parts)
+            own = None if weights is None else weights[rows]
+            total = total + self.loss_of(memory[image_of_text[rows]], *parts, own)
         return total
 
-    def loss_of(self, memory: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    def loss_of(
+        self,
+        memory: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Summed cross-entropy of texts, each with its own picture `(n, p, width)`; see `forward`."""
         prefix = self.connector.prefix(memory)  # (n, length, width)
         self.connector.look(memory)
@@ -209,8 +219,11 @@ class VisionLanguageModel(TaskModel):
             logits_to_keep=columns + prefix.shape[1] - 1,
             use_cache=False,
         ).logits  # (n, columns, vocabulary)
-        expected = labels[:, columns].flatten()
-        return F.cross_entropy(logits.flatten(0, 1).float(), expected, ignore_index=IGNORED, reduction="sum")
+        flat, expected = logits.flatten(0, 1).float(), labels[:, columns].flatten()
+        if weights is None:
+            return F.cross_entropy(flat, expected, ignore_index=IGNORED, reduction="sum")
+        each = F.cross_entropy(flat, expected, ignore_index=IGNORED, reduction="none")
+        return (each.view(len(labels), -1).sum(dim=1) * weights).sum()
 
     @staticmethod
     def targets(labels: Tensor) -> Tensor:
@@ -381,9 +394,22 @@ class VisionLanguageModel(TaskModel):
         Raises:
             ValueError: A row, with room to write, is longer than the context.
         """
-        decoding = decoding or self.decoding
         if not rows:
             return []
+        written = self.generate_ids(seen, rows, decoding or self.decoding, use_cache=use_cache)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        seen: Tensor,
+        rows: Sequence[Sequence[int | list[int]]],
+        decoding: Decoding,
+        *,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """`continue_rows` as token ids: int64 `(rows, new tokens)`, padded behind the end of each."""
         self.check_room(rows, decoding)
         training = self.training
         self.eval()
@@ -422,8 +448,7 @@ class VisionLanguageModel(TaskModel):
         logging.set_verbosity(verbosity)
         self.connector.look(None)
         self.train(training)
-        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return written
 
     def check_room(self, rows: Sequence[Sequence[int | list[int]]], decoding: Decoding) -> None:
         """Refuse rows that would not fit.

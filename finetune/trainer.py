@@ -20,6 +20,7 @@ from finetune.families import make_family
 from finetune.guard import FirstStep
 from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
+from finetune.reward import SelfCritic
 from finetune.samples import EvalCollate, EvalLoad, ImageCollate, ImageLoad, TextLoad, TextRow
 from finetune.saved import BEST
 from finetune.tasks import Row, make_task
@@ -120,9 +121,17 @@ class Finetuner:
             workers=self.recipe.data.workers,
             max_faults=self.recipe.data.max_faults,
         )
-        texts = [
-            row for batch in stream.iterate(0, min(stream.batches_per_epoch, limit)) for row in batch["rows"]
-        ]
+        rewarded = self.recipe.reward.after is not None
+        if rewarded:
+            limit = stream.batches_per_epoch  # every caption is a reference
+        texts: list[TextRow] = []
+        captions: dict[int, list[str]] = {}
+        for batch in stream.iterate(0, min(stream.batches_per_epoch, limit)):
+            texts += batch["rows"]
+            if rewarded:
+                rows = zip(batch.indices.tolist(), batch["rows"], strict=True)
+                captions.update((index, row.judged_by) for index, row in rows)
+        self.critic = SelfCritic(captions, self.recipe.reward) if rewarded else None
         self.task.learn(row.judged_by for row in texts)
         return texts
 
@@ -150,6 +159,7 @@ class Finetuner:
             "rates",
             "waits",
             "lora",
+            "reward",
             "batch_size",
         )
         return {key: recipe[key] for key in (*same, "seed", "steps", "optim", "schedule")}
@@ -248,6 +258,8 @@ class Finetuner:
                 window.waiting += time.monotonic() - waited
                 torch.manual_seed(mix(recipe.seed, self.step, self.rank))
                 lr = recipe.optim.lr * learning_rate_factor(self.step, recipe.steps, recipe.schedule)
+                if recipe.reward.after is not None and self.step >= recipe.reward.after:
+                    lr *= recipe.reward.rate
                 set_learning_rate(self.optimizer, lr)
                 self.train_step(batch, wrapped, optimizer, window)
                 self.step += 1
@@ -281,8 +293,15 @@ class Finetuner:
         inputs = {name: value.to(device, non_blocking=True) for name, value in batch.data.items()}
         if self.kept is not None:
             inputs["tokens"] = self.kept[batch.indices].to(device, non_blocking=True)
+        after = self.recipe.reward.after
+        if self.critic is not None and after is not None and self.step >= after and len(batch):
+            with self.accelerator.autocast():
+                inputs = self.critic.inputs(self.model, inputs, batch.indices.tolist())
+            targets = len(inputs["weights"])
+        else:
+            targets = float(self.model.targets(batch["labels"]))
         counts = torch.tensor(
-            [float(self.model.targets(batch["labels"])), float(len(batch)), float(len(batch) == 0)],
+            [float(targets), float(len(batch)), float(len(batch) == 0)],
             device=device,
         )
         if self.world > 1:

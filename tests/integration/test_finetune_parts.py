@@ -292,3 +292,73 @@ def test_groups_of_length_give_the_same_loss(world, tmp_path):
             trainer.model.length_groups = groups
             losses.append(float(trainer.model(**batch.data)))
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+
+
+def test_rewards_are_cider_with_the_frequencies_of_the_training_captions():
+    from finetune.metrics import DocumentFrequencies, cider
+    from finetune.recipe import Reward
+    from finetune.reward import SelfCritic, until_end
+
+    captions = {3: ["a red cat.", "the cat"], 5: ["a blue dog"], 9: ["a green bird"]}
+    critic = SelfCritic(captions, Reward(after=0))
+    tokens = [["a red cat", "the cat"], ["a blue dog"], ["a green bird"]]
+    expected = cider(["a red cat", "a blue cat"], tokens[:2], DocumentFrequencies.of(tokens))[1]
+    assert critic.rewards(["A red cat!", "a blue cat"], [3, 5]).tolist() == pytest.approx(expected)
+    assert expected[0] > expected[1] > 0
+    assert until_end([4, 1, 1], 1) == [4, 1]
+    assert until_end([4, 5], 1) == [4, 5]
+    with pytest.raises(ValueError, match="1 training pictures have captions: the reward needs at least two"):
+        SelfCritic({0: ["x"]}, Reward(after=0))
+
+
+def test_self_critical_training_raises_the_reward(world, tmp_path, monkeypatch):
+    """Begun from a captioner that is half-way, the drawn captions get better; and it resumes bit for bit."""
+    changes = {
+        "steps": 50,
+        "reward": {"after": 20, "samples": 4, "rate": 1.0},
+        "data": {"max_faults": 0.9, "cache_image_tokens": True},
+        "optim": {"lr": 3e-3},
+        "checkpoint": {"every": 30, "keep": 3},
+    }
+    from finetune.reward import SelfCritic
+
+    found: list[float] = []
+    rewards = SelfCritic.rewards
+
+    def watched(self, written, indices):
+        result = rewards(self, written, indices)
+        if len(written) > len(set(indices)):  # the drawn ones, several a picture
+            found.append(float(result.mean()))
+        return result
+
+    monkeypatch.setattr(SelfCritic, "rewards", watched)
+    chosen = recipe(world, tmp_path / "run", {"kind": "caption"}, **changes)
+    Finetuner(chosen).train()
+    assert len(found) == 30
+    assert np.mean(found[-8:]) > 1.3 * np.mean(found[:8])
+    killed_and_resumed(recipe(world, tmp_path / "killed", {"kind": "caption"}, **changes), monkeypatch)
+    straight, killed = tensors(tmp_path / "run", 50), tensors(tmp_path / "killed", 50)
+    assert [name for name in straight if not torch.equal(straight[name], killed[name])] == []
+    with pytest.raises(ValueError, match=r"reward is for captions \(CIDEr-D\), this task is mixed"):
+        recipe(world, tmp_path / "r", reward={"after": 3})
+    with pytest.raises(ValueError, match=r"reward\.after must be below steps"):
+        recipe(world, tmp_path / "r", {"kind": "caption"}, reward={"after": 20})
+
+
+def test_weighted_texts_are_a_weighted_sum(world, tmp_path):
+    trainer = Finetuner(recipe(world, tmp_path / "run"))
+    batch = next(iter(trainer.stream.iterate(0, 1))).data
+    model = trainer.model.eval()
+    weights = torch.linspace(-1, 2, len(batch["labels"]))
+    with torch.no_grad():
+        found = [float(model(**batch, weights=weights))]
+        model.length_groups = 2
+        found.append(float(model(**batch, weights=weights)))
+        model.length_groups = 1
+        texts = ("input_ids", "attention_mask", "labels", "image_of_text")
+        expected = sum(
+            float(weight)
+            * float(model(images=batch["images"], **{name: batch[name][row : row + 1] for name in texts}))
+            for row, weight in enumerate(weights)
+        )
+    assert found == pytest.approx([expected] * 2, rel=1e-4)
