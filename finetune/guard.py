@@ -70,5 +70,9 @@ def some(names: Sequence[str]) -> str:
 
 
 def fingerprint(parameter: Tensor) -> Tensor:
-    """A number that changes when any bit of a tensor does, but for one case in 2^64: torch's own hash."""
-    return torch.hash_tensor(parameter.detach())
+    """The sum of a tensor's bits as whole numbers, int64: an optimiser that moves the tensor changes it.
+
+    Not `torch.hash_tensor`, whose exclusive or is 0 for an even number of equal values, such as new norms and biases.
+    """
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return parameter.detach().contiguous().view(whole).sum(dtype=torch.int64)

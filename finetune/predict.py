@@ -18,7 +18,7 @@ from data.transforms import decode_image
 from pairstream.atomic import write_text
 from pairstream.progress import ProgressBar
 
-QUESTIONS = ("vqa", "choose", "mixed")  # tasks that answer questions
+QUESTIONS = ("vqa", "choose")  # tasks that answer questions
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -83,6 +83,9 @@ def predict(
             f"{folder} tells whether texts match: use load_classifier(folder).match(pictures, texts) of "
             "finetune.fusion.model"
         )
+    if kind == "mixed":  # it does both: what is wanted shows in the question
+        kind = "caption" if question is None else "vqa"
+        task = {**task, "kind": kind}
     check_question(kind, question, source)
     settings = {"model": str(folder.resolve()), "question": question}
     done = resume(out, settings, overwrite=overwrite)

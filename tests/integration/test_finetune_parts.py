@@ -362,3 +362,17 @@ def test_weighted_texts_are_a_weighted_sum(world, tmp_path):
             for row, weight in enumerate(weights)
         )
     assert found == pytest.approx([expected] * 2, rel=1e-4)
+
+
+def test_one_model_predicts_captions_and_answers(world, tmp_path):
+    from finetune.predict import predict
+
+    Finetuner(recipe(world, tmp_path / "run", steps=3)).train()
+    for name, question, key in (("c", None, "caption"), ("a", "what colour is it?", "answer")):
+        out = tmp_path / f"{name}.jsonl"
+        predict(
+            model=tmp_path / "run", images=(str(world / "val"),), out=out, question=question, device="cpu"
+        )
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        assert len(lines) == 12
+        assert all(key in line for line in lines)
