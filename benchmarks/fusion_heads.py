@@ -1,8 +1,8 @@
 """The fusion heads on the same data: held-out accuracy, parameters, and latency of the head.
 
-Every head is trained from the same frozen encoder, on the same batches, for as many steps, with each of the seeds. `tanh`
-is the classic late fusion, which the others should beat. Latency is CPU time of the head alone for one picture with its
-text, features given: one thread, the median of 50 calls, heads in turns.
+Every head is trained from the same frozen encoder, on the same batches, for as many steps, with each of the seeds.
+`tanh` is the classic late fusion, which the others should beat. Latency is CPU time of the head alone, features given,
+for one picture with its text: one thread, the median of 50 calls, heads in turns.
 
     python benchmarks/fusion_heads.py --model runs/quickstart/pretrain --train runs/quickstart/shards/train \\
         --val runs/quickstart/shards/test

@@ -19,7 +19,7 @@ from finetune.model import (
     pretrained_language_model,
     small_language_model,
 )
-from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, Lora, PretrainedLanguageModel, Task
+from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLanguageModel, Task
 from finetune.samples import TextRow, TrainCollate, TrainLoad
 from finetune.saved import task_folder
 from finetune.text import train_tokenizer, wrap_tokenizer
@@ -95,10 +95,10 @@ class Writing:
                 f"{folder} has the connector {parts.connector_config.model_dump()}, the recipe "
                 f"{recipe.connector.model_dump()}: a model that goes on keeps its own, so give that as `connector`"
             )
-        if (parts.lora or Lora()) != recipe.lora and (parts.lora or recipe.lora.rank < 1):
+        if parts.lora is not None and parts.lora != recipe.lora:
             raise ValueError(
-                f"{folder} has adapters {parts.lora and parts.lora.model_dump()}, the recipe "
-                f"{recipe.lora.model_dump()}: a model that goes on keeps its own, so give them as `lora`"
+                f"{folder} has the adapters {parts.lora.model_dump()}, the recipe {recipe.lora.model_dump()}: a model "
+                "that goes on keeps its own, so give them as `lora`"
             )
         parts.connector.detach()
         model = build_task_model(recipe, parts.encoder, parts.language_model, parts.tokenizer)

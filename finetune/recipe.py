@@ -203,7 +203,28 @@ class VqaTask(Config):
         return value
 
 
-Task = Annotated[CaptionTask | VqaTask | ClassifyTask | ChooseTask | MatchTask, Field(discriminator="kind")]
+class MixedTask(Config):
+    """Captions and questions in one run; the prompts tell the model which is wanted.
+
+    A picture of the training shards gives what it has: a caption, questions, or both.
+    """
+
+    kind: Literal["mixed"] = "mixed"
+    caption: CaptionTask = CaptionTask(prompt="describe the picture:")
+    vqa: VqaTask = VqaTask(prompt="question: {question} answer:")
+
+    @model_validator(mode="after")
+    def possible(self) -> MixedTask:
+        if not self.caption.prompt.strip():
+            raise ValueError(
+                "task.caption.prompt is empty: the model could not tell a caption from an answer"
+            )
+        return self
+
+
+Task = Annotated[
+    CaptionTask | VqaTask | MixedTask | ClassifyTask | ChooseTask | MatchTask, Field(discriminator="kind")
+]
 
 
 class Data(Config):
