@@ -39,7 +39,9 @@ class TextTarget:
         return self.encoder.tokens_of(pixels)
 
     def score_of(self, features: Tensor, of: Tensor) -> Tensor:
-        prefix = self.model.connector(features)  # (b, p, width)
+        seen = self.model.connector(features)  # (b, p, width)
+        prefix = self.model.connector.prefix(seen)  # (b, length, width)
+        self.model.connector.look(seen)
         words = self.model.language_model.get_input_embeddings()(self.row[:-1])
         whole = torch.cat([prefix, words.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1)
         places = torch.arange(self.first, len(self.row), device=self.row.device)
@@ -118,7 +120,7 @@ def load(model: str | Path | Any, device: str, kind: str) -> Any:
     from finetune.model import load_task_model
 
     loaded = load_task_model(model, device=device)
-    if loaded.task.kind != kind:
+    if (loaded.caption_task if kind == "caption" else loaded.vqa_task) is None:
         raise ValueError(f"{model} was trained for {loaded.task.kind}, expected a model for {kind}")
     return loaded
 
@@ -161,11 +163,11 @@ def explain_caption(
     images = opened.encoder.preprocess(image)[None]
     text = opened.caption([images[0]])[0] if caption is None else caption
     prompt = (
-        opened.tokenizer(opened.task.prompt, add_special_tokens=False)["input_ids"]
-        if opened.task.prompt
+        opened.tokenizer(opened.caption_task.prompt, add_special_tokens=False)["input_ids"]
+        if opened.caption_task.prompt
         else []
     )
-    ids, words, spans = text_pieces(opened.tokenizer, text, behind_prompt=bool(opened.task.prompt))
+    ids, words, spans = text_pieces(opened.tokenizer, text, behind_prompt=bool(opened.caption_task.prompt))
     found, picture = [], to_pil(images[0])
     for word, span in zip(words, spans, strict=True):
         heat, value = one_map(TextTarget(opened, prompt, ids, span), images, method)

@@ -25,7 +25,9 @@ def classification_metrics(
     Returns:
         `accuracy`, `macro_f1`, `weighted_f1`, `auroc` (mean of one class against the rest over the classes that have
         both; null when none has), `ece`, `by_class` (`precision`, `recall`, `f1`, `samples`), `confusion` (rows: truth,
-        columns: prediction), `labels` and `samples`. Shares are from 0 to 1.
+        columns: prediction), `labels`, `samples`, and `reliability`: mean confidence, accuracy and samples
+        of each bin that has some.
+        Shares are from 0 to 1.
 
     Raises:
         ValueError: Shapes differ, no samples, a label out of range, probabilities that are none.
@@ -48,6 +50,7 @@ def classification_metrics(
         "weighted_f1": float((f1 * there).sum() / len(truth)),
         "auroc": sum(known) / len(known) if known else None,
         "ece": calibration_error(probabilities, truth, bins=bins),
+        "reliability": binned(probabilities.max(axis=1), guess == truth, bins)[1],
         "by_class": {
             name: {
                 "precision": float(precision[number]),
@@ -87,12 +90,17 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, *, bins: in
         >>> calibration_error(np.array([[0.8, 0.2]] * 5), np.array([0, 0, 0, 0, 1]))
         0.0
     """
-    confidence = probabilities.max(axis=1)
-    right = (probabilities.argmax(axis=1) == labels).astype(np.float64)
+    return binned(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, bins)[0]
+
+
+def binned(confidence: np.ndarray, right: np.ndarray, bins: int) -> tuple[float, list[list[float]]]:
+    """The calibration error of single judgements, and mean confidence, share right and number of each bin."""
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(place, confidence, bins) - np.bincount(place, right, bins)
-    error = float(np.abs(gap).sum() / len(labels))
-    return 0.0 if error < 1e-12 else error
+    number = np.bincount(place, minlength=bins)
+    sure, good = np.bincount(place, confidence, bins), np.bincount(place, right.astype(np.float64), bins)
+    error = float(np.abs(sure - good).sum() / len(confidence))
+    rows = [[float(a / n), float(b / n), int(n)] for a, b, n in zip(sure, good, number, strict=True) if n]
+    return (0.0 if error < 1e-12 else error), rows
 
 
 def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

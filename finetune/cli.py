@@ -1,4 +1,4 @@
-"""`pairstream finetune RECIPE`, `score` and `predict`; the first is also `accelerate launch -m finetune RECIPE`."""
+"""`pairstream finetune RECIPE`, own tables, `score` and `predict`; the first also by `python -m finetune`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ COMMANDS = {
     "score": ("finetune.score:score", "judge a results file by the data set's annotations"),
     "predict": ("finetune.predict:predict", "write captions, answers or labels of many pictures"),
 }
+OWN = {
+    "caption": "a captioner from a table of your own: --data my.csv --images DIR --model ENCODER",
+    "classify": "a classifier, in the same way",
+    "vqa": "a model that answers questions, in the same way",
+}
 
 
 def main(argv: list[str]) -> int:
     """Train and measure the task model of a recipe, or run one of the other commands; see `--help`."""
+    if argv and argv[0] in OWN:
+        from finetune.own_data import run
+
+        return run(argv[0], argv[1:])  # pyright: ignore[reportArgumentType]
     if argv and argv[0] in COMMANDS:
         import tyro
 
@@ -24,16 +33,14 @@ def main(argv: list[str]) -> int:
         return 0
     command = read_training_command("finetune", FinetuneRecipe, argv)
     if command is None:
-        lines = [f"  pairstream finetune {name:<9}{text}" for name, (_, text) in COMMANDS.items()]
+        told = {**OWN, **{name: text for name, (_, text) in COMMANDS.items()}}
+        lines = [f"  pairstream finetune {name:<9}{text}" for name, text in told.items()]
         print("\n" + "\n".join(["further commands, each with --help:", *lines]))
         return 0
     from pairstream.errors import require
 
     require("transformers", "finetune", "fine-tuning")
-    if command.recipe.task.kind == "classify":
-        from finetune.fusion.trainer import ClassifierTrainer as Trainer
-    else:
-        from finetune.trainer import Finetuner as Trainer
+    from finetune.trainer import Finetuner
 
-    Trainer(command.recipe, resume=command.resume, overwrite=command.overwrite).train()
+    Finetuner(command.recipe, resume=command.resume, overwrite=command.overwrite).train()
     return 0

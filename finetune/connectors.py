@@ -1,7 +1,7 @@
-"""Connectors: from the image tower's tokens to a prefix in the language model's embedding space.
+"""Connectors: from the image tower's tokens to what the language model sees of a picture.
 
-A connector is one function of the configuration and one module `(b, n, token_dim) -> (b, p, width)` with the
-attribute `length` (p).
+A connector is one configuration and one `Connector` module. Those of this file put the picture into the sequence, as a
+prefix in the language model's embedding space; `finetune.cross_attention` lets its layers look at the picture instead.
 """
 
 from __future__ import annotations
@@ -9,12 +9,39 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from finetune.recipe import Linear, Mlp
+from finetune.recipe import CrossAttention, Linear, Mlp, Resampler
 
 
-class Projection(nn.Module):
+class Connector(nn.Module):
+    """What all connectors have: `(b, n, token_dim)` becomes `(b, p, width)`, for the sequence or for the layers.
+
+    Attributes:
+        length: Positions that a picture takes in the sequence.
+    """
+
+    length: int
+
+    def prefix(self, seen: Tensor) -> Tensor:
+        """What of a picture stands in the sequence: `(b, p, width)` to `(b, length, width)`."""
+        return seen
+
+    def look(self, seen: Tensor | None, owner: Tensor | None = None) -> None:
+        """Tell layers that look at pictures which ones are meant from now on; None for no picture any more.
+
+        Args:
+            seen: Of each row all its pictures side by side, `(rows, pictures * p, width)`.
+            owner: int64 `(rows, length)`, the picture that each position looks at, counted from 1, 0 for none; the last
+                one's holds for what follows. None: the only picture everywhere.
+        """
+
+    def detach(self) -> None:
+        """Let go of the language model, which another connector will be attached to."""
+
+
+class Projection(Connector):
     """Layer norm, merging of neighbours, and one or two layers.
 
     Args:
@@ -68,9 +95,73 @@ def token_grid(count: int, image_size: tuple[int, int]) -> tuple[int, int]:
     return (rows, count // rows) if rows and count % rows == 0 else (1, count)
 
 
-CONNECTORS: dict[str, Any] = {"linear": Projection, "mlp": Projection}
+class Resampling(Connector):
+    """Learnt queries that look at the image tokens and at each other, layer by layer.
+
+    Args:
+        config: Queries, width, layers and heads.
+        grid: Rows and columns of the image tokens.
+        token_dim: Width of an image token.
+        width: Width of what comes out.
+
+    Reference:
+        Jaegle et al. 2021 (Perceiver), Alayrac et al. 2022 (Flamingo's resampler), Li et al. 2023 (Q-Former). Tokens
+        get learnt positions of their own, since towers differ in whether their last tokens still hold theirs.
+    """
+
+    def __init__(self, config: Resampler, *, grid: tuple[int, int], token_dim: int, width: int):
+        super().__init__()
+        self.length, inner = config.queries, config.width
+        self.norm = nn.LayerNorm(token_dim)
+        self.input = nn.Linear(token_dim, inner)
+        self.places = nn.Parameter(torch.randn(grid[0] * grid[1], inner) * 0.02)
+        self.queries = nn.Parameter(torch.randn(config.queries, inner) * inner**-0.5)
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(
+                inner,
+                config.heads,
+                4 * inner,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(config.layers)
+        )
+        self.output = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Float `(b, n, token_dim)` to `(b, queries, width)`."""
+        memory = self.input(self.norm(tokens)) + self.places
+        found = self.queries.expand(len(tokens), -1, -1)
+        for layer in self.layers:
+            found = layer(found, memory)
+        return self.output(found)
 
 
-def build_connector(config: Linear | Mlp, *, grid: tuple[int, int], token_dim: int, width: int) -> nn.Module:
-    """The module that a recipe's `connector` describes."""
-    return CONNECTORS[config.kind](config, grid=grid, token_dim=token_dim, width=width)
+def build_connector(
+    config: Linear | Mlp | Resampler | CrossAttention,
+    *,
+    grid: tuple[int, int],
+    token_dim: int,
+    width: int,
+    language_model: Any = None,
+) -> Connector:
+    """The module that a recipe's `connector` describes.
+
+    Args:
+        config: Its configuration.
+        grid: Rows and columns of the image tokens.
+        token_dim: Width of an image token.
+        width: Width of the language model's embeddings.
+        language_model: Whose layers a `cross_attention` stands between.
+
+    Raises:
+        ValueError: It does not fit the tokens or the language model.
+    """
+    if isinstance(config, CrossAttention):
+        from finetune.cross_attention import Looking
+
+        return Looking(config, grid=grid, token_dim=token_dim, width=width, language_model=language_model)
+    kind = Resampling if isinstance(config, Resampler) else Projection
+    return kind(config, grid=grid, token_dim=token_dim, width=width)  # pyright: ignore

@@ -23,6 +23,8 @@ from finetune.recipe import (
     Connector,
     Decoding,
     FinetuneRecipe,
+    Lora,
+    MixedTask,
     SmallLanguageModel,
     Task,
     VqaTask,
@@ -51,6 +53,7 @@ class VisionLanguageModel(TaskModel):
         decoding: How text is written when nothing else is said.
         freeze_image_tower: Compute no gradient for the image tower.
         freeze_language_model: The same for the language model.
+        lora: Adapters of the language model, which train instead of it; those that it has already are kept.
 
     Raises:
         ValueError: The connector does not fit the tokens, or the image alone fills the context.
@@ -72,11 +75,13 @@ class VisionLanguageModel(TaskModel):
         *,
         freeze_image_tower: bool = True,
         freeze_language_model: bool = False,
+        lora: Lora | None = None,
     ):
         super().__init__()
         self.encoder, self.tokenizer = encoder, tokenizer
         self.task, self.decoding, self.connector_config = task, decoding, connector
         self.freeze_image_tower = freeze_image_tower
+        self.length_groups = 1
         self.image_tower = encoder.model.visual
         self.language_model = language_model.to(encoder.device)
         with torch.no_grad():
@@ -87,9 +92,18 @@ class VisionLanguageModel(TaskModel):
             grid=token_grid(count, encoder.image_size),
             token_dim=encoder.token_dim,
             width=language_model.get_input_embeddings().embedding_dim,
+            language_model=language_model,
         ).to(encoder.device)
         self.image_tower.requires_grad_(not freeze_image_tower)
+        self.lora = lora if lora is not None and lora.rank else None
         self.language_model.requires_grad_(not freeze_language_model)
+        if self.lora is not None:
+            from finetune.lora import add_lora, has_lora
+
+            if not has_lora(self.language_model):
+                add_lora(self.language_model, self.lora)
+            for name, parameter in self.language_model.named_parameters():
+                parameter.requires_grad_("lora_" in name)
         if not freeze_image_tower:
             self.freeze_unused(blank)
         if self.prefix_length >= self.context:
@@ -97,6 +111,20 @@ class VisionLanguageModel(TaskModel):
                 f"the picture alone takes {self.prefix_length} positions of the language model's {self.context}: "
                 "raise connector.merge, or language_model.context"
             )
+
+    @property
+    def caption_task(self) -> CaptionTask | None:
+        """How captions are asked for; None when the model writes none."""
+        if isinstance(self.task, MixedTask):
+            return self.task.caption
+        return self.task if isinstance(self.task, CaptionTask) else None
+
+    @property
+    def vqa_task(self) -> VqaTask | None:
+        """How questions are asked; None when the model answers none."""
+        if isinstance(self.task, MixedTask):
+            return self.task.vqa
+        return self.task if isinstance(self.task, VqaTask) else None
 
     @property
     def prefix_length(self) -> int:
@@ -138,6 +166,7 @@ class VisionLanguageModel(TaskModel):
         labels: Tensor,
         images: Tensor | None = None,
         tokens: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Summed cross-entropy of the answers.
 
@@ -148,6 +177,7 @@ class VisionLanguageModel(TaskModel):
             labels: int64 `(n, length)`, -100 on prompt and padding.
             images: uint8 `(b, 3, h, w)`; or
             tokens: float `(b, n_tokens, token_dim)`, what `image_tokens` made of them earlier.
+            weights: float `(n,)`, what each text counts; 1 for all when None.
 
         Returns:
             A scalar: the sum, not the mean, so that the caller can divide by the tokens of all ranks.
@@ -155,7 +185,29 @@ class VisionLanguageModel(TaskModel):
         if tokens is None:
             assert images is not None, "give images or their tokens"
             tokens = self.image_tokens(images)
-        prefix = self.connector(tokens)[image_of_text]  # (n, p, width)
+        memory = self.connector(tokens)  # (b, p, width)
+        if self.length_groups == 1:
+            return self.loss_of(memory[image_of_text], input_ids, attention_mask, labels, weights)
+        total = memory.new_zeros(())
+        lengths = attention_mask.sum(dim=1)
+        for rows in lengths.argsort(stable=True).chunk(self.length_groups):
+            longest = int(lengths[rows[-1]])
+            parts = (part[rows, :longest] for part in (input_ids, attention_mask, labels))
+            own = None if weights is None else weights[rows]
+            total = total + self.loss_of(memory[image_of_text[rows]], *parts, own)
+        return total
+
+    def loss_of(
+        self,
+        memory: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Summed cross-entropy of texts, each with its own picture `(n, p, width)`; see `forward`."""
+        prefix = self.connector.prefix(memory)  # (n, length, width)
+        self.connector.look(memory)
         words = self.language_model.get_input_embeddings()(input_ids)  # (n, length, width)
         embeddings = torch.cat([prefix.to(words.dtype), words], dim=1)
         seen = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
@@ -167,8 +219,16 @@ class VisionLanguageModel(TaskModel):
             logits_to_keep=columns + prefix.shape[1] - 1,
             use_cache=False,
         ).logits  # (n, columns, vocabulary)
-        expected = labels[:, columns].flatten()
-        return F.cross_entropy(logits.flatten(0, 1).float(), expected, ignore_index=IGNORED, reduction="sum")
+        flat, expected = logits.flatten(0, 1).float(), labels[:, columns].flatten()
+        if weights is None:
+            return F.cross_entropy(flat, expected, ignore_index=IGNORED, reduction="sum")
+        each = F.cross_entropy(flat, expected, ignore_index=IGNORED, reduction="none")
+        return (each.view(len(labels), -1).sum(dim=1) * weights).sum()
+
+    @staticmethod
+    def targets(labels: Tensor) -> Tensor:
+        """How many tokens of a batch have to be learnt: what the loss is divided by."""
+        return labels.ne(IGNORED).sum()
 
     def caption(self, images: Sequence[Picture], decoding: Decoding | None = None) -> list[str]:
         """Write a caption for each picture.
@@ -184,11 +244,11 @@ class VisionLanguageModel(TaskModel):
             ValueError: The model was made for questions.
             data.faults.Fault: File contents that are no picture.
         """
-        if not isinstance(self.task, CaptionTask):
+        if self.caption_task is None:
             raise ValueError(f"this model was trained for {self.task.kind}: use answer(images, questions)")
         if len(images) == 0:
             return []
-        prompts = [self.task.prompt] * len(images)
+        prompts = [self.caption_task.prompt] * len(images)
         return self.write(self.see(images), list(range(len(images))), prompts, decoding)
 
     def answer(
@@ -224,15 +284,15 @@ class VisionLanguageModel(TaskModel):
 
     def prompt(self, question: str) -> str:
         """The prompt that asks a question."""
-        if not isinstance(self.task, VqaTask):
+        if self.vqa_task is None:
             raise ValueError("this model was trained for captions: use caption(images)")
         if not question.strip():
             raise ValueError("an empty question cannot be answered: expected some words")
-        return self.task.prompt.format(question=question.strip())
+        return self.vqa_task.prompt.format(question=question.strip())
 
     @torch.no_grad()
     def see(self, images: Sequence[Picture] | Tensor) -> Tensor:
-        """Pictures to the prefix that `write` continues: float `(b, prefix_length, width)`.
+        """Pictures to what the language model sees of them: float `(b, p, width)`, for `write`.
 
         Args:
             images: PIL images, file contents, uint8 `(3, H, W)`; or uint8 `(b, 3, h, w)` of the model's size.
@@ -241,23 +301,19 @@ class VisionLanguageModel(TaskModel):
             images = torch.stack([self.encoder.preprocess(image) for image in images])
         return self.connector(self.image_tokens(images))
 
-    @torch.no_grad()
     def write(
         self,
-        prefix: Tensor,
+        seen: Tensor,
         image_of_text: Sequence[int],
         prompts: Sequence[str],
         decoding: Decoding | None = None,
         *,
         use_cache: bool = True,
     ) -> list[str]:
-        """Continue prompts after their pictures, through transformers' own `generate`.
-
-        Rows of unequal length are padded on the left, and the padding is masked: a text does not depend on its
-        neighbours in the batch.
+        """Continue prompts after their pictures; see `continue_rows`.
 
         Args:
-            prefix: What `see` made of the pictures, `(b, prefix_length, width)`.
+            seen: What `see` made of the pictures, `(b, p, width)`.
             image_of_text: Each prompt's picture.
             prompts: Texts, possibly empty.
             decoding: How; the model's own when None.
@@ -269,46 +325,150 @@ class VisionLanguageModel(TaskModel):
         Raises:
             ValueError: A prompt, with picture and room to write, is longer than the context.
         """
-        decoding = decoding or self.decoding
-        if not prompts:
+        rows = [
+            [picture, token_ids(self.tokenizer, prompt)]
+            for picture, prompt in zip(image_of_text, prompts, strict=True)
+        ]
+        return self.continue_rows(seen, rows, decoding, use_cache=use_cache)
+
+    def complete(
+        self, rows: Sequence[Sequence[Picture | str]], decoding: Decoding | None = None
+    ) -> list[str]:
+        """Continue rows of pictures and texts in turns, such as examples in front of a question (few-shot prompts).
+
+        Args:
+            rows: Each a list of PIL images or file contents, and texts, in their order.
+            decoding: How; the model's own when None.
+
+        Returns:
+            One text a row.
+
+        Raises:
+            ValueError: An empty row, or one longer than the context.
+            data.faults.Fault: File contents that are no picture.
+
+        Example:
+            >>> model.complete([[cat, "a cat. ", dog, "a dog. ", bird, ""]])       # doctest: +SKIP
+            ['a bird']
+        """
+        pictures: list[Picture] = []
+        composed: list[list[int | list[int]]] = []
+        for number, row in enumerate(rows):
+            if not len(row):
+                raise ValueError(f"row {number} is empty: expected a picture or a text")
+            parts: list[int | list[int]] = []
+            for part in row:
+                if isinstance(part, str):
+                    parts.append(token_ids(self.tokenizer, part))
+                else:
+                    parts.append(len(pictures))
+                    pictures.append(part)
+            composed.append(parts)
+        width = self.language_model.get_input_embeddings().embedding_dim
+        seen = self.see(pictures) if pictures else torch.zeros(0, 1, width, device=self.device)
+        return self.continue_rows(seen, composed, decoding)
+
+    @torch.no_grad()
+    def continue_rows(
+        self,
+        seen: Tensor,
+        rows: Sequence[Sequence[int | list[int]]],
+        decoding: Decoding | None = None,
+        *,
+        use_cache: bool = True,
+    ) -> list[str]:
+        """Continue rows of pictures and tokens, through transformers' own `generate`.
+
+        Rows of unequal length are padded on the left, and the padding is masked: a text does not depend on its
+        neighbours in the batch.
+
+        Args:
+            seen: What `see` made of the pictures.
+            rows: Each in its order: numbers of pictures, and lists of token ids.
+            decoding: How; the model's own when None.
+            use_cache: Keep keys and values of earlier positions.
+
+        Returns:
+            One text a row.
+
+        Raises:
+            ValueError: A row, with room to write, is longer than the context.
+        """
+        if not rows:
             return []
-        rows = [token_ids(self.tokenizer, prompt) for prompt in prompts]
-        longest = max(len(row) for row in rows)
-        needed = self.prefix_length + longest + decoding.max_new_tokens
-        if needed > self.context:
-            raise ValueError(
-                f"the prompt does not fit: {self.prefix_length} positions for the picture + {longest} for the prompt + "
-                f"{decoding.max_new_tokens} to write = {needed}, the language model has {self.context}. "
-                "Shorten it, or lower decoding.max_new_tokens"
-            )
+        written = self.generate_ids(seen, rows, decoding or self.decoding, use_cache=use_cache)
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        seen: Tensor,
+        rows: Sequence[Sequence[int | list[int]]],
+        decoding: Decoding,
+        *,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """`continue_rows` as token ids: int64 `(rows, new tokens)`, padded behind the end of each."""
+        self.check_room(rows, decoding)
         training = self.training
         self.eval()
-        embed = self.language_model.get_input_embeddings()
-        sequences = [
-            torch.cat([prefix[picture], embed(torch.tensor(row, dtype=torch.int64, device=self.device))])
-            for picture, row in zip(image_of_text, rows, strict=True)
-        ]
+        embed, prefix = self.language_model.get_input_embeddings(), self.connector.prefix(seen)
+        sequences, owners, pictures = [], [], []
+        for row in rows:
+            parts, owner, own = [], [], []
+            for part in row:
+                if isinstance(part, int):
+                    own.append(part)
+                    parts.append(prefix[part])
+                else:
+                    parts.append(embed(torch.tensor(part, dtype=torch.int64, device=self.device)))
+                owner += [len(own)] * len(parts[-1])
+            sequences.append(torch.cat(parts))
+            owners.append(torch.tensor(owner, device=self.device))
+            pictures.append(own)
         embeddings = pad_sequence(sequences, batch_first=True, padding_side="left")  # (n, length, width)
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=self.device)
         places = torch.arange(embeddings.shape[1], device=self.device)
-        seen = (places >= embeddings.shape[1] - lengths[:, None]).long()  # (n, length)
-        config = GenerationConfig(
-            max_new_tokens=decoding.max_new_tokens,
-            num_beams=decoding.num_beams,
-            do_sample=False,
-            use_cache=use_cache,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        mask = (places >= embeddings.shape[1] - lengths[:, None]).long()  # (n, length)
+        if all(len(own) == 1 and row[0] == own[0] for own, row in zip(pictures, rows, strict=True)):
+            self.connector.look(seen[[own[0] for own in pictures]])
+        else:
+            shown = [seen[own].flatten(0, 1) for own in pictures]  # (pictures * p, width) each
+            owner = pad_sequence(owners, batch_first=True, padding_side="left")
+            together = pad_sequence(shown, batch_first=True)
+            self.connector.look(together if together.shape[1] else None, owner)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it warns of padding after a finished text, where it does no harm
         written = self.language_model.generate(
-            inputs_embeds=embeddings, attention_mask=seen, generation_config=config
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            generation_config=generation_config(decoding, self.tokenizer, use_cache=use_cache),
         )
         logging.set_verbosity(verbosity)
+        self.connector.look(None)
         self.train(training)
-        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return written
+
+    def check_room(self, rows: Sequence[Sequence[int | list[int]]], decoding: Decoding) -> None:
+        """Refuse rows that would not fit.
+
+        Raises:
+            ValueError: The longest does not, with room to write.
+        """
+
+        def positions(row: Sequence[int | list[int]]) -> tuple[int, int]:
+            pictures = self.prefix_length * sum(isinstance(part, int) for part in row)
+            return pictures, sum(len(part) for part in row if not isinstance(part, int))
+
+        pictures, words = max(map(positions, rows), key=sum)
+        needed = pictures + words + decoding.max_new_tokens
+        if needed > self.context:
+            raise ValueError(
+                f"the prompt does not fit: {pictures} positions for the picture + {words} for the prompt + "
+                f"{decoding.max_new_tokens} to write = {needed}, the language model has {self.context}. "
+                "Shorten it, or lower decoding.max_new_tokens"
+            )
 
     def write_parts(self, folder: Path) -> dict[str, Any]:
         """Connector, language model and tokenizer."""
@@ -316,21 +476,48 @@ class VisionLanguageModel(TaskModel):
             name: value.detach().cpu().contiguous() for name, value in self.connector.state_dict().items()
         }
         save_tensors(state, folder / "connector.safetensors")
+        base: dict[str, Any] = {}
+        if self.lora is not None:
+            from finetune.lora import base_state, save_adapter
+
+            save_adapter(self.language_model, folder)
+            base = {"state_dict": base_state(self.language_model)}
         with no_bars():
-            self.language_model.save_pretrained(folder / "language_model")
+            self.language_model.save_pretrained(folder / "language_model", **base)
         self.tokenizer.save_pretrained(folder / "tokenizer")
         return {
             "task": self.task.model_dump(),
             "decoding": self.decoding.model_dump(),
             "connector": self.connector_config.model_dump(),
+            **({} if self.lora is None else {"lora": self.lora.model_dump()}),
         }
+
+
+def generation_config(decoding: Decoding, tokenizer: Any, *, use_cache: bool = True) -> GenerationConfig:
+    """transformers' own words for how text is written."""
+    sampling = (
+        {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.sample else {}
+    )
+    beams = {"length_penalty": decoding.length_penalty} if decoding.num_beams > 1 else {}
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        min_new_tokens=decoding.min_new_tokens or None,
+        num_beams=decoding.num_beams,
+        do_sample=decoding.sample,
+        no_repeat_ngram_size=decoding.no_repeat_ngram or None,
+        use_cache=use_cache,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+        **beams,
+    )
 
 
 def build_task_model(
     recipe: FinetuneRecipe, encoder: Encoder, language_model: Any, tokenizer: Any
 ) -> VisionLanguageModel:
     """Join the parts as a recipe says."""
-    return VisionLanguageModel(
+    model = VisionLanguageModel(
         encoder,
         recipe.connector,
         language_model,
@@ -339,7 +526,10 @@ def build_task_model(
         recipe.decoding,
         freeze_image_tower=recipe.freeze_image_tower,
         freeze_language_model=getattr(recipe.language_model, "freeze", False),
+        lora=recipe.lora,
     )
+    model.length_groups = recipe.length_groups
+    return model
 
 
 def small_language_model(config: SmallLanguageModel, tokenizer: Any) -> GPT2LMHeadModel:
@@ -418,7 +608,12 @@ def load_task_model(folder: str | Path, *, device: str = "auto") -> VisionLangua
                 place / "language_model", local_files_only=True
             )
         state = load_file(place / "connector.safetensors")
+        lora = Lora(**content["lora"]) if "lora" in content else None
+        if lora is not None:
+            from finetune.lora import add_lora, load_adapter
+
+            load_adapter(add_lora(language_model, lora), place)
     encoder = load_encoder(place / "encoder", device=device)
-    model = VisionLanguageModel(encoder, connector, language_model, tokenizer, task, decoding)
+    model = VisionLanguageModel(encoder, connector, language_model, tokenizer, task, decoding, lora=lora)
     model.connector.load_state_dict(state)
     return model.eval()

@@ -18,6 +18,7 @@ from data.transforms import decode_image
 from pairstream.atomic import write_text
 from pairstream.progress import ProgressBar
 
+QUESTIONS = ("vqa", "choose")  # tasks that answer questions
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -77,6 +78,14 @@ def predict(
     folder = task_folder(model)
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))["task"]
     kind = task["kind"]
+    if kind == "match":
+        raise ValueError(
+            f"{folder} tells whether texts match: use load_classifier(folder).match(pictures, texts) of "
+            "finetune.fusion.model"
+        )
+    if kind == "mixed":  # it does both: what is wanted shows in the question
+        kind = "caption" if question is None else "vqa"
+        task = {**task, "kind": kind}
     check_question(kind, question, source)
     settings = {"model": str(folder.resolve()), "question": question}
     done = resume(out, settings, overwrite=overwrite)
@@ -96,7 +105,7 @@ def predict(
 
 def open_model(folder: Path, kind: str, device: str) -> Any:
     """The task model of a folder, whatever its task is."""
-    if kind == "classify":
+    if kind in ("classify", "choose"):
         from finetune.fusion.model import load_classifier
 
         return load_classifier(folder, device=device)
@@ -127,16 +136,21 @@ class Writer:
         if self.kind == "caption":
             for job, caption in zip(good, self.model.caption(inputs), strict=True):
                 yield {**job.identity, "caption": caption}
-        elif self.kind == "vqa":
+        elif self.kind in QUESTIONS:
             questions = [job.question or "" for job in good]
             answers = self.model.answer(inputs, questions)
             for job, asked, answer in zip(good, questions, answers, strict=True):
                 yield {**job.identity, "question": asked, "answer": answer}
         else:
+            from finetune.fusion.task import said
+
             found = self.model.classify(inputs, [job.text for job in good])
             for job, probabilities in zip(good, found, strict=True):
-                label = max(probabilities, key=probabilities.__getitem__)
-                yield {**job.identity, "label": label, "probabilities": probabilities}
+                yield {
+                    **job.identity,
+                    **said(probabilities, self.model.several),
+                    "probabilities": probabilities,
+                }
 
 
 @dataclass(frozen=True)
@@ -181,7 +195,11 @@ class Shards:
         self, task: dict[str, Any], question: str | None, done: set[str], log: FaultLog, bar: ProgressBar
     ) -> Iterator[Job]:
         """What is still to be done; samples that are done are not read."""
-        started = {json.loads(name)["image"] for name in done} if task["kind"] != "vqa" or question else set()
+        started = (
+            {json.loads(name)["image"] for name in done}
+            if task["kind"] not in QUESTIONS or question
+            else set()
+        )
         number = 0
         with ShardReader() as reader:
             for index in self.indices:
@@ -204,7 +222,7 @@ class Shards:
     @staticmethod
     def jobs_of(raw: Any, name: str, task: dict[str, Any], question: str | None) -> Iterator[Job]:
         """The texts to write about one sample."""
-        if task["kind"] != "vqa":
+        if task["kind"] not in QUESTIONS:
             text = raw.record.get(task.get("text_key", "text"))
             yield Job({"image": name}, raw.image, None, text if isinstance(text, str) else None)
             return
@@ -248,11 +266,11 @@ def find_pictures(words: tuple[str, ...]) -> Pictures | Shards:
 
 def check_question(kind: str, question: str | None, source: Pictures | Shards) -> None:
     """Refuse a question that would be overlooked, and a model of questions without any."""
-    if question is not None and kind != "vqa":
+    if question is not None and kind not in QUESTIONS:
         raise ValueError(f"--question goes with a model for vqa, this one is for {kind}")
-    if kind == "vqa" and question is not None and not question.strip():
+    if kind in QUESTIONS and question is not None and not question.strip():
         raise ValueError("--question is empty: expected some words")
-    if kind == "vqa" and question is None and not source.own_questions:
+    if kind in QUESTIONS and question is None and not source.own_questions:
         raise ValueError(
             "this model answers questions: give --question, or shards whose JSON has `questions`"
         )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from finetune.fusion.recipe import ClassifyTask
+from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask, check_heads
 from pairstream.recipe import Config
 from pretrain.recipe import (
     AdamW,
@@ -39,7 +39,46 @@ class Mlp(Config):
     """
 
 
-Connector = Annotated[Linear | Mlp, Field(discriminator="kind")]
+class Resampler(Config):
+    """A fixed number of learnt queries that look at the image tokens, as in Perceiver and Q-Former.
+
+    The prefix has `queries` positions whatever the tower gives: for towers of hundreds of tokens. It learns more slowly
+    than `mlp`, whose prefix keeps the places of things.
+    """
+
+    kind: Literal["resampler"] = "resampler"
+    queries: int = Field(default=16, ge=1)
+    """Positions of the prefix."""
+    width: int = Field(default=256, ge=8)
+    layers: int = Field(default=2, ge=1)
+    heads: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def fits(self) -> Resampler:
+        return check_heads(self)
+
+
+class CrossAttention(Config):
+    """Layers between those of the language model that look at the picture; the text alone stands in the sequence.
+
+    With `gated` and a frozen language model as in Flamingo: the gates start closed, so that training begins with the
+    language model as it was. Without, and with a language model that trains, a decoder as in BLIP and CoCa. A picture
+    takes one position, however many tokens it has, so several pictures and texts can follow each other.
+    """
+
+    kind: Literal["cross_attention"] = "cross_attention"
+    every: int = Field(default=1, ge=1)
+    """One in front of each such many layers of the language model."""
+    gated: bool = True
+    heads: int = Field(default=4, ge=1)
+    """Of the language model's width, which they must divide."""
+    feed_forward: int = Field(default=2, ge=1)
+    """Width of the layers' second half, as a multiple of the language model's."""
+    queries: int = Field(default=0, ge=0)
+    """Image tokens are first resampled to so many (see `resampler`); 0 looks at all of them."""
+
+
+Connector = Annotated[Linear | Mlp | Resampler | CrossAttention, Field(discriminator="kind")]
 
 
 class SmallLanguageModel(Config):
@@ -89,6 +128,56 @@ LanguageModel = Annotated[
 ]
 
 
+class Lora(Config):
+    """Low-rank adapters on the language model, whose own weights are then frozen (peft)."""
+
+    rank: int = Field(default=0, ge=0)
+    """Of the adapters; 0 has none."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Adapters count by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """In front of the adapters."""
+    dora: bool = False
+    """Learn size and direction of the weights apart (DoRA): a little better at low ranks, a third more time."""
+    targets: tuple[str, ...] = ()
+    """Names of the layers to adapt, such as `q_proj`; all linear ones but the output when empty."""
+
+
+class Rates(Config):
+    """Learning rates of the parts, as multiples of `optim.lr`; the pretrained towers have `tower_lr`."""
+
+    connector: float = Field(default=1.0, gt=0)
+    language_model: float = Field(default=1.0, gt=0)
+    """Its adapters, where it has some."""
+    head: float = Field(default=1.0, gt=0)
+    """Fusion and output of a classifier."""
+
+
+class Waits(Config):
+    """Optimiser steps for which a part stays as it is while the others train, as in LP-FT.
+
+    A head or connector that still is random would push pretrained weights about.
+    """
+
+    towers: int = Field(default=0, ge=0)
+    language_model: int = Field(default=0, ge=0)
+
+
+class Reward(Config):
+    """Self-critical training of captions after cross-entropy: drawn texts are learnt as far as they beat greedy ones.
+
+    The reward is CIDEr-D with the document frequencies of the training captions. It raises CIDEr-D by some points and
+    makes captions more alike; a step costs the writing of `samples` + 1 texts a picture.
+    """
+
+    after: int | None = Field(default=None, ge=0)
+    """Optimiser steps of cross-entropy before it; None never begins."""
+    samples: int = Field(default=4, ge=1)
+    """Captions drawn for each picture."""
+    rate: float = Field(default=0.1, gt=0)
+    """Learning rate from then on, as a multiple of what the schedule has."""
+
+
 class CaptionTask(Config):
     """Write a caption of the picture."""
 
@@ -122,7 +211,28 @@ class VqaTask(Config):
         return value
 
 
-Task = Annotated[CaptionTask | VqaTask | ClassifyTask, Field(discriminator="kind")]
+class MixedTask(Config):
+    """Captions and questions in one run; the prompts tell the model which is wanted.
+
+    A picture of the training shards gives what it has: a caption, questions, or both.
+    """
+
+    kind: Literal["mixed"] = "mixed"
+    caption: CaptionTask = CaptionTask(prompt="describe the picture:")
+    vqa: VqaTask = VqaTask(prompt="question: {question} answer:")
+
+    @model_validator(mode="after")
+    def possible(self) -> MixedTask:
+        if not self.caption.prompt.strip():
+            raise ValueError(
+                "task.caption.prompt is empty: the model could not tell a caption from an answer"
+            )
+        return self
+
+
+Task = Annotated[
+    CaptionTask | VqaTask | MixedTask | ClassifyTask | ChooseTask | MatchTask, Field(discriminator="kind")
+]
 
 
 class Data(Config):
@@ -159,6 +269,28 @@ class Decoding(Config):
     """1 is greedy; 3 to 5 give captions a few CIDEr points more at about that many times the work."""
     max_new_tokens: int = Field(default=30, ge=1)
     """Tokens written at the most, the image and prompt not counted."""
+    min_new_tokens: int = Field(default=0, ge=0)
+    """Tokens written at the least."""
+    length_penalty: float = 1.0
+    """Beam search divides a text's log-probability by its length to this power: above 0 favours longer texts."""
+    no_repeat_ngram: int = Field(default=0, ge=0)
+    """No run of so many tokens is written twice; 0 allows it, 3 stops stuttering."""
+    sample: bool = False
+    """Draw each token instead of taking the likeliest: different texts each time, and lower scores."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of drawing: below 1 keeps closer to the likeliest."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Of drawing: only from the likeliest tokens that have this probability together (nucleus)."""
+
+    @model_validator(mode="after")
+    def possible(self) -> Decoding:
+        if not self.sample and (self.temperature != 1.0 or self.top_p != 1.0):
+            raise ValueError("temperature and top_p are about drawing: set sample, or leave them at 1")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
+            )
+        return self
 
 
 class Evaluation(Config):
@@ -166,12 +298,26 @@ class Evaluation(Config):
 
     every: int | None = Field(default=None, ge=1)
     """Optimiser steps between evaluations; None measures once, at the end."""
+    select: Literal["last", "best"] = "last"
+    """`best` keeps the model of the best evaluation (CIDEr-D, accuracy or macro-F1) in `best` of the run folder, and
+    reports that one. The number is then the best of several, on the same pictures: measure it on
+    others before you publish it."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations in a row without a new best; None goes on to the last step."""
     pictures: int | None = Field(default=None, ge=1)
     """Pictures at the most, the first of the shards; None takes all. CIDEr depends on this number."""
     batch_size: int = Field(default=64, ge=1)
     """Pictures in a batch, on each rank."""
     wall: int = Field(default=24, ge=0)
     """Pictures on the report's wall."""
+
+    @model_validator(mode="after")
+    def possible(self) -> Evaluation:
+        if self.every is None and (self.patience is not None or self.select == "best"):
+            raise ValueError(
+                "select: best and patience compare evaluations: set every, the steps between them"
+            )
+        return self
 
 
 class FinetuneRecipe(Config):
@@ -192,6 +338,16 @@ class FinetuneRecipe(Config):
     """Frozen, it stays in evaluation mode and no gradient is computed for it."""
     tower_lr: float = Field(default=0.1, gt=0)
     """Learning rate of an image tower that trains, as a multiple of that of the other parts."""
+    rates: Rates = Rates()
+    waits: Waits = Waits()
+    lora: Lora = Lora()
+    reward: Reward = Reward()
+    length_groups: int = Field(default=1, ge=1)
+    """Texts of a step are sorted by length into so many groups, each padded only to its own longest: the same loss with
+    less padding, for one call of the language model each. For texts of very unequal length."""
+    gradient_checkpointing: bool = False
+    """Compute the language model's activations again in the backward pass instead of keeping them: a third more time
+    for a fraction of the memory."""
     batch_size: int = Field(default=64, ge=1)
     """Pictures in a step, over all ranks together."""
     steps: int = Field(ge=1)
@@ -219,6 +375,16 @@ class FinetuneRecipe(Config):
                 "tower's rate"
             )
         check_schedule(self.schedule, self.steps)
+        if self.lora.rank and isinstance(self.language_model, SmallLanguageModel):
+            raise ValueError(
+                "lora.rank adapts a pretrained or continued language model, this one is new: train it"
+            )
+        if self.reward.after is not None and self.task.kind != "caption":
+            raise ValueError(f"reward is for captions (CIDEr-D), this task is {self.task.kind}: leave it out")
+        if self.reward.after is not None and self.reward.after >= self.steps:
+            raise ValueError(f"reward.after must be below steps ({self.steps}): it would never begin")
+        if max(self.waits.towers, self.waits.language_model) >= self.steps:
+            raise ValueError(f"waits must be below steps ({self.steps}): the part would never train")
         if self.data.cache_image_tokens and not self.freeze_image_tower:
             raise ValueError(
                 "data.cache_image_tokens needs freeze_image_tower: tokens of a tower that trains change"

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from finetune.confusion import confusion_picture
 from finetune.recipe import FinetuneRecipe
 from finetune.tasks import Row, TaskKind
-from pairstream.report import Report
+from pairstream.report import Card, Report
 from pairstream.run import RunFolder
 
 TITLES = {
     "caption": ("Captions", "Captions written for held-out pictures"),
     "vqa": ("Visual questions", "Questions answered"),
+    "mixed": ("Captions and visual questions", "What was written"),
     "classify": ("Labels", "Posts and the labels they were given"),
+    "choose": ("Visual questions", "Questions answered from a list"),
+    "match": ("Matching", "Pictures with right and wrong texts"),
 }
 CAPTION_ROWS = (("CIDEr-D", "cider"), ("BLEU-4", "bleu4"), ("BLEU-1", "bleu1"), ("ROUGE-L", "rouge_l"))
 
@@ -28,10 +32,13 @@ def write_report(
     )
     if recipe.task.kind == "caption":
         add_caption_numbers(report, metrics)
-    elif recipe.task.kind == "vqa":
+    elif recipe.task.kind in ("vqa", "choose"):
         add_answer_numbers(report, metrics)
+    elif recipe.task.kind == "mixed":
+        add_caption_numbers(report, metrics["caption"])
+        add_answer_numbers(report, metrics["vqa"])
     else:
-        add_label_numbers(report, metrics)
+        add_label_numbers(report, metrics, task.main)
     report.cards(wall, task.cards(rows))
     log = folder.read_log()
     lines = [record for record in log if record.get("loss") is not None]
@@ -70,6 +77,11 @@ def add_answer_numbers(report: Report, metrics: dict[str, Any]) -> None:
             ("majority", round(metrics["majority_baseline"], 3), f"always “{metrics['majority_answer']}”"),
         ]
     )
+    if "reachable" in metrics:
+        report.text(
+            f"The list has {metrics['answers']:,} answers; the best of them for every question would score "
+            f"{metrics['reachable']:.3f}. The same model without the picture: {metrics['text_only']:.3f}."
+        )
     for name in sorted(key for key in metrics if key.startswith("by_")):
         blind = metrics["question_only"][name]
         label = name.removeprefix("by_").replace("_", " ")
@@ -80,25 +92,36 @@ def add_answer_numbers(report: Report, metrics: dict[str, Any]) -> None:
         )
 
 
-def add_label_numbers(report: Report, metrics: dict[str, Any]) -> None:
+def add_label_numbers(report: Report, metrics: dict[str, Any], main: str) -> None:
     alone = {"picture": metrics["image_only"], "text": metrics["text_only"]}
     notes = [f"{what} alone: {value:.3f}" for what, value in alone.items() if value is not None]
+    several = "map" in metrics
+    notes_of = {main: "; ".join(notes)}
     report.numbers(
         [
-            ("accuracy", round(metrics["accuracy"], 3), "; ".join(notes)),
-            ("macro F1", round(metrics["macro_f1"], 3), f"{metrics['images']:,} pictures with a label"),
+            (
+                "all labels right" if several else "accuracy",
+                round(metrics["accuracy"], 3),
+                notes_of.get("accuracy", ""),
+            ),
+            (
+                "macro F1",
+                round(metrics["macro_f1"], 3),
+                notes_of.get("macro_f1") or f"{metrics['images']:,} pictures with a label",
+            ),
             ("calibration error", round(metrics["ece"], 3), "15 bins of confidence"),
             ("majority", round(metrics["majority_baseline"], 3), f"always “{metrics['majority_label']}”"),
         ]
     )
+    last = ("average precision", "average_precision") if several else ("AUROC", "auroc")
     report.table(
-        ["label", "precision", "recall", "F1", "AUROC", "samples"],
+        ["label", "precision", "recall", "F1", last[0], "samples"],
         [
             [
                 name,
                 *(
                     None if entry[key] is None else round(entry[key], 3)
-                    for key in ("precision", "recall", "f1", "auroc")
+                    for key in ("precision", "recall", "f1", last[1])
                 ),
                 entry["samples"],
             ]
@@ -106,8 +129,15 @@ def add_label_numbers(report: Report, metrics: dict[str, Any]) -> None:
         ],
         caption="By label",
     )
-    report.table(
-        ["true label", *metrics["labels"]],
-        [[name, *row] for name, row in zip(metrics["labels"], metrics["confusion"], strict=True)],
-        caption="Confusion: rows are the truth, columns what was said",
+    if "confusion" in metrics:
+        picture = confusion_picture(metrics["confusion"], metrics["labels"])
+        report.cards("Confusion", [Card(picture, "rows are the truth, columns what was said")])
+    report.curves(
+        "Calibration",
+        {
+            "model": [(sure, right) for sure, right, _ in metrics["reliability"]],
+            "as sure as right": [(0.0, 0.0), (1.0, 1.0)],
+        },
+        x="confidence",
+        y="share right",
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 from data.faults import Fault
 from data.samples import RawSample
 from data.transforms import EvalTransform, TrainTransform, decode_image
-from finetune.recipe import CaptionTask, Task, VqaTask
+from finetune.fusion.recipe import ChooseTask, MatchTask
+from finetune.recipe import CaptionTask, MixedTask, Task, VqaTask
 from finetune.text import Pair, make_pair, pack
 
 
@@ -38,6 +39,13 @@ class Question:
     def majority(self) -> str:
         """The most frequent answer, the first of equally frequent ones."""
         return Counter(self.answers).most_common(1)[0][0]
+
+
+class Both(NamedTuple):
+    """Captions and questions of a sample, either of which may be none."""
+
+    captions: list[str]
+    questions: list[Question]
 
 
 def read_captions(sample: RawSample) -> list[str]:
@@ -89,10 +97,15 @@ def read_texts(task: Task, sample: RawSample) -> Any:
     Raises:
         Fault: There is nothing of that kind, or it is broken.
     """
-    if isinstance(task, CaptionTask):
+    if isinstance(task, CaptionTask | MatchTask):
         return read_captions(sample)
-    if isinstance(task, VqaTask):
+    if isinstance(task, VqaTask | ChooseTask):
         return read_questions(sample)
+    if isinstance(task, MixedTask):
+        both = Both(sample.captions(), read_questions(sample) if sample.record.get("questions") else [])
+        if not both.captions and not both.questions:
+            raise Fault("missing_text", "neither a caption nor questions")
+        return both
     from finetune.fusion.samples import read_post
 
     return read_post(task, sample)
@@ -112,7 +125,7 @@ class TextLoad:
     task: Task
 
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> TextRow:
-        others = [] if isinstance(self.task, CaptionTask) else sample.captions()
+        others = sample.captions() if isinstance(self.task, VqaTask) else []
         if isinstance(self.task, CaptionTask) and sample.record.get("questions"):
             others = [
                 text for question in read_questions(sample) for text in (question.text, question.majority)
@@ -125,7 +138,8 @@ class TrainLoad:
     """A picture with the texts to learn.
 
     Attributes:
-        task: Caption: one caption, drawn anew each epoch. VQA: `questions` of the sample's questions, likewise.
+        task: Caption: one caption, drawn anew each epoch. VQA: `questions` of the sample's questions, likewise. Mixed:
+            both, as far as the sample has them.
         tokenizer: The language model's.
         room: Tokens that prompt and answer may have.
         transform: Of the picture; None where its tokens are kept, so that nothing is decoded.
@@ -140,6 +154,12 @@ class TrainLoad:
         if isinstance(self.task, CaptionTask):
             captions = read_captions(sample)
             texts = [(self.task.prompt, captions[rng.integers(len(captions))])]
+        elif isinstance(self.task, MixedTask):
+            both: Both = read_texts(self.task, sample)
+            texts = self.draw(self.task.vqa, both.questions, rng)
+            if both.captions:
+                drawn = both.captions[rng.integers(len(both.captions))]
+                texts = [(self.task.caption.prompt, drawn), *texts]
         else:
             assert isinstance(self.task, VqaTask), "posts have a load of their own"
             texts = self.draw(self.task, read_questions(sample), rng)

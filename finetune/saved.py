@@ -17,6 +17,7 @@ from pretrain.encoder import Encoder
 
 TASK = "task.json"
 FORMAT = 1
+BEST = "best"  # of a run folder: the model of the best evaluation
 
 
 class TaskModel(nn.Module):
@@ -48,14 +49,14 @@ class TaskModel(nn.Module):
 
 
 def task_folder(folder: str | Path) -> Path:
-    """The task model that a folder means: itself, or the newest checkpoint of a run folder.
+    """The task model that a folder means: itself, or the best or newest one of a run folder.
 
     Raises:
         FileNotFoundError: None is there.
     """
     folder = Path(folder).expanduser()
     checkpoints = complete_checkpoints(folder / "checkpoints") if folder.is_dir() else []
-    for candidate in (folder, *(checkpoint / "model" for checkpoint in checkpoints)):
+    for candidate in (folder, folder / BEST, *(checkpoint / "model" for checkpoint in checkpoints)):
         if (candidate / TASK).is_file():
             return candidate
     raise FileNotFoundError(

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from finetune import ptb
 from finetune.baselines import QuestionOnly, most_frequent_caption
+from finetune.fusion.answers import Choosing
+from finetune.fusion.matching import Matching
 from finetune.fusion.task import Classification
 from finetune.metrics import caption_metrics
 from finetune.model import VisionLanguageModel
-from finetune.recipe import CaptionTask, Task, VqaTask
-from finetune.samples import Question
-from finetune.vqa_accuracy import question_accuracy, vqa_accuracy
+from finetune.questions import Questions
+from finetune.recipe import CaptionTask, MixedTask, Task, VqaTask
+from finetune.samples import Both, Question
 from pairstream.report import Card
 
 # One evaluated picture: key, index, file (or None), judged_by, and `written`: one text or one for each question.
@@ -100,14 +102,10 @@ class Captioning:
         ]
 
 
-class VisualQuestions:
-    """Answers, judged by VQA accuracy."""
+class VisualQuestions(Questions):
+    """Written answers, judged by VQA accuracy."""
 
-    main = "accuracy"
-
-    def __init__(self, task: VqaTask):
-        self.task = task
-        self.blind: QuestionOnly | None = None
+    task: VqaTask
 
     def corpus(self, row: list[Question]) -> Iterator[str]:
         for question in row:
@@ -124,53 +122,80 @@ class VisualQuestions:
         for row in rows:
             row["written"] = [next(answers) for _ in row["judged_by"]]
 
+
+class Mixed:
+    """Captions and questions, each judged as if it were alone; the main number is the mean of both main numbers."""
+
+    main = "mean_of_tasks"
+
+    def __init__(self, task: MixedTask):
+        self.parts = {"caption": Captioning(task.caption), "vqa": VisualQuestions(task.vqa)}
+
+    def rows_of(self, name: str, rows: Sequence[Row]) -> list[Row]:
+        """The rows of one task, as that task knows them."""
+        place = ("caption", "vqa").index(name)
+        return [
+            {**row, "judged_by": row["judged_by"][place], "written": row.get("written", {}).get(name)}
+            for row in rows
+            if row["judged_by"][place]
+        ]
+
+    def corpus(self, row: Both) -> Iterator[str]:
+        yield from self.parts["caption"].corpus(row.captions)
+        yield from self.parts["vqa"].corpus(row.questions)
+
+    def learn(self, texts: Iterable[Both]) -> None:
+        rows = list(texts)
+        for name, part, own in zip(self.parts, self.parts.values(), zip(*rows, strict=True), strict=True):
+            if not any(own):
+                raise ValueError(
+                    f"no training sample has anything for the task {name}: take the other one alone"
+                )
+            part.learn([entry for entry in own if entry])
+
+    def write(self, model: VisionLanguageModel, images: Tensor, rows: list[Row]) -> None:
+        for row in rows:
+            row["written"] = {}
+        for place, (name, part) in enumerate(self.parts.items()):
+            chosen = [number for number, row in enumerate(rows) if row["judged_by"][place]]
+            own = self.rows_of(name, rows)
+            if own:
+                part.write(model, images[chosen], own)
+            for number, row in zip(chosen, own, strict=True):
+                rows[number]["written"][name] = row["written"]
+
     def score(self, rows: Sequence[Row]) -> dict[str, Any]:
-        assert self.blind is not None, "learn() comes first"
-        mode = self.task.accuracy
-        questions: list[Question] = [question for row in rows for question in row["judged_by"]]
-        truth = [question.answers for question in questions]
-        names = sorted({name for question in questions for name in question.kinds})
-        types = {name: [question.kinds.get(name, "(none)") for question in questions] for name in names}
-        ours = vqa_accuracy([text for row in rows for text in row["written"]], truth, mode=mode, types=types)
-        majority = vqa_accuracy([self.blind.majority] * len(truth), truth, mode=mode)
-        blind = vqa_accuracy(
-            [self.blind.answer(question.text) for question in questions], truth, mode=mode, types=types
-        )
-        return {
-            **ours,
-            "majority_baseline": majority["accuracy"],
-            "majority_answer": self.blind.majority,
-            "question_only_baseline": blind["accuracy"],
-            "question_only": {name: value for name, value in blind.items() if name.startswith("by_")},
-            "question_only_model": "most frequent training answer to the same question, else to its first words",
-            "images": len(rows),
-        }
+        found: dict[str, Any] = {}
+        for name, part in self.parts.items():
+            own = self.rows_of(name, rows)
+            if not own:
+                raise ValueError(f"no validation sample has anything for the task {name}: nothing to judge")
+            found[name] = part.score(own)
+        mains = [found[name][part.main] for name, part in self.parts.items()]
+        return {**found, self.main: sum(mains) / len(mains), "images": len(rows)}
 
     def predictions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         return [
-            {"question_id": question.id, "answer": text}
-            for row in rows
-            for question, text in zip(row["judged_by"], row["written"], strict=True)
+            entry for name, part in self.parts.items() for entry in part.predictions(self.rows_of(name, rows))
         ]
 
     def cards(self, rows: Sequence[Row]) -> list[Card]:
-        cards = []
-        for number, row in enumerate(rows):
-            if not row["file"]:
-                continue
-            place = number % len(row["judged_by"])  # another kind of question from card to card
-            question, text = row["judged_by"][place], row["written"][place]
-            right = question_accuracy(text, question.answers, self.task.accuracy) >= 0.5
-            lines = [f"answer: {text}"] + ([] if right else [f"humans: {question.majority}"])
-            cards.append(Card(shrink(row["file"]), question.text, lines, "right" if right else "wrong"))
-        return cards
+        return [card for name, part in self.parts.items() for card in part.cards(self.rows_of(name, rows))]
 
 
 def make_task(task: Task) -> TaskKind:
     """The implementation of a recipe's `task`."""
-    if isinstance(task, CaptionTask):
-        return Captioning(task)
-    return VisualQuestions(task) if isinstance(task, VqaTask) else Classification(task)
+    return TASKS[task.kind](task)
+
+
+TASKS: dict[str, Any] = {
+    "caption": Captioning,
+    "vqa": VisualQuestions,
+    "mixed": Mixed,
+    "classify": Classification,
+    "choose": Choosing,
+    "match": Matching,
+}
 
 
 def shrink(file: bytes, side: int = 256) -> bytes:

@@ -11,33 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from data.stream import Batch, PairStream
 from data.transforms import TrainTransform
-from finetune.model import (
-    VisionLanguageModel,
-    build_task_model,
-    load_task_model,
-    pretrained_language_model,
-    small_language_model,
-)
-from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLanguageModel
+from finetune.families import make_family
+from finetune.guard import FirstStep
+from finetune.recipe import FinetuneRecipe
 from finetune.report import write_report
-from finetune.samples import (
-    EvalCollate,
-    EvalLoad,
-    ImageCollate,
-    ImageLoad,
-    TextLoad,
-    TextRow,
-    TrainCollate,
-    TrainLoad,
-)
-from finetune.saved import task_folder
+from finetune.reward import SelfCritic
+from finetune.samples import EvalCollate, EvalLoad, ImageCollate, ImageLoad, TextLoad, TextRow
+from finetune.saved import BEST
 from finetune.tasks import Row, make_task
-from finetune.text import IGNORED, train_tokenizer, wrap_tokenizer
 from pairstream.atomic import write_text
 from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder, finite
@@ -49,7 +35,6 @@ from pretrain.checkpoint import (
     save_checkpoint,
     step_folder,
 )
-from pretrain.encoder import load_encoder
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
@@ -57,7 +42,7 @@ TOKENIZER_SAMPLES = 100_000  # samples whose texts the tokenizer and the baselin
 
 
 class Finetuner:
-    """Trains the captioner or VQA model of a recipe.
+    """Trains the task model of a recipe, whatever its task; what kinds of models do differently is in their `Family`.
 
     The state of a run is its step: batches, drawn captions and dropout of a step are functions of (seed, step), so
     that a resumed run goes on bit for bit where the checkpoint was made (on CPU).
@@ -76,9 +61,6 @@ class Finetuner:
         0.91
     """
 
-    slow_parts: tuple[str, ...] = ("image_tower.",)
-    """Name prefixes of pretrained parts, which train at `tower_lr` times the rate."""
-
     def __init__(self, recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = False):
         self.recipe = recipe
         self.began = time.monotonic()
@@ -91,18 +73,20 @@ class Finetuner:
                 f"take a multiple of {self.world}"
             )
         self.task = make_task(recipe.task)
+        self.family = make_family(recipe.task)
         self.step, self.samples_seen, self.history = 0, 0, {}
         self.saved: dict[str, Tensor] = {}
+        self.guard: FirstStep | None = None
         texts = self.read_texts()
         found = complete_checkpoints(Path(recipe.run) / "checkpoints") if resume else []
         state: dict[str, Any] = {}
         if found:
             state, self.saved = read_training_state(found[0])
-        self.model = self.restore(found[0], state) if found else self.build(texts)
+        self.model = self.restore(found[0], state) if found else self.family.build(self, texts)
         self.optimizer = build_optimizer(
             self.model.named_parameters(),
             recipe.optim,
-            lr_scale=dict.fromkeys(self.slow_parts, recipe.tower_lr),
+            lr_scale=self.family.rates(recipe),
         )
         load_optimizer_state(self.optimizer, self.saved)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -137,35 +121,21 @@ class Finetuner:
             workers=self.recipe.data.workers,
             max_faults=self.recipe.data.max_faults,
         )
-        texts = [
-            row for batch in stream.iterate(0, min(stream.batches_per_epoch, limit)) for row in batch["rows"]
-        ]
+        rewarded = self.recipe.reward.after is not None
+        if rewarded:
+            limit = stream.batches_per_epoch  # every caption is a reference
+        texts: list[TextRow] = []
+        captions: dict[int, list[str]] = {}
+        for batch in stream.iterate(0, min(stream.batches_per_epoch, limit)):
+            texts += batch["rows"]
+            if rewarded:
+                rows = zip(batch.indices.tolist(), batch["rows"], strict=True)
+                captions.update((index, row.judged_by) for index, row in rows)
+        self.critic = SelfCritic(captions, self.recipe.reward) if rewarded else None
         self.task.learn(row.judged_by for row in texts)
         return texts
 
-    def build(self, texts: list[TextRow]) -> VisionLanguageModel:
-        """The model at step 0."""
-        recipe, config = self.recipe, self.recipe.language_model
-        if isinstance(config, ContinuedLanguageModel):
-            return self.reopen(task_folder(recipe.model.name))
-        encoder = load_encoder(
-            recipe.model.name, pretrained=recipe.model.pretrained, device=str(self.accelerator.device)
-        )
-        torch.manual_seed(recipe.seed)
-        if isinstance(config, PretrainedLanguageModel):
-            language_model, tokenizer = pretrained_language_model(config.name)
-        else:
-            corpus = (text for row in texts for text in (*self.task.corpus(row.judged_by), *row.others))
-            made = [
-                train_tokenizer(corpus, config.vocabulary).backend_tokenizer.to_str() if self.main else ""
-            ]
-            if self.world > 1:
-                broadcast_object_list(made)
-            tokenizer = wrap_tokenizer(made[0])
-            language_model = small_language_model(config, tokenizer)
-        return build_task_model(recipe, encoder, language_model, tokenizer)
-
-    def restore(self, checkpoint: Path, state: dict[str, Any]) -> VisionLanguageModel:
+    def restore(self, checkpoint: Path, state: dict[str, Any]) -> Any:
         """The model as a checkpoint has it; the run's step and history are set from its state."""
         changed = [key for key, value in self.identity().items() if state["identity"].get(key) != value]
         if changed:
@@ -174,23 +144,7 @@ class Finetuner:
                 "was begun. Change it back, or start a new run with --run NAME."
             )
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
-        return self.reopen(checkpoint / "model")
-
-    def reopen(self, folder: Path) -> VisionLanguageModel:
-        """The model of the recipe with all weights of a saved one.
-
-        Raises:
-            ValueError: Its connector is another.
-        """
-        parts = load_task_model(folder, device=str(self.accelerator.device))
-        if parts.connector_config != self.recipe.connector:
-            raise ValueError(
-                f"{folder} has the connector {parts.connector_config.model_dump()}, the recipe "
-                f"{self.recipe.connector.model_dump()}: a model that goes on keeps its own, so give that as `connector`"
-            )
-        model = build_task_model(self.recipe, parts.encoder, parts.language_model, parts.tokenizer)
-        model.connector.load_state_dict(parts.connector.state_dict())
-        return model
+        return self.family.reopen(self, checkpoint / "model")
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
@@ -202,6 +156,10 @@ class Finetuner:
             "language_model",
             "freeze_image_tower",
             "tower_lr",
+            "rates",
+            "waits",
+            "lora",
+            "reward",
             "batch_size",
         )
         return {key: recipe[key] for key in (*same, "seed", "steps", "optim", "schedule")}
@@ -209,20 +167,15 @@ class Finetuner:
     def open_train(self) -> PairStream:
         """The training batches of this rank."""
         recipe, encoder = self.recipe, self.model.encoder
-        cached = recipe.data.cache_image_tokens
         crop = recipe.data.crop_scale
         transform = (
             encoder.transform if crop == (1.0, 1.0) else TrainTransform(encoder.image_size, scale=crop)
         )
+        load, collate = self.family.reading(self, None if recipe.data.cache_image_tokens else transform)
         return PairStream(
             recipe.data.train,
-            TrainLoad(
-                recipe.task,
-                self.model.tokenizer,
-                room=self.model.context - self.model.prefix_length,
-                transform=None if cached else transform,
-            ),
-            TrainCollate(self.model.tokenizer.pad_token_id, encoder.image_size, pictures=not cached),
+            load,
+            collate,
             batch_size=recipe.batch_size // self.world,
             seed=recipe.seed,
             rank=self.rank,
@@ -290,6 +243,13 @@ class Finetuner:
             f"{trained:,} of {everything:,} parameters train, {self.stream.samples} pictures, "
             f"{recipe.steps} steps of {recipe.batch_size}"
         )
+        if self.given_up():  # a run that had stopped early is resumed: there is nothing left to do
+            return self.finish()
+        late = set(self.waiting())
+        waiting = [name for name, parameter in self.model.named_parameters() if parameter in late]
+        self.guard = FirstStep(self.model, waiting)
+        if recipe.gradient_checkpointing and hasattr(self.model, "language_model"):
+            self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         wrapped, optimizer = self.accelerator.prepare(self.model, self.optimizer)
         wrapped.train()
         window, waited = Window(self.accelerator.device), time.monotonic()
@@ -298,6 +258,8 @@ class Finetuner:
                 window.waiting += time.monotonic() - waited
                 torch.manual_seed(mix(recipe.seed, self.step, self.rank))
                 lr = recipe.optim.lr * learning_rate_factor(self.step, recipe.steps, recipe.schedule)
+                if recipe.reward.after is not None and self.step >= recipe.reward.after:
+                    lr *= recipe.reward.rate
                 set_learning_rate(self.optimizer, lr)
                 self.train_step(batch, wrapped, optimizer, window)
                 self.step += 1
@@ -312,20 +274,34 @@ class Finetuner:
                 bar.advance()
                 every = recipe.evaluate.every
                 if every and self.step % every == 0 and self.step < recipe.steps:
+                    self.mean_loss(window)
                     self.evaluate()
+                    self.keep_best()
+                    if self.given_up():
+                        many = recipe.evaluate.patience
+                        self.say(f"stopping at step {self.step}: no new best in the last {many} evaluations")
+                        self.save()
+                        break
                 if saves:
                     self.save()
                 waited = time.monotonic()
         return self.finish()
 
     def train_step(self, batch: Batch, wrapped: Any, optimizer: Any, window: Window) -> None:
-        """One optimiser step, on the mean over the answer tokens of all ranks."""
+        """One optimiser step, on the mean over the answer tokens (or labelled samples) of all ranks."""
         device = self.accelerator.device
         inputs = {name: value.to(device, non_blocking=True) for name, value in batch.data.items()}
         if self.kept is not None:
             inputs["tokens"] = self.kept[batch.indices].to(device, non_blocking=True)
+        after = self.recipe.reward.after
+        if self.critic is not None and after is not None and self.step >= after and len(batch):
+            with self.accelerator.autocast():
+                inputs = self.critic.inputs(self.model, inputs, batch.indices.tolist())
+            targets = len(inputs["weights"])
+        else:
+            targets = float(self.model.targets(batch["labels"]))
         counts = torch.tensor(
-            [float((batch["labels"] != IGNORED).sum()), float(len(batch)), float(len(batch) == 0)],
+            [float(targets), float(len(batch)), float(len(batch) == 0)],
             device=device,
         )
         if self.world > 1:
@@ -339,11 +315,37 @@ class Finetuner:
         # Gradients are averaged over the ranks, and the loss is the mean over the words of all of them.
         loss = total * (self.world / words)
         self.accelerator.backward(loss)
+        guard, self.guard = self.guard, None
+        if guard is not None:
+            guard.after_backward()
+        for parameter in self.waiting():
+            parameter.grad = None  # the optimiser passes over it: neither the weight nor its moments move
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.optim.clip_norm or math.inf)
         optimizer.step()
+        if guard is not None:
+            guard.after_step()
         optimizer.zero_grad(set_to_none=True)
         window.add(loss.detach(), torch.as_tensor(norm), int(pictures))
         self.samples_seen += int(pictures)
+
+    def waiting(self) -> list[torch.nn.Parameter]:
+        """The parameters that do not train yet; see `Waits`."""
+        waits, step = self.recipe.waits, self.step
+        prefixes = tuple(
+            prefix
+            for prefix, until in (
+                (self.family.towers, waits.towers),
+                ("language_model.", waits.language_model),
+            )
+            if step < until
+        )
+        if not prefixes:
+            return []
+        return [
+            parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and name.startswith(prefixes)
+        ]
 
     def mean_loss(self, window: Window) -> float | None:
         """`Window.mean_loss`, with what can be done about a run that has diverged."""
@@ -375,6 +377,34 @@ class Finetuner:
         return record
 
     def evaluate(self) -> tuple[dict[str, Any], list[Row]]:
+        """`judge` the model as it is, and put the numbers into history and log."""
+        numbers, rows = self.judge()
+        self.history[str(self.step)] = {
+            name: value for name, value in numbers.items() if isinstance(value, int | float)
+        }
+        self.folder.log({"step": self.step, "evaluation": self.history[str(self.step)]})
+        return numbers, rows
+
+    def best_step(self) -> int:
+        """The step of the best evaluation so far, the first of equally good ones."""
+        return int(max(self.history, key=lambda step: (self.history[step][self.task.main], -int(step))))
+
+    def given_up(self) -> bool:
+        """Whether the last `patience` evaluations brought no new best."""
+        patience = self.recipe.evaluate.patience
+        if patience is None:
+            return False
+        best = self.best_step()
+        return sum(int(step) > best for step in self.history) >= patience
+
+    def keep_best(self) -> None:
+        """Write the model to the run folder's `best` when the last evaluation is the best (rank 0)."""
+        if self.recipe.evaluate.select == "best" and self.best_step() == self.step:
+            if self.main:
+                self.model.save(self.folder.path / BEST)
+            self.accelerator.wait_for_everyone()
+
+    def judge(self) -> tuple[dict[str, Any], list[Row]]:
         """Write and judge texts of the validation pictures, on all ranks.
 
         Returns:
@@ -394,12 +424,7 @@ class Finetuner:
         if self.world > 1:
             rows = gather_object(rows)
         rows.sort(key=lambda row: row["index"])
-        numbers = self.task.score(rows)
-        self.history[str(self.step)] = {
-            name: value for name, value in numbers.items() if isinstance(value, int | float)
-        }
-        self.folder.log({"step": self.step, "evaluation": self.history[str(self.step)]})
-        return numbers, rows
+        return self.task.score(rows), rows
 
     def save(self) -> None:
         """Write a checkpoint (rank 0)."""
@@ -423,11 +448,18 @@ class Finetuner:
     def finish(self) -> dict[str, Any]:
         """Measure, write metrics, predictions and report, and say where the model is."""
         numbers, rows = self.evaluate()
-        model = step_folder(self.folder.checkpoints, self.step) / "model"
+        model, chosen = step_folder(self.folder.checkpoints, self.step) / "model", self.step
+        self.keep_best()
+        if self.recipe.evaluate.select == "best":
+            model, chosen = self.folder.path / BEST, self.best_step()
+            if chosen != self.step:
+                self.model = self.family.reopen(self, model)
+                numbers, rows = self.judge()
         metrics = {
             **numbers,
             "task": self.recipe.task.kind,
             "steps": self.step,
+            "model_of_step": chosen,
             "samples_seen": self.samples_seen,
             "seconds": time.monotonic() - self.began,
             "faults": dict(self.stream.faults),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from finetune.fusion.model import FusionClassifier, load_classifier
 from finetune.model import VisionLanguageModel, load_task_model
-from finetune.recipe import CaptionTask
 from finetune.saved import task_folder
 from pretrain.encoder import Encoder, load_encoder
 from retrieval.artifact import MANIFEST, sha256
@@ -116,7 +115,7 @@ def task_model(
         ValueError: It is of the other kind, or damaged.
     """
     model = load_task_model(folder, device=device)
-    if isinstance(model.task, CaptionTask) != captions:
+    if (model.caption_task if captions else model.vqa_task) is None:
         option, wanted = ("--captioner", "caption") if captions else ("--vqa", "vqa")
         raise ValueError(
             f"{option} {folder}: expected a model trained for {wanted}, it is for {model.task.kind}"
@@ -132,6 +131,10 @@ def post_model(folder: str | Path, *, device: str = "auto") -> tuple[FusionClass
         ValueError: A model of another task, or damaged.
     """
     model = load_classifier(folder, device=device)
+    if model.task.kind != "classify":
+        raise ValueError(
+            f"--classifier {folder}: expected a model trained for classify, it is for {model.task.kind}"
+        )
     fingerprint = folder_hash(task_folder(folder))
     return model, ClassifierIdentity(name=short_name(folder), fingerprint=fingerprint, labels=model.labels)
 

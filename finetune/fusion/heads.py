@@ -23,7 +23,7 @@ class PooledFusion(nn.Module):
         text_dim: Width of the text features.
 
     Reference:
-        `gated`: Arevalo et al. 2017, Gated Multimodal Units.
+        `gated`: Arevalo et al. 2017, Gated Multimodal Units. `product`: Kim et al. 2017, low-rank bilinear pooling.
     """
 
     def __init__(self, config: Pooled, *, image_dim: int, text_dim: int):
@@ -34,7 +34,7 @@ class PooledFusion(nn.Module):
             self.both = nn.Linear(image_dim + text_dim, config.width)
         else:
             self.image = nn.Linear(image_dim, config.width)
-            self.text = nn.Linear(text_dim, config.width, bias=config.kind == "gated")
+            self.text = nn.Linear(text_dim, config.width, bias=config.kind != "tanh")
         if config.kind == "gated":
             self.gate = nn.Linear(image_dim + text_dim, config.width)
 
@@ -45,6 +45,8 @@ class PooledFusion(nn.Module):
             return nn.functional.gelu(self.both(torch.cat([x, y], dim=-1)))
         if self.kind == "tanh":
             return torch.tanh(self.image(x) + self.text(y))
+        if self.kind == "product":
+            return torch.tanh(self.image(x)) * torch.tanh(self.text(y))
         gate = torch.sigmoid(self.gate(torch.cat([x, y], dim=-1)))
         return gate * torch.tanh(self.image(x)) + (1 - gate) * torch.tanh(self.text(y))
 
@@ -137,6 +139,7 @@ HEADS: dict[str, Any] = {
     "tanh": PooledFusion,
     "concat": PooledFusion,
     "gated": PooledFusion,
+    "product": PooledFusion,
     "single_stream": SingleStreamFusion,
     "co_attention": CoAttentionFusion,
 }

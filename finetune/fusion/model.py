@@ -1,4 +1,4 @@
-"""The image-text classifier: two towers' features, a fusion head, and one output a label."""
+"""The fusion model: two towers' features, a fusion head, and one output a label, answer or judgement."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.fusion.heads import build_head
-from finetune.fusion.recipe import ClassifyTask, Pooled
+from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask, Pooled
+from finetune.fusion.samples import MATCHES
 from finetune.saved import TASK, TaskModel, opened
+from finetune.text import IGNORED
 from pretrain.checkpoint import save_tensors
 from pretrain.encoder import Encoder, load_encoder
 
 WEIGHTS = "fusion.safetensors"
-IGNORED = -100  # the label of a sample that has none
+TASKS: dict[str, Any] = {"classify": ClassifyTask, "choose": ChooseTask, "match": MatchTask}
 Picture = Image.Image | bytes | Tensor
 
 
 class FusionClassifier(TaskModel):
-    """Labels a picture and its text; either may be missing.
+    """Labels a picture and its text, chooses an answer to a question, or tells whether they match.
 
-    Pooled heads take the encoder's two embeddings (one vector each); the others the towers' last tokens. A missing
-    modality is replaced by learnt vectors, which modality dropout trains.
+    Picture or text may be missing. Pooled heads take the encoder's two embeddings (one vector each); the others the
+    towers' last tokens. A missing modality is replaced by learnt vectors, which modality dropout trains.
 
     Args:
         encoder: The dual encoder.
-        task: Fusion head, dropout and freezing.
-        labels: The labels, in the order of the outputs.
+        task: Fusion head, dropout and freezing; and what is done with the outputs.
+        labels: The labels or answers, in the order of the outputs.
         freeze_image_tower: Compute no gradient for the image tower.
 
     Raises:
-        ValueError: Fewer than two labels.
+        ValueError: Too few labels.
         TypeError: A head of tokens over a text tower that gives none.
 
     Example:
@@ -46,10 +48,16 @@ class FusionClassifier(TaskModel):
     """
 
     def __init__(
-        self, encoder: Encoder, task: ClassifyTask, labels: Sequence[str], *, freeze_image_tower: bool = True
+        self,
+        encoder: Encoder,
+        task: ClassifyTask | ChooseTask | MatchTask,
+        labels: Sequence[str],
+        *,
+        freeze_image_tower: bool = True,
     ):
         super().__init__()
-        if len(labels) < 2:
+        self.several = isinstance(task, ClassifyTask) and task.several
+        if len(labels) < (1 if self.several else 2):
             raise ValueError(f"a classifier needs at least two labels, got {list(labels)}")
         self.encoder, self.task, self.labels = encoder, task, list(labels)
         self.freeze_image_tower = freeze_image_tower
@@ -123,6 +131,11 @@ class FusionClassifier(TaskModel):
                 ) from error
             return found["text_intermediates"][-1]
 
+    @property
+    def logistic(self) -> bool:
+        """Whether each output is judged alone (sigmoid), or all of them share one (softmax)."""
+        return self.several or isinstance(self.task, ChooseTask)
+
     def forward(
         self,
         text: Tensor,
@@ -130,36 +143,47 @@ class FusionClassifier(TaskModel):
         labels: Tensor,
         images: Tensor | None = None,
         tokens: Tensor | None = None,
+        image_of_text: Tensor | None = None,
     ) -> Tensor:
         """Summed cross-entropy, classes weighted.
 
         Args:
-            text: int64 `(b, m)`, tokens.
-            text_missing: bool `(b,)`.
-            labels: int64 `(b,)`, -100 for samples without one.
+            text: int64 `(n, m)`, tokens.
+            text_missing: bool `(n,)`.
+            labels: int64 `(n,)`, the label of each text, -100 for those without one; or float `(n, labels)` from 0 to
+                1 (soft targets, several labels), a row of -100 for those without any.
             images: uint8 `(b, 3, h, w)`; or
-            tokens: float `(b, n, d)`, what `image_tokens` made of them earlier.
+            tokens: float `(b, n_tokens, d)`, what `image_tokens` made of them earlier.
+            image_of_text: int64 `(n,)`, each text's picture in the batch; one text a picture when None.
 
         Returns:
-            A scalar: the sum, not the mean, so that the caller can divide by the labels of all ranks.
+            A scalar: the sum, not the mean, so that the caller can divide by `targets` of all ranks.
         """
         if tokens is None:
             assert images is not None, "give images or their features"
             tokens = self.image_features(images)
+        tokens = tokens if image_of_text is None else tokens[image_of_text]
         no_image = torch.zeros_like(text_missing)
         if self.training and self.task.modality_dropout:
             draw = torch.rand(len(text), device=text.device)
             share = self.task.modality_dropout
             no_image = (draw < share) & ~text_missing
             text_missing = text_missing | ((draw >= share) & (draw < 2 * share))
-        logits = self.logits(tokens, text, no_image, text_missing)
-        return F.cross_entropy(
-            logits.float(),
-            labels,
-            weight=self.class_weights,  # pyright: ignore
-            ignore_index=IGNORED,
-            reduction="sum",
+        logits = self.logits(tokens, text, no_image, text_missing).float()
+        weights: Any = self.class_weights
+        if labels.ndim == 1:
+            return F.cross_entropy(logits, labels, weight=weights, ignore_index=IGNORED, reduction="sum")
+        # Rows without labels are multiplied away and not cut out, so that no step waits for the device.
+        known = labels.ne(IGNORED)
+        losses = F.binary_cross_entropy_with_logits(
+            logits, labels.clamp(min=0), pos_weight=weights, reduction="none"
         )
+        return (losses * known).sum()
+
+    @staticmethod
+    def targets(labels: Tensor) -> Tensor:
+        """How many samples of a batch have something to learn: what the loss is divided by."""
+        return (labels if labels.ndim == 1 else labels[:, :1]).ne(IGNORED).sum()
 
     def logits(self, image: Tensor, text: Tensor, no_image: Tensor, no_text: Tensor) -> Tensor:
         """Features, tokens, and what is missing, to float `(b, labels)`."""
@@ -172,30 +196,35 @@ class FusionClassifier(TaskModel):
         return self.output(self.dropout(self.head(image, words, seen)))
 
     @torch.no_grad()
-    def classify(
-        self, images: Sequence[Picture | None] | Tensor, texts: Sequence[str | None]
-    ) -> list[dict[str, float]]:
-        """Probabilities of the labels.
+    def scores(
+        self,
+        images: Sequence[Picture | None] | Tensor,
+        texts: Sequence[str | None],
+        image_of_text: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Probabilities of all outputs.
 
         Args:
             images: PIL images, file contents, uint8 `(3, H, W)`, or None where there is none; or uint8
                 `(b, 3, h, w)` of the model's size.
-            texts: As many; None or blank where there is none.
+            texts: None or blank where there is none.
+            image_of_text: Each text's picture; one text a picture when None.
 
         Returns:
-            Label to probability, for each.
+            float64 `(texts, labels)` on the CPU: rows that sum to 1, or each from 0 to 1 where outputs are logistic.
 
         Raises:
             ValueError: Numbers differ, or a sample has neither a picture nor a text.
             data.faults.Fault: File contents that are no picture.
         """
-        if isinstance(texts, str) or len(images) != len(texts):
+        if isinstance(texts, str) or (image_of_text is None and len(images) != len(texts)):
             raise ValueError(
                 f"got {len(images)} pictures and {texts!r}: expected one text (or None) for each picture"
             )
         if not len(texts):
-            return []
+            return torch.zeros((0, len(self.labels)), dtype=torch.float64)
         written = [text if text and text.strip() else None for text in texts]
+        owners = torch.arange(len(texts)) if image_of_text is None else torch.as_tensor(list(image_of_text))
         blank = torch.zeros(3, *self.encoder.image_size, dtype=torch.uint8)
         if isinstance(images, Tensor):
             no_image, pixels = torch.zeros(len(images), dtype=torch.bool), images
@@ -204,21 +233,53 @@ class FusionClassifier(TaskModel):
             pixels = torch.stack(
                 [blank if image is None else self.encoder.preprocess(image) for image in images]
             )
-        no_text = torch.tensor([text is None for text in written])
+        no_image, no_text = no_image[owners], torch.tensor([text is None for text in written])
         if bool((no_image & no_text).any()):
             raise ValueError("a sample with neither a picture nor a text cannot be classified")
         training = self.training
         self.eval()
         logits = self.logits(
-            self.image_features(pixels),
+            self.image_features(pixels)[owners.to(self.device)],
             self.encoder.tokenize([text or "" for text in written]).to(self.device),
             no_image.to(self.device),
             no_text.to(self.device),
-        )
+        ).double()
         self.train(training)
-        return [
-            dict(zip(self.labels, row, strict=True)) for row in logits.double().softmax(dim=-1).cpu().tolist()
-        ]
+        return (logits.sigmoid() if self.logistic else logits.softmax(dim=-1)).cpu()
+
+    def classify(
+        self, images: Sequence[Picture | None] | Tensor, texts: Sequence[str | None]
+    ) -> list[dict[str, float]]:
+        """Probabilities of the labels; see `scores`.
+
+        Returns:
+            Label to probability, for each pair.
+        """
+        return [dict(zip(self.labels, row, strict=True)) for row in self.scores(images, texts).tolist()]
+
+    def answer(self, images: Sequence[Picture] | Tensor, questions: Sequence[str]) -> list[str]:
+        """The best answer of the list to one question about each picture.
+
+        Raises:
+            ValueError: An empty question, numbers that differ, or a model for another task.
+        """
+        if not isinstance(self.task, ChooseTask):
+            raise ValueError(f"this model was trained for {self.task.kind}: use classify(images, texts)")
+        for question in questions:
+            if not question.strip():
+                raise ValueError("an empty question cannot be answered: expected some words")
+        best = self.scores(images, questions).argmax(dim=1)
+        return [self.labels[number] for number in best.tolist()]
+
+    def match(self, images: Sequence[Picture] | Tensor, texts: Sequence[str]) -> list[float]:
+        """How probable it is that each text belongs to its picture.
+
+        Raises:
+            ValueError: Numbers differ, or a model for another task.
+        """
+        if not isinstance(self.task, MatchTask):
+            raise ValueError(f"this model was trained for {self.task.kind}: use classify(images, texts)")
+        return self.scores(images, texts)[:, MATCHES.index("match")].tolist()
 
     def own_state(self) -> dict[str, Tensor]:
         """All but the towers, which lie in the encoder's folder."""
@@ -237,7 +298,7 @@ class FusionClassifier(TaskModel):
 def load_classifier(
     folder: str | Path, *, device: str = "auto", freeze_image_tower: bool = True
 ) -> FusionClassifier:
-    """Open a saved classifier; nothing is downloaded.
+    """Open a saved classifier, chooser of answers or matcher; nothing is downloaded.
 
     Args:
         folder: What `TaskModel.save` wrote, or a run folder of `pairstream finetune`.
@@ -252,9 +313,10 @@ def load_classifier(
         ValueError: It is no classifier, or a part is damaged or of another version.
     """
     with opened(folder) as (place, content):
-        if content["task"]["kind"] != "classify":
-            raise ValueError(f"a model for {content['task']['kind']}, not for classify")
-        task, labels = ClassifyTask.model_validate(content["task"]), content["labels"]
+        kind = content["task"]["kind"]
+        if kind not in TASKS:
+            raise ValueError(f"a model for {kind}, not for classify")
+        task, labels = TASKS[kind].model_validate(content["task"]), content["labels"]
         state = load_file(place / WEIGHTS)
     model = FusionClassifier(
         load_encoder(place / "encoder", device=device), task, labels, freeze_image_tower=freeze_image_tower

@@ -13,6 +13,7 @@ from finetune.classification import classification_metrics
 from finetune.fusion.model import FusionClassifier
 from finetune.fusion.recipe import ClassifyTask
 from finetune.fusion.samples import Post
+from finetune.multilabel import multilabel_metrics
 from pairstream.report import Card
 
 Row = dict[str, Any]
@@ -25,20 +26,23 @@ class Classification:
     without a label are left out of every number.
     """
 
-    main = "accuracy"
-
     def __init__(self, task: ClassifyTask):
         self.task = task
+        self.main = "macro_f1" if task.several else "accuracy"
         self.counts: Counter[str] = Counter()
+        self.usual: tuple[str, ...] = ()
+        self.samples = 0
 
     def learn(self, texts: Iterable[Post]) -> None:
         """Count the training labels.
 
         Raises:
-            ValueError: Fewer than two, or none of one that the recipe names.
+            ValueError: Too few, or none of one that the recipe names.
         """
-        self.counts = Counter(post.label for post in texts if post.label is not None)
-        if len(self.counts) < 2:
+        rows = [post.label for post in texts if post.label is not None]
+        self.samples = len(rows)
+        self.counts = Counter(name for row in rows for name in (row if self.task.several else (row,)))
+        if len(self.counts) < (1 if self.task.several else 2):
             raise ValueError(
                 f"the training shards have {len(self.counts)} different values of {self.task.label_key!r} in their "
                 "JSON: expected at least two labels"
@@ -46,6 +50,8 @@ class Classification:
         absent = [label for label in self.task.labels if label not in self.counts]
         if absent:
             raise ValueError(f"no training sample has the label {absent[0]!r}, which task.labels names")
+        if self.task.several:
+            self.usual = Counter(tuple(sorted(row)) for row in rows).most_common(1)[0][0]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -53,9 +59,12 @@ class Classification:
 
     @property
     def class_weights(self) -> list[float]:
-        """Of the loss, in the order of the labels; 1 on average over the training samples."""
+        """Of the loss, in the order of the labels: 1 on average over the training samples; or, where a sample may
+        have several, how many samples have it not for one that has."""
         if self.task.class_weights == "none":
             return [1.0] * len(self.labels)
+        if self.task.several:
+            return [max(self.samples - self.counts[label], 1) / self.counts[label] for label in self.labels]
         total = sum(self.counts.values())
         return [total / (len(self.labels) * self.counts[label]) for label in self.labels]
 
@@ -78,27 +87,33 @@ class Classification:
             raise ValueError(
                 f"no validation sample has {self.task.label_key!r} in its JSON: nothing to judge"
             )
-        unknown = sorted({row["judged_by"].label for row in judged} - set(labels))
+        several = self.task.several
+        given = [row["judged_by"].label if several else (row["judged_by"].label,) for row in judged]
+        unknown = sorted({name for names in given for name in names} - set(labels))
         if unknown:
             raise ValueError(
                 f"the validation label {unknown[0]!r} is none of the training's: {', '.join(labels)}"
             )
-        truth = np.array([labels.index(row["judged_by"].label) for row in judged])
+        truth = np.array([[name in names for name in labels] for names in given])  # (n, labels)
 
         def numbers(which: str) -> dict[str, Any]:
             known = [place for place, row in enumerate(judged) if row["written"][which]]
             if not known:
-                return {"accuracy": None}
+                return {self.main: None}
             found = np.array([[judged[place]["written"][which][name] for name in labels] for place in known])
-            return classification_metrics(found, truth[known], labels)
+            if several:
+                return multilabel_metrics(found, truth[known], labels)
+            return classification_metrics(found, truth[known].argmax(axis=1), labels)
 
-        majority = self.counts.most_common(1)[0][0]
+        majority = self.usual if several else (self.counts.most_common(1)[0][0],)
+        guess = np.array([name in majority for name in labels])
+        blind = multilabel_metrics(np.tile(guess, (len(truth), 1)).astype(float), truth, labels)
         return {
             **numbers("both"),
-            "image_only": numbers("image")["accuracy"],
-            "text_only": numbers("text")["accuracy"],
-            "majority_baseline": float((truth == labels.index(majority)).mean()),
-            "majority_label": majority,
+            "image_only": numbers("image")[self.main],
+            "text_only": numbers("text")[self.main],
+            "majority_baseline": blind[self.main],
+            "majority_label": self.task.separator.join(majority),
             "images": len(judged),
             "unlabelled": len(rows) - len(judged),
         }
@@ -107,7 +122,7 @@ class Classification:
         return [
             {
                 "image_id": row["image_id"],
-                "label": best(row["written"]["both"]),
+                **said(row["written"]["both"], self.task.several),
                 "probabilities": row["written"]["both"],
             }
             for row in rows
@@ -121,10 +136,13 @@ class Classification:
             text, label = row["judged_by"]
             if not row["file"] or label is None:
                 continue
-            guess = best(row["written"]["both"])
-            lines = [f"{guess} ({row['written']['both'][guess]:.2f})"]
-            lines += [] if guess == label else [f"humans: {label}"]
-            mark = "right" if guess == label else "wrong"
+            probabilities = row["written"]["both"]
+            truth = label if self.task.several else (label,)
+            guess = given_labels(probabilities) if self.task.several else [best(probabilities)]
+            right = set(guess) == set(truth)
+            lines = [", ".join(f"{name} ({probabilities[name]:.2f})" for name in guess) or "(no label)"]
+            lines += [] if right else [f"humans: {', '.join(truth) or '(no label)'}"]
+            mark = "right" if right else "wrong"
             cards.append(Card(shrink(row["file"]), text or "(no text)", lines, mark))
         return cards
 
@@ -132,3 +150,15 @@ class Classification:
 def best(probabilities: dict[str, float]) -> str:
     """The likeliest label."""
     return max(probabilities, key=probabilities.__getitem__)
+
+
+def given_labels(probabilities: dict[str, float]) -> list[str]:
+    """The labels that are likelier than not, likeliest first."""
+    return sorted(
+        (name for name, value in probabilities.items() if value >= 0.5), key=lambda n: -probabilities[n]
+    )
+
+
+def said(probabilities: dict[str, float], several: bool) -> dict[str, Any]:
+    """What a result file says: `label`, or `labels` where there may be several."""
+    return {"labels": given_labels(probabilities)} if several else {"label": best(probabilities)}

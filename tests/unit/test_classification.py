@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from finetune.classification import auroc, calibration_error, classification_metrics
+from finetune.confusion import confusion_picture
+from finetune.multilabel import average_precision, multilabel_metrics
 
 
 def predictions(seed: int, classes: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -98,3 +100,50 @@ def test_calibration():
 def test_bad_input(probabilities, labels, message):
     with pytest.raises(ValueError, match=message):
         classification_metrics(np.array(probabilities), np.array(labels), ["a", "b", "c"])
+
+
+def test_several_labels_agree_with_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    truth = rng.random((60, 4)) < 0.4
+    scores = np.round(np.clip(truth * 0.3 + rng.random((60, 4)) * 0.7, 0, 1), 1)  # many equal scores
+    found = multilabel_metrics(scores, truth, list("abcd"))
+    given = scores >= 0.5
+    assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(truth, given))
+    assert found["micro_f1"] == pytest.approx(sklearn.f1_score(truth, given, average="micro"))
+    assert found["macro_f1"] == pytest.approx(sklearn.f1_score(truth, given, average="macro"))
+    assert found["map"] == pytest.approx(sklearn.average_precision_score(truth, scores, average="macro"))
+    assert found["auroc"] == pytest.approx(sklearn.roc_auc_score(truth, scores, average="macro"))
+    gap = sum(
+        abs(truth[scores == value].sum() - scores[scores == value].sum()) for value in np.unique(scores)
+    )  # values a tenth apart lie in bins of their own
+    assert found["ece"] == pytest.approx(gap / truth.size)
+    assert sum(number for _, _, number in found["reliability"]) == truth.size
+
+
+def test_several_labels_refuse_what_is_none():
+    good = np.full((2, 2), 0.5)
+    with pytest.raises(ValueError, match=r"expected probabilities and truth \(n, 3\)"):
+        multilabel_metrics(good, good > 0, list("abc"))
+    with pytest.raises(ValueError, match="no samples to judge"):
+        multilabel_metrics(np.zeros((0, 2)), np.zeros((0, 2), bool), list("ab"))
+    with pytest.raises(ValueError, match="finite and from 0 to 1"):
+        multilabel_metrics(good + 1, good > 0, list("ab"))
+    assert average_precision(np.array([0.2, 0.1]), np.array([False, False])) is None
+
+
+def test_the_confusion_matrix_is_a_picture():
+    import io
+
+    from PIL import Image
+
+    def shade(counts):
+        picture = Image.open(io.BytesIO(confusion_picture(counts, ["$a$", "b"]))).convert("RGB")
+        return picture.getpixel((int(picture.width * 0.45), int(picture.height * 0.2)))
+
+    assert confusion_picture([[9, 0], [0, 9]], ["a", "b"]).startswith(b"\x89PNG")
+    assert shade([[9, 0], [0, 9]]) != shade([[0, 9], [0, 9]])
+    many = np.eye(60, dtype=int).tolist()
+    assert confusion_picture(many, [f"label {number}" for number in range(60)]).startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"expected counts \(2, 2\)"):
+        confusion_picture([[1]], ["a", "b"])

@@ -27,6 +27,7 @@ FUSIONS = [
     {"kind": "tanh", "width": 16},
     {"kind": "concat", "width": 16},
     {"kind": "gated", "width": 16},
+    {"kind": "product", "width": 16},
     {"kind": "single_stream", "width": 16, "layers": 1, "heads": 2},
     {"kind": "co_attention", "width": 16, "layers": 1, "heads": 2},
 ]
@@ -94,9 +95,9 @@ def recipe(world: Path, run: Path, task: dict | None = None, **changes) -> Finet
 
 
 def train(recipe: FinetuneRecipe, **options) -> dict:
-    from finetune.fusion.trainer import ClassifierTrainer
+    from finetune.trainer import Finetuner
 
-    return ClassifierTrainer(recipe, **options).train()
+    return Finetuner(recipe, **options).train()
 
 
 def test_pooled_heads_are_their_formulas():
@@ -109,6 +110,9 @@ def test_pooled_heads_are_their_formulas():
     assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
     head = build_head(Pooled(kind="concat", width=4), image_dim=5, text_dim=7)
     expected = torch.nn.functional.gelu(torch.cat([x, y], 1) @ head.both.weight.T + head.both.bias)
+    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
+    head = build_head(Pooled(kind="product", width=4), image_dim=5, text_dim=7)
+    expected = torch.tanh(head.image(x)) * torch.tanh(head.text(y))
     assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
     head = build_head(Pooled(kind="gated", width=4), image_dim=5, text_dim=7)
     gate = torch.sigmoid(torch.cat([x, y], 1) @ head.gate.weight.T + head.gate.bias)
@@ -223,18 +227,18 @@ def test_it_learns_what_neither_modality_tells_alone(world, tmp_path):
 
 
 def test_killed_and_resumed_is_bit_equal(world, tmp_path, monkeypatch):
-    from finetune.fusion.trainer import ClassifierTrainer
+    from finetune.trainer import Finetuner
 
     changes = {"checkpoint": {"every": 4}, "task": {"class_weights": "balanced"}, "freeze_image_tower": False}
     train(recipe(world, tmp_path / "straight", **changes))
-    save = ClassifierTrainer.save
+    save = Finetuner.save
 
     def save_and_die(self):
         save(self)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClassifierTrainer, "save", save_and_die)
+        patch.setattr(Finetuner, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             train(recipe(world, tmp_path / "killed", **changes))
     train(recipe(world, tmp_path / "killed", **changes), resume=True)

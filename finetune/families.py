@@ -1,0 +1,162 @@
+"""What kinds of task models do differently in training: how they are built, opened again, and fed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from data.transforms import EvalTransform, TrainTransform
+from finetune.fusion.model import FusionClassifier, load_classifier
+from finetune.fusion.recipe import MatchTask
+from finetune.fusion.samples import FusionCollate, make_load
+from finetune.model import (
+    VisionLanguageModel,
+    build_task_model,
+    load_task_model,
+    pretrained_language_model,
+    small_language_model,
+)
+from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLanguageModel, Task
+from finetune.samples import TextRow, TrainCollate, TrainLoad
+from finetune.saved import task_folder
+from finetune.text import train_tokenizer, wrap_tokenizer
+from pretrain.encoder import load_encoder
+
+
+class Family(Protocol):
+    """What the trainer asks of a kind of models; `run` is the trainer itself."""
+
+    towers: str
+    """Name prefix of the pretrained towers, which train at `tower_lr` times the rate."""
+
+    def rates(self, recipe: FinetuneRecipe) -> dict[str, float]:
+        """Multiples of the learning rate by name prefix."""
+        ...
+
+    def build(self, run: Any, texts: list[TextRow]) -> Any:
+        """The model at step 0."""
+        ...
+
+    def reopen(self, run: Any, folder: Path) -> Any:
+        """The model of the recipe with all weights of a saved one."""
+        ...
+
+    def reading(self, run: Any, transform: EvalTransform | TrainTransform | None) -> tuple[Any, Any]:
+        """What loads and what collates the training samples."""
+        ...
+
+
+class Writing:
+    """Models that write text: an encoder, a connector and a language model."""
+
+    towers = "image_tower."
+
+    def rates(self, recipe: FinetuneRecipe) -> dict[str, float]:
+        rates = recipe.rates
+        return {
+            self.towers: recipe.tower_lr,
+            "connector.": rates.connector,
+            "language_model.": rates.language_model,
+        }
+
+    def build(self, run: Any, texts: list[TextRow]) -> VisionLanguageModel:
+        recipe: FinetuneRecipe = run.recipe
+        config = recipe.language_model
+        if isinstance(config, ContinuedLanguageModel):
+            return self.reopen(run, task_folder(recipe.model.name))
+        encoder = load_encoder(
+            recipe.model.name, pretrained=recipe.model.pretrained, device=str(run.accelerator.device)
+        )
+        torch.manual_seed(recipe.seed)
+        if isinstance(config, PretrainedLanguageModel):
+            language_model, tokenizer = pretrained_language_model(config.name)
+        else:
+            corpus = (text for row in texts for text in (*run.task.corpus(row.judged_by), *row.others))
+            made = [train_tokenizer(corpus, config.vocabulary).backend_tokenizer.to_str() if run.main else ""]
+            if run.world > 1:
+                broadcast_object_list(made)
+            tokenizer = wrap_tokenizer(made[0])
+            language_model = small_language_model(config, tokenizer)
+        return build_task_model(recipe, encoder, language_model, tokenizer)
+
+    def reopen(self, run: Any, folder: Path) -> VisionLanguageModel:
+        """The model of the recipe with all weights of a saved one.
+
+        Raises:
+            ValueError: Its connector is another.
+        """
+        recipe: FinetuneRecipe = run.recipe
+        parts = load_task_model(folder, device=str(run.accelerator.device))
+        if parts.connector_config != recipe.connector:
+            raise ValueError(
+                f"{folder} has the connector {parts.connector_config.model_dump()}, the recipe "
+                f"{recipe.connector.model_dump()}: a model that goes on keeps its own, so give that as `connector`"
+            )
+        if parts.lora is not None and parts.lora != recipe.lora:
+            raise ValueError(
+                f"{folder} has the adapters {parts.lora.model_dump()}, the recipe {recipe.lora.model_dump()}: a model "
+                "that goes on keeps its own, so give them as `lora`"
+            )
+        parts.connector.detach()
+        model = build_task_model(recipe, parts.encoder, parts.language_model, parts.tokenizer)
+        model.connector.load_state_dict(parts.connector.state_dict())
+        return model
+
+    def reading(self, run: Any, transform: EvalTransform | TrainTransform | None) -> tuple[Any, Any]:
+        model: VisionLanguageModel = run.model
+        room = model.context - model.prefix_length
+        return (
+            TrainLoad(run.recipe.task, model.tokenizer, room=room, transform=transform),
+            TrainCollate(
+                model.tokenizer.pad_token_id, model.encoder.image_size, pictures=transform is not None
+            ),
+        )
+
+
+class Fusing:
+    """Models that judge a picture with a text: two towers and a fusion head."""
+
+    towers = "towers."
+
+    def rates(self, recipe: FinetuneRecipe) -> dict[str, float]:
+        return {"": recipe.rates.head, self.towers: recipe.tower_lr}
+
+    def build(self, run: Any, texts: list[TextRow]) -> FusionClassifier:
+        recipe: Any = run.recipe
+        encoder = load_encoder(
+            recipe.model.name, pretrained=recipe.model.pretrained, device=str(run.accelerator.device)
+        )
+        torch.manual_seed(recipe.seed)
+        frozen = recipe.freeze_image_tower
+        return weighted(
+            FusionClassifier(encoder, recipe.task, run.task.labels, freeze_image_tower=frozen), run
+        )
+
+    def reopen(self, run: Any, folder: Path) -> FusionClassifier:
+        device, frozen = str(run.accelerator.device), run.recipe.freeze_image_tower
+        return weighted(load_classifier(folder, device=device, freeze_image_tower=frozen), run)
+
+    def reading(self, run: Any, transform: EvalTransform | TrainTransform | None) -> tuple[Any, Any]:
+        task, encoder = run.recipe.task, run.model.encoder
+        return (
+            make_load(task, run.model.labels, encoder.tokenize, transform),
+            FusionCollate(
+                encoder.image_size,
+                pictures=transform is not None,
+                negatives=task.negatives if isinstance(task, MatchTask) else 0,
+            ),
+        )
+
+
+def weighted(model: FusionClassifier, run: Any) -> FusionClassifier:
+    """The model with the loss's class weights, which follow from the data and are not saved."""
+    model.class_weights.copy_(torch.tensor(run.task.class_weights))  # pyright: ignore
+    return model
+
+
+def make_family(task: Task) -> Family:
+    """The family of a task's models."""
+    return Writing() if task.kind in ("caption", "vqa", "mixed") else Fusing()

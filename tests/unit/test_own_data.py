@@ -1,0 +1,127 @@
+"""A table of one's own to a task model in one command, with bad rows named by line."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.cli import main
+from finetune.own_data import OwnData, read_table, split
+from pairstream.cli import run_stage
+from pretrain.encoder import build_encoder
+from pretrain.recipe import TextTransformer, TowersModel, ViT
+
+
+def plain(colour: str, seed: int) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 20, (16, 16, 3))
+    file = io.BytesIO()
+    Image.fromarray((noise + {"red": [220, 30, 30], "blue": [40, 40, 220]}[colour]).astype(np.uint8)).save(
+        file, "PNG"
+    )
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("own")
+    (root / "pictures").mkdir()
+    rows = ["image,caption,label,question,answer"]
+    for number in range(20):
+        colour = ("red", "blue")[number % 2]
+        (root / f"pictures/{number}.png").write_bytes(plain(colour, number))
+        rows.append(f"{number}.png,all {colour} é,{colour},what colour?,{colour}")
+    rows.insert(5, "3.png,too,few")
+    rows.insert(9, "missing.png,a text,red,what?,x")
+    rows.append("4.png,  ,,,")
+    (root / "broken.png").write_bytes(b"x")
+    (root / "my.csv").write_text("\n".join(rows), encoding="utf-8")
+    tower = ViT(image_size=16, patch_size=8, width=16, layers=1, head_width=8)
+    text = TextTransformer(context_length=8, width=16, heads=2, layers=1)
+    towers = TowersModel(embed_dim=16, image_tower=tower, text_tower=text)
+    build_encoder(towers, device="cpu").save(root / "encoder")
+    return root
+
+
+def words(world: Path, kind: str, out: Path, *more: str) -> list[str]:
+    table, pictures, model = world / "my.csv", world / "pictures", world / "encoder"
+    base = [kind, "--data", str(table), "--images", str(pictures), "--model", str(model), "--out", str(out)]
+    return [*base, "--max-faults", "0.2", *more]
+
+
+SMALL = ["--language-model.width", "32", "--language-model.layers", "1", "--language-model.heads", "2"]
+
+
+def test_captions_in_one_command(world, tmp_path, capsys):
+    more = [*SMALL, "--epochs", "3", "--val-share", "0.2", "--decoding.num-beams", "1"]
+    assert run_stage(main, words(world, "caption", tmp_path / "run", *more)) == 0
+    said = capsys.readouterr().err
+    assert "my.csv:6: expected 5 values, got 3" in said
+    assert "my.csv:10: no picture" in said
+    assert "my.csv:24: nothing in the column 'caption'" in said
+    found = re.search(r"(\d+) pictures to train on, (\d+) to measure on, 3 bad rows", said)
+    assert found is not None
+    train, val = map(int, found.groups())
+    assert (train + val, val in (3, 4)) == (20, True)  # the missing one may have been to measure on
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert (metrics["steps"], metrics["images"]) == (3, val)  # all pictures are one batch
+    assert run_stage(main, words(world, "caption", tmp_path / "run", *more)) == 2
+    assert "an earlier run made it" in capsys.readouterr().err
+
+
+def test_labels_in_one_command(world, tmp_path, capsys):
+    more = ["--label-column", "label", "--text-column", "caption", "--steps", "2", "--batch-size", "8"]
+    assert run_stage(main, words(world, "classify", tmp_path / "run", *more)) == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert (metrics["task"], metrics["labels"], metrics["images"]) == ("classify", ["blue", "red"], 2)
+    capsys.readouterr()
+    assert run_stage(main, words(world, "classify", tmp_path / "other", "--label-column", "lable")) == 2
+    assert "did you mean 'label'" in capsys.readouterr().err
+    assert run_stage(main, words(world, "classify", tmp_path / "other", "--stepz", "3")) == 2
+    assert run_stage(main, words(world, "classify", tmp_path / "other")[:-2]) == 2
+    assert "3 of 23 rows are bad, more than --max-faults 0.05 allows" in capsys.readouterr().err
+    assert not (tmp_path / "other-shards").exists()
+
+
+def test_tables_are_read_by_kind(world, tmp_path):
+    faults = []
+    own = OwnData(data=world / "my.csv", model="m", images=world / "pictures")
+    rows = read_table("vqa", own, own.data, faults)
+    assert rows[0].meta == {"questions": [{"question": "what colour?", "answers": ["red"] * 10}]}
+    table = tmp_path / "rows.jsonl"
+    lines = [
+        {"path": "1.png", "question": "a?", "answers": ["x", "y"]},
+        {"path": "1.png", "question": "b?", "answers": "z"},
+        {"path": "2.png", "question": "", "answers": "z"},
+        {"path": "2.png", "question": 3, "answers": "z"},
+        {"path": "", "question": "c?", "answers": "z"},
+    ]
+    table.write_text("\n".join(map(json.dumps, lines)))
+    faults = []
+    [row] = read_table("vqa", OwnData(data=table, model="m"), table, faults)
+    assert [len(entry["answers"]) for entry in row.meta["questions"]] == [2, 10]
+    assert [fault.where for fault in faults] == ["rows.jsonl:3", "rows.jsonl:4", "rows.jsonl:5"]
+    bare = tmp_path / "bare.csv"
+    bare.write_text("image,label\n1.png,red\n1.png,blue\n")
+    rows = read_table("classify", OwnData(data=bare, model="m"), bare, [])
+    assert [row.meta for row in rows] == [{"label": "red"}, {"label": "blue"}]  # two samples of one picture
+    with pytest.raises(ValueError, match="1 good pictures: expected at least two"):
+        split(rows, 0.5)
+    with pytest.raises(FileNotFoundError, match="no table"):
+        read_table("vqa", own, tmp_path / "none.csv", [])
+    with pytest.raises(FileNotFoundError, match="expected --images to be where"):
+        read_table("vqa", OwnData(data=table, model="m", images=tmp_path / "none"), table, [])
+
+
+def test_no_picture_is_on_both_sides(world):
+    own = OwnData(data=world / "my.csv", model="m", images=world / "pictures")
+    rows = read_table("classify", own, own.data, [])
+    train, val = split([*rows, *rows], 0.25)
+    assert not {row.name for row in train} & {row.name for row in val}
+    assert len(train) + len(val) == 2 * len(rows)
+    assert split(list(reversed(rows)), 0.25)[1] == list(reversed(split(rows, 0.25)[1]))
