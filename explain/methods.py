@@ -43,6 +43,11 @@ METHODS: dict[str, Heatmap] = {
 }
 SUPERPIXEL_METHODS = {"lime": lime, "shap": shap_values}
 TEXT_METHODS = {"gradcam": "chefer"}  # how words are explained where the method is one for pictures alone
+NEEDS = {  # of the extra `explain`
+    "integrated_gradients": ("captum",),
+    "lime": ("skimage",),
+    "shap": ("skimage", "shap"),
+}
 NAMES = (*METHODS, *SUPERPIXEL_METHODS)
 
 

@@ -180,6 +180,7 @@ def explain_answer(
     image: Image.Image | bytes | Tensor,
     question: str,
     *,
+    answer: str | None = None,
     method: str = "auto",
     device: str = "auto",
 ) -> Explanation:
@@ -189,6 +190,7 @@ def explain_answer(
         model: A VQA model, or its folder.
         image: A PIL image, file contents, or uint8 `(3, H, W)`.
         question: The question. Its words are explained by leaving them out, or by `lime` or `shap` where asked.
+        answer: Explain this answer; the model's own when None.
         method: `auto`, or one of `explain.methods.NAMES`.
         device: For a folder.
 
@@ -202,7 +204,7 @@ def explain_answer(
     opened: Any = load(model, device, "vqa")
     method = default_method(opened.encoder) if method == "auto" else method
     images = opened.encoder.preprocess(image)[None]
-    answer = opened.answer([images[0]], [question])[0]
+    answer = opened.answer([images[0]], [question])[0] if answer is None else answer
     ids, _, _ = text_pieces(opened.tokenizer, answer, behind_prompt=True)
 
     def target(asked: str) -> TextTarget:

@@ -29,8 +29,11 @@ from serve.schemas import (
     ClassifyRequest,
     EmbeddingsAnswer,
     ErrorAnswer,
+    ExplainAnswer,
+    ExplainRequest,
     ImagesRequest,
     Info,
+    ModelIdentity,
     SearchAnswer,
     SearchRequest,
     SentimentAnswer,
@@ -61,6 +64,7 @@ OPTIONS = {  # routes that exist only for what is loaded
     "/v1/caption": "--captioner",
     "/v1/vqa": "--vqa",
     "/v1/sentiment": "--classifier",
+    "/v1/explain": "methods to explain with",
 }
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text} for status, text in REFUSALS.items()
@@ -116,6 +120,8 @@ def create_app(
         add_sentiment(app, service)
     if models.index is not None:
         add_search(app, service)
+    if service.explainer.offered:
+        add_explain(app, service)
     return app
 
 
@@ -223,6 +229,7 @@ def add_models(app: FastAPI, service: Service) -> None:
             index=models.index[1] if models.index else None,
             pictures=models.gallery is not None,
             urls=settings.fetching.enabled,
+            explain=service.explainer.offered,
             limits={
                 name: getattr(limits, name)
                 for name in (
@@ -233,6 +240,7 @@ def add_models(app: FastAPI, service: Service) -> None:
                     "texts",
                     "characters",
                     "results",
+                    "maps",
                 )
             },
         )
@@ -305,3 +313,25 @@ def add_search(app: FastAPI, service: Service) -> None:
         """A small JPEG of a picture of the index."""
         headers = {"Cache-Control": "private, max-age=3600"}
         return Response(await service.thumbnail(row), media_type="image/jpeg", headers=headers)
+
+
+def add_explain(app: FastAPI, service: Service) -> None:
+    """Heatmaps."""
+    models = service.models
+    identities: dict[str, ModelIdentity] = {"text": models.identity}
+    for of, found in (
+        ("caption", models.captioner),
+        ("answer", models.vqa),
+        ("label", models.classifier),
+    ):
+        if found is not None:
+            identities[of] = found[1]
+
+    @app.post("/v1/explain", tags=["models"], responses=RESPONSES)
+    async def explain(request: ExplainRequest) -> ExplainAnswer:
+        """Which parts of a picture, and which words, made a model's score; for a caption, word by word."""
+        found = await service.explain(request)
+        identity = identities[request.of]
+        return ExplainAnswer(
+            **dict(found), model=ModelIdentity(name=identity.name, fingerprint=identity.fingerprint)
+        )

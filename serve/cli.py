@@ -25,6 +25,7 @@ def serve(
     open_to_all: bool = False,
     allowed_hosts: tuple[str, ...] = (),
     allow_urls: bool = False,
+    explain: tuple[str, ...] = ("chefer", "gradcam", "rollout", "occlusion"),
     rate: float = 100.0,
     max_batch: int = 32,
     queue: int = 256,
@@ -47,6 +48,8 @@ def serve(
         open_to_all: Listen beyond this machine without keys.
         allowed_hosts: Names by which the server may be addressed, beside those of this machine.
         allow_urls: Take pictures by http(s) address, from public addresses only.
+        explain: Methods of heatmaps that may be asked for; `--explain off` takes none. Those that are not there by
+            default cost dozens to hundreds of passes for each map.
         rate: Requests a second of each key, or of each address without keys; 0 is no limit.
         max_batch: Items of one forward pass at the most.
         queue: Items that may wait for embeddings.
@@ -70,9 +73,11 @@ def serve(
             "there may use it"
         )
     settings = Settings(
+        explain_methods=explain_methods(explain),
         fetching=Fetching(enabled=allow_urls),
         embedding=Batching(batch=max_batch, queue=queue, deadline=deadline),
         decoding=Batching(batch=min(16, max_batch), queue=min(64, queue), deadline=max(60.0, deadline)),
+        explaining=Batching(batch=1, queue=min(16, queue), deadline=max(60.0, deadline)),
         rate=rate,
         allowed_hosts=(*Settings().allowed_hosts, *allowed_hosts)
         if is_loopback(host)
@@ -97,6 +102,24 @@ def serve(
         )
 
     make_server(create_app(models, settings, keys=keys), host=host, port=port, listening=listening).run()
+
+
+def explain_methods(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Methods as `--explain` gives them, each checked with what it needs.
+
+    Raises:
+        ValueError: No such method.
+        ImportError: The extra `explain` is not installed.
+    """
+    from explain.methods import NEEDS, check_method
+
+    if names == ("off",):
+        return ()
+    for name in names:
+        check_method(name)
+        for module in NEEDS.get(name, ()):
+            require(module, "explain", f"heatmaps by {name}")
+    return names
 
 
 def main(argv: list[str]) -> int | None:

@@ -125,6 +125,44 @@ class SentimentRequest(Request):
     posts: list[Post] = Field(min_length=1)
 
 
+class ExplainRequest(Request):
+    """Why a model said something about a picture."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"image": {"data": EXAMPLE}, "text": "two dogs on a beach"}]}
+    )
+    image: Picture
+    of: Literal["text", "caption", "answer", "label"] = Field(
+        default="text",
+        description="`text`: its cosine with the picture; `caption`: each word of the captioner's; `answer`: to the "
+        "question; `label`: of the classifier.",
+    )
+    text: Text | None = Field(
+        default=None,
+        description="The text; for `caption`, one to explain instead of the model's own; for `label`, the post's.",
+    )
+    question: Text | None = Field(default=None, description="For `answer`.")
+    label: Text | None = Field(default=None, description="For `label`; the most probable when not given.")
+    method: Literal[
+        "auto", "chefer", "gradcam", "rollout", "occlusion", "integrated_gradients", "lime", "shap"
+    ] = Field(default="auto", description="Those that this server offers are in /v1/info.")
+    png: bool = Field(default=False, description="Also draw the maps and the picture as the model saw it.")
+
+    @model_validator(mode="after")
+    def fitting(self) -> ExplainRequest:
+        needed = {"text": "text", "answer": "question"}.get(self.of)
+        if needed and not (getattr(self, needed) or "").strip():
+            raise ValueError(f"expected some words in {needed} to explain {self.of}")
+        for name, of in (("question", "answer"), ("label", "label")):
+            if getattr(self, name) is not None and self.of != of:
+                raise ValueError(f"{name} goes with of={of}, got of={self.of}")
+        if self.of == "answer" and self.text is not None:
+            raise ValueError("text does not go with of=answer: an answer is explained by its question")
+        if self.of == "caption" and self.text is not None and not self.text.strip():
+            raise ValueError("expected some words in text, or no text for the model's own caption")
+        return self
+
+
 class ModelIdentity(BaseModel):
     """Which model answered."""
 
@@ -224,6 +262,38 @@ class SentimentAnswer(BaseModel):
     model: ClassifierIdentity
 
 
+class Word(BaseModel):
+    """A word and how much it matters."""
+
+    word: str
+    relevance: float = Field(description="For the score where positive, against it where negative.")
+
+
+class Map(BaseModel):
+    """One heatmap."""
+
+    title: str = Field(description="The model, the word of a caption, question and answer, or the label.")
+    score: float = Field(description="What is explained: a cosine, a log-probability or a logit.")
+    heat: list[list[float]] = Field(description="Rows from the top; larger matters more. At most 32 x 32.")
+    words: list[Word] = Field(description="Of the text or the question; empty for a caption's words.")
+    png: str | None = Field(description="The map over the picture in grey, a PNG file in base64.")
+
+
+class Explained(BaseModel):
+    """Heatmaps of one picture."""
+
+    said: str = Field(description="The text, caption, answer or label that is explained.")
+    method: str
+    maps: list[Map] = Field(description="One; of a caption, one for each word.")
+    picture: str | None = Field(description="The picture as the model saw it, a PNG file in base64.")
+
+
+class ExplainAnswer(Explained):
+    """Heatmaps of one picture, and whose they are."""
+
+    model: ModelIdentity
+
+
 class Info(BaseModel):
     """What is served, and its bounds."""
 
@@ -234,6 +304,9 @@ class Info(BaseModel):
     index: IndexIdentity | None
     pictures: bool = Field(description="Whether /v1/pictures/ROW has the index's pictures.")
     urls: bool = Field(description="Whether pictures may be given by address.")
+    explain: dict[str, list[str]] = Field(
+        description="What /v1/explain explains, and by which methods, the default first."
+    )
     limits: dict[str, int]
 
 

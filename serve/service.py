@@ -17,12 +17,13 @@ from finetune.model import VisionLanguageModel
 from finetune.text import token_ids
 from retrieval.search import Hit, search
 from serve.batching import Batcher, deadline_passed
+from serve.explaining import Explainer, Wish
 from serve.fetch import Fetcher
 from serve.metrics import Metrics
 from serve.models import Models
 from serve.pictures import decode, from_base64
 from serve.refusal import Refusal
-from serve.schemas import Found, Label, Likelihood, Picture, Post
+from serve.schemas import Explained, ExplainRequest, Found, Label, Likelihood, Picture, Post
 from serve.settings import Batching, Settings
 
 Result = TypeVar("Result")
@@ -32,8 +33,8 @@ class Service:
     """The models behind their queues.
 
     Embedding passes run in one thread and decoding (captions, answers) in another: a long caption does not hold up an
-    embedding. Pictures are decoded by threads of their own, from places that the queue has already granted, so that
-    pixels in memory are bounded as well.
+    embedding; explanations have a third. Pictures are decoded by threads of their own, from places that the queue has
+    already granted, so that pixels in memory are bounded as well.
 
     Args:
         models: What is served.
@@ -47,6 +48,7 @@ class Service:
         self.fetcher = fetcher or Fetcher(settings.fetching, settings.limits.picture_bytes)
         self.embedding = ThreadPoolExecutor(1, "embedding")
         self.writing = ThreadPoolExecutor(1, "writing")
+        self.reasoning = ThreadPoolExecutor(1, "explanations")
         self.decoders = ThreadPoolExecutor(settings.decoders, "pictures")
         self.searching = ThreadPoolExecutor(1, "search")  # FAISS has threads of its own
 
@@ -58,15 +60,17 @@ class Service:
         self.captions = queue("captions", self.run_captions, settings.decoding, self.writing)
         self.answers = queue("answers", self.run_answers, settings.decoding, self.writing)
         self.posts = queue("posts", self.run_posts, settings.embedding, self.embedding)
+        self.explainer = Explainer(models, settings.explain_methods, settings.limits.maps)
+        self.explanations = queue("explanations", self.explainer.run, settings.explaining, self.reasoning)
         self.scale = float(models.encoder.model.logit_scale.detach().exp())
         self.ready = True
 
     async def close(self) -> None:
         """Answer what was taken, then stop."""
         self.ready = False
-        queues = (self.images, self.texts, self.captions, self.answers, self.posts)
+        queues = (self.images, self.texts, self.captions, self.answers, self.posts, self.explanations)
         await asyncio.gather(*(each.close() for each in queues))
-        for executor in (self.embedding, self.writing, self.decoders, self.searching):
+        for executor in (self.embedding, self.writing, self.reasoning, self.decoders, self.searching):
             executor.shutdown()
 
     # What runs in the worker threads
@@ -227,6 +231,31 @@ class Service:
             for hit in hits
         ], name
 
+    async def explain(self, request: ExplainRequest) -> Explained:
+        """Heatmaps of one picture."""
+        of = request.of
+        self.explainer.check(of, request.method)
+        for name in ("text", "question", "label"):
+            self.check_texts([getattr(request, name) or ""], name)
+        model = self.explainer.twins[of]
+        if of == "answer":
+            check_question(model, request.question or "", 0)
+        if of == "caption" and request.text is not None:
+            check_caption(model, request.text, self.settings.limits.maps)
+        if of == "label" and request.label is not None and request.label not in model.labels:
+            raise Refusal(
+                422, "no_such_label", f"label: expected one of the classifier's: {', '.join(model.labels)}"
+            )
+
+        def work(pixels: list[Tensor], expires: float) -> Awaitable[list[Explained]]:
+            wish = Wish(
+                pixels[0], of, request.text, request.question, request.label, request.method, request.png
+            )
+            return self.explanations.submit([wish], expires)
+
+        encoder = model if of == "text" else model.encoder
+        return (await self.with_pictures(self.explanations, [request.image], encoder.preprocess, work))[0]
+
     async def thumbnail(self, row: int) -> bytes:
         """JPEG of a picture of the index."""
         gallery = self.models.gallery
@@ -306,3 +335,20 @@ def check_question(model: VisionLanguageModel, question: str, place: int) -> Non
         raise Refusal(
             422, "text_too_long", f"questions[{place}] has {tokens} tokens: the model has room for {room}"
         )
+
+
+def check_caption(model: VisionLanguageModel, caption: str, words: int) -> None:
+    """A caption that cannot be explained word by word is refused before it stands in the queue.
+
+    Raises:
+        Refusal: 413: too many words; 422: too many tokens for the language model's context.
+    """
+    count = len(caption.split())
+    if count > words:
+        raise Refusal(
+            413, "text_too_long", f"text has {count} words: a caption of at most {words} is explained"
+        )
+    tokens = len(token_ids(model.tokenizer, f"{model.task.prompt} {caption}"))  # pyright: ignore
+    room = model.context - model.prefix_length
+    if tokens > room:
+        raise Refusal(422, "text_too_long", f"text has {tokens} tokens: the model has room for {room}")

@@ -30,6 +30,8 @@ class Limits(Config):
     """Characters of one text."""
     results: int = Field(default=100, ge=1)
     """Results of a search."""
+    maps: int = Field(default=32, ge=1)
+    """Heatmaps of one explanation: words of a caption."""
     formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")
     """Picture formats, by Pillow's names; no other decoder is ever asked."""
 
@@ -64,6 +66,9 @@ class Settings(Config):
     fetching: Fetching = Fetching()
     embedding: Batching = Batching()
     decoding: Batching = Batching(batch=16, queue=64, deadline=60.0)
+    explaining: Batching = Batching(batch=1, queue=16, deadline=60.0)
+    explain_methods: tuple[str, ...] = ("chefer", "gradcam", "rollout", "occlusion")
+    """Methods of heatmaps that may be asked for; none switches /v1/explain off. The others cost hundreds of passes."""
     rate: float = Field(default=100.0, ge=0)
     """Requests a second that one key (or, without keys, one address) may send in the long run; 0 is no limit."""
     burst: float = Field(default=200.0, ge=1)

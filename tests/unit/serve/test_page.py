@@ -100,6 +100,48 @@ def test_search_by_words_and_work_with_a_picture(live, page, models, make_pictur
 
 
 @pytest.mark.browser
+def test_heatmaps_beside_the_picture_and_coloured_words(live, page, make_picture, tmp_path):
+    page.goto(f"http://127.0.0.1:{live.port}/")
+    page.wait_for_selector("#why-tool:not([hidden])", state="attached")
+    path = tmp_path / "mine.png"
+    path.write_bytes(make_picture(5, (64, 64), "PNG"))
+    page.set_input_files("#file", path)
+    page.wait_for_selector("#bars li")
+    options = "[...document.querySelectorAll('#why-of option')].map((o) => o.value)"
+    assert page.evaluate(options) == ["text", "caption", "answer", "label"]
+    page.select_option("#why-method", "occlusion")
+    page.fill("#why-text", "a red cat <b>")
+    page.press("#why-text", "Enter")
+    page.wait_for_selector("#why figure")
+    alts = page.locator("#why img").evaluate_all("(all) => all.map((i) => i.alt)")
+    assert len(alts) == 2
+    assert alts[0] == "The picture as model sees it"
+    assert alts[1].startswith("Heatmap: ")
+    until(page, "[...document.querySelectorAll('#why img')].every((i) => i.naturalWidth == 320)")
+    # the colour of a word is said in words as well
+    words = page.locator("#why .words li").all_text_contents()
+    assert [text.split(" (")[0] for text in words] == ["a", "red", "cat", "<b>"]
+    assert any("100 %" in text for text in words)
+    assert page.locator("#why .wash[aria-hidden=true]").count() == 4
+    page.focus("#why summary")
+    page.keyboard.press("Enter")
+    assert page.locator("#why tbody tr").count() == 4
+    page.select_option("#why-of", "caption")
+    page.fill("#why-text", "two blue dogs")
+    page.press("#why-text", "Enter")
+    page.wait_for_selector("#why .maps li:nth-child(4)")
+    assert page.locator("#why figcaption b").all_text_contents() == ["picture", "two", "blue", "dogs"]
+    page.select_option("#why-of", "answer")
+    page.fill("#why-text", "")
+    page.press("#why-text", "Enter")  # the form itself asks for a question
+    assert page.locator("#why .maps").count() == 1
+    page.select_option("#why-of", "label")
+    page.press("#why-text", "Enter")
+    until(page, "document.querySelector('#why .said')?.innerText.includes('%')")
+    assert page.inner_text("#problem") == ""
+
+
+@pytest.mark.browser
 def test_a_dropped_picture_and_one_that_is_none(live, page, make_picture):
     page.goto(f"http://127.0.0.1:{live.port}/")
     page.wait_for_selector("#picture-part:not([hidden])")
@@ -127,7 +169,7 @@ def test_the_keyboard_reaches_everything_and_everything_has_a_name(live, page, m
     page.wait_for_selector("#bars li")
     page.evaluate("document.activeElement.blur()")
     reached = []
-    for _ in range(25):
+    for _ in range(30):
         page.keyboard.press("Tab")
         reached.append(
             page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()")
@@ -142,12 +184,16 @@ def test_the_keyboard_reaches_everything_and_everything_has_a_name(live, page, m
         "Compare",
         "post",
         "Judge",
+        "why-of",
+        "why-method",
+        "why-text",
+        "Explain",
         "similar",
         "fitting",
     ):
         assert wanted in reached, wanted
     unnamed = page.evaluate(
-        """[...document.querySelectorAll('input, button, img, section')].filter((e) => !e.closest('[hidden]'))
+        """[...document.querySelectorAll('input, select, button, img, section')].filter((e) => !e.closest('[hidden]'))
         .filter((e) => !(e.labels?.length || e.textContent.trim() || e.alt || e.getAttribute('aria-labelledby')))
         .map((e) => e.outerHTML)"""
     )
