@@ -130,7 +130,7 @@ class LabelledPictures:
 
     def batches(self, share: Share = ALONE) -> Iterator[LabelledBatch]:
         """The pictures of a share, in order."""
-        steps = share.part(range(self.steps))
+        steps = share.of(self.steps)
         if self.stream is None:
             yield from self.folder_batches(steps.start * self.batch_size, steps.stop * self.batch_size)
             return

@@ -27,9 +27,14 @@ class Share(NamedTuple):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
+    def of(self, count: int) -> range:
+        """This process's numbers of `count`: neighbours, and as many as anybody's to within one."""
+        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
     def part(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's items: neighbours, and as many as anybody's to within one."""
-        return items[len(items) * self.rank // self.world : len(items) * (self.rank + 1) // self.world]
+        """This process's items, as `of` numbers them."""
+        mine = self.of(len(items))
+        return items[mine.start : mine.stop]
 
     def together(self, mine: Iterable[T]) -> Iterator[T]:
         """The results of all processes, in the order of the work.
