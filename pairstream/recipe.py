@@ -84,7 +84,17 @@ def load_recipe(kind: type[RecipeT], stage: str, name: str, overrides: Sequence[
 
 
 def override(recipe: RecipeT, words: Sequence[str], source: str = "the recipe") -> RecipeT:
-    """Apply command-line words to a recipe; see `load_recipe`."""
+    """Apply command-line words to a recipe; see `load_recipe`.
+
+    `--KEY.kind KIND` goes over to another kind of configuration: what the recipe itself says of keys that this kind
+    has, too, stays where it fits; its other keys have their defaults.
+    """
+    said = f"{source} with {' '.join(words)}"
+    named = [path_and_value(words, number) for number, word in enumerate(words) if word.startswith("--")]
+    # Kinds first, and outer ones before those inside, since they decide which keys there are.
+    for path, value in sorted(named, key=lambda pair: (pair[0][-1] != "kind", len(pair[0]))):
+        recipe = make_room(recipe, path, value, said)
+
     import tyro
     from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
@@ -99,7 +109,9 @@ def override(recipe: RecipeT, words: Sequence[str], source: str = "the recipe") 
         for name, field in info.type.model_fields.items():
             default = tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
             if isinstance(info.default, info.type):
-                default = getattr(info.default, name)
+                default = getattr(
+                    info.default, name, default
+                )  # a required key of a kind just chosen has none
             kind = offered(field.annotation, default)
             fields.append(StructFieldSpec(name, kind, default, field.description))  # pyright: ignore
 
@@ -117,13 +129,90 @@ def override(recipe: RecipeT, words: Sequence[str], source: str = "the recipe") 
             prog=source,
             config=(tyro.conf.AvoidSubcommands,),
         )
-    return validate(type(recipe), changed.model_dump(mode="json"), f"{source} with {' '.join(words)}")
+    return validate(type(recipe), changed.model_dump(mode="json"), said)
+
+
+def path_and_value(words: Sequence[str], number: int) -> tuple[list[str], str]:
+    """The key that a command-line word names, and the value beside it."""
+    name, equals, value = words[number].removeprefix("--").partition("=")
+    if not equals:
+        value = words[number + 1] if number + 1 < len(words) else ""
+    return name.replace("-", "_").split("."), value
+
+
+def make_room(config: Any, path: Sequence[str], value: str, source: str, above: str = "") -> Any:
+    """Give a recipe the kind of configuration that a command-line key asks for, so that tyro finds the key.
+
+    Args:
+        config: The recipe, or a part of it.
+        path: The key from here on. One that nobody knows is left to tyro, which names the nearest.
+        value: What it is to be; matters for `kind`.
+        source: For the message.
+        above: The path so far.
+
+    Returns:
+        The same with another kind, or with a part that was null.
+
+    Raises:
+        ValueError: No such kind, or a key of another kind than the one there is.
+    """
+    name, *rest = path
+    if name not in type(config).model_fields or not rest:
+        return config
+    choices = [
+        choice
+        for choice in alternatives(type(config).model_fields[name].annotation)
+        if isinstance(choice, type) and issubclass(choice, Config)
+    ]
+    kinds = {
+        choice.model_fields["kind"].default: choice for choice in choices if "kind" in choice.model_fields
+    }
+    part = getattr(config, name, None)
+    here = f"{above}{name}"
+    if rest == ["kind"] and kinds:
+        if value not in kinds:
+            raise ValueError(
+                f"{source}: {here}.kind: expected one of {', '.join(kinds)}, got {value!r}{nearest(value, kinds)}"
+            )
+        if getattr(part, "kind", None) != value:
+            part = as_kind(part, kinds[value])
+    elif part is None and len(choices) == 1:
+        part = choices[0].model_construct()  # tyro asks for what has no default
+    if isinstance(part, Config):
+        having = [kind for kind, choice in kinds.items() if rest[0] in choice.model_fields]
+        if having and rest[0] not in type(part).model_fields:
+            keys = ", ".join(sorted(set(type(part).model_fields) - {"kind"}))
+            raise ValueError(
+                f"{source}: {here}.{rest[0]}: {here} is of kind {part.kind}, which has {keys}; "  # pyright: ignore
+                f"{' and '.join(having)} {'has' if len(having) == 1 else 'have'} {rest[0]}: "
+                f"give --{here}.kind {having[0]} for it"
+            )
+        part = make_room(part, rest, value, source, f"{here}.")
+    if part is getattr(config, name, None):
+        return config
+    return config.model_copy(update={name: part})
+
+
+def as_kind(part: Any, kind: type[Config]) -> Config:
+    """A configuration of another kind, with what was said of the keys that both have, where it fits."""
+    kept = {
+        name: getattr(part, name)
+        for name in (part.model_fields_set if isinstance(part, Config) else ())
+        if name != "kind" and name in kind.model_fields
+    }
+    try:
+        return kind.model_validate(kept)
+    except ValidationError as error:
+        wrong = {fault["loc"][0] for fault in error.errors() if fault["loc"]}
+    return kind.model_construct(**{name: value for name, value in kept.items() if name not in wrong})
 
 
 def offered(annotation: Any, default: Any) -> Any:
     """What the command line may set of a key: where plain values and lists of configurations may stand, the one that
     the recipe has. tyro would make subcommands of such a choice.
     """
+    if isinstance(default, Config):
+        return type(default)  # one kind may be a subclass of another
     choices = alternatives(annotation)
     lists = [
         choice

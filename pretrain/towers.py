@@ -50,7 +50,7 @@ def build_towers(config: TowersModel) -> Built:
         The dual encoder and its configuration.
 
     Raises:
-        ValueError: An unknown timm model, or tower weights that do not fit.
+        ValueError: An unknown timm model, one that takes pictures of another size, or tower weights that do not fit.
         ImportError: A `package:` of weights is not installed.
     """
     image, text = config.image_tower, config.text_tower
@@ -68,9 +68,26 @@ def build_towers(config: TowersModel) -> Built:
         folder = package_path(text.name)
         model_cfg["text_cfg"] |= {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
     built = instantiate(model_cfg, preprocess_cfg, assets=folder, text_weights=folder is not None)
+    if isinstance(image, TimmTower):
+        require_native_size(image, built.model)
     if isinstance(image, TimmTower) and image.weights:
         load_tower_weights(built.model.visual.trunk, package_path(image.weights))  # pyright: ignore
     return built
+
+
+def require_native_size(config: TimmTower, model: Any) -> None:
+    """Refuse a picture size that a timm transformer was not made for; open_clip leaves it at its own.
+
+    Raises:
+        ValueError: It would fail at its first picture.
+    """
+    patches = getattr(model.visual.trunk, "patch_embed", None)
+    native, strict = getattr(patches, "img_size", None), getattr(patches, "strict_img_size", False)
+    if native and strict and tuple(native) != (config.image_size, config.image_size):
+        raise ValueError(
+            f"model.image_tower.image_size {config.image_size}: timm's {config.name} takes pictures of "
+            f"{native[0]} x {native[1]} pixels only"
+        )
 
 
 def build_named(config: OpenClipModel) -> Built:

@@ -9,7 +9,19 @@ import pytest
 import yaml
 
 from pairstream.recipe import dump_recipe, find_recipe, load_recipe
-from pretrain.recipe import Phase, PretrainRecipe
+from pretrain.recipe import (
+    EMA,
+    WSD,
+    AdamW,
+    LionConfig,
+    MuonConfig,
+    OpenClipModel,
+    Phase,
+    PretrainRecipe,
+    ResNet,
+    SigmoidConfig,
+    TimmTower,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # Those of training runs; the suites of retrieval are tested in test_suite.py.
@@ -137,6 +149,98 @@ def test_overrides_change_nested_keys_and_lists_stay(write):
     assert (recipe.optim.lr, recipe.data.workers) == (2e-3, 3)
     assert recipe.model.image_tower.layers == 5  # pyright: ignore
     assert recipe.evaluate == load(path).evaluate
+
+
+def test_an_override_goes_over_to_another_kind(write):
+    path = write(optim={"lr": 3e-3, "clip_norm": None, "eps": 1e-4}, loss={"kind": "info_nce", "tile": 64})
+    recipe = load(
+        path,
+        "--optim.kind",
+        "lion",
+        "--optim.weight-decay",
+        "0.7",
+        "--schedule.kind=wsd",
+        "--schedule.decay",
+        "2",
+    )
+    assert recipe.optim == LionConfig(lr=3e-3, clip_norm=None, weight_decay=0.7)  # eps is no key of Lion's
+    assert recipe.schedule == WSD(warmup=2, decay=2)
+    recipe = load(
+        path,
+        "--schedule.decay",
+        "3",
+        "--optim.momentum",
+        "0.8",
+        "--schedule.kind",
+        "wsd",
+        "--optim.kind",
+        "muon",
+    )
+    assert recipe.optim == MuonConfig(lr=3e-3, clip_norm=None, eps=1e-4, momentum=0.8)
+    assert recipe.schedule == WSD(warmup=2, decay=3)
+    assert load(path, "--loss.kind", "sigmoid").loss == SigmoidConfig(tile=64)
+    assert load(path, "--optim.kind", "adamw") == load(path)
+    back = load(write(optim={"kind": "muon", "lr": 0.1, "momentum": 0.5}), "--optim.kind", "adamw")
+    assert back.optim == AdamW(lr=0.1)
+
+
+def test_an_override_goes_over_to_another_tower_or_model(write):
+    path = write()
+    resnet = load(path, "--model.image-tower.kind", "resnet", "--model.embed-dim", "24").model
+    assert resnet.embed_dim == 24
+    assert resnet.image_tower == ResNet(image_size=32, width=16)  # a ViT's layers are no ResNet's
+    timm = ("--model.image-tower.kind", "timm", "--model.image-tower.name", "test_vit")
+    assert load(path, *timm).model.image_tower == TimmTower(name="test_vit", image_size=32)
+    named = load(path, "--model.kind", "open_clip", "--model.name", "ViT-B-32").model
+    assert named == OpenClipModel(name="ViT-B-32")
+
+
+def test_an_override_sets_keys_of_a_part_that_was_null(write):
+    assert load(write(), "--ema.decay", "0.9").ema == EMA(decay=0.9)
+    assert load(write(ema={"decay": 0.9}), "--ema.no-ramp").ema == EMA(decay=0.9, ramp=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "--optim.kind muonn",
+            r"with --optim.kind muonn: optim.kind: expected .* muon, lion, adafactor, got 'muonn'; did you mean 'muon'",
+        ),
+        ("--optim.kind", r"optim.kind: expected one of adamw"),
+        (
+            "--optim.momentum 0.9",
+            r"optim.momentum: optim is of kind adamw, which has betas, .*; muon and adafactor have .*kind muon",
+        ),
+        (
+            "--optim.kind lion --optim.eps 1",
+            r"optim.eps: optim is of kind lion, which has betas, clip_norm, .*; adamw and muon have eps",
+        ),
+        (
+            "--schedule.decay 5",
+            r"schedule.decay: schedule is of kind cosine, .*; wsd has decay: give --schedule.kind wsd",
+        ),
+        (
+            "--loss.kind hard_negatives --loss.tile 3",
+            "loss.tile: loss is of kind hard_negatives, which has beta",
+        ),
+        (
+            "--model.image-tower.kind resnet --model.image-tower.patch-size 4",
+            r"model.image_tower.patch_size: model.image_tower is of kind resnet",
+        ),
+        ("--optim.kind lion --optim.lr -1", r"optim.lr: .*greater than 0 \(got -1.0\)"),
+    ],
+)
+def test_a_key_or_kind_that_does_not_fit_is_refused(write, words, said):
+    with pytest.raises(ValueError, match=said):
+        load(write(), *words.split())
+
+
+def test_a_kind_that_needs_a_key_asks_for_it(write, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load(write(), "--model.image-tower.kind", "timm")
+    assert stopped.value.code == 2
+    assert "--model.image-tower.name" in capsys.readouterr().err
 
 
 def test_an_override_that_makes_a_recipe_impossible_is_refused(write):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from pretrain.encoder import build_encoder
-from pretrain.recipe import TowersModel
+from pretrain.recipe import PretrainRecipe, TowersModel
 from pretrain.towers import instantiate, load_tower_weights, package_path, quiet
+from pretrain.trainer import Trainer
 
 
 def tower(first: int, *rest: int) -> nn.Sequential:
@@ -48,6 +50,45 @@ def test_an_unknown_timm_tower_names_the_nearest(tiny_models):
     content = {**tiny_models["vit"], "image_tower": {"kind": "timm", "name": "tf_efficientnet_lite00"}}
     with pytest.raises(
         ValueError, match=r"timm knows no 'tf_efficientnet_lite00'; did you mean 'tf_efficientnet_lite0'"
+    ):
+        build_encoder(TowersModel.model_validate(content), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("test_convnext", {}),
+        ("fastvit_t8", {"projection": "mlp"}),
+        ("test_vit", {}),
+    ],  # MobileCLIP's towers are FastViTs
+)
+def test_towers_of_timms_train_and_open_in_stock_open_clip(
+    tiny_recipe, tiny_models, fresh_accelerate, name, options
+):
+    image = {"kind": "timm", "name": name, "image_size": 64, **options}
+    content = tiny_recipe(model={**tiny_models["vit"], "image_tower": image}, steps=1, schedule={"warmup": 0})
+    trainer = Trainer(PretrainRecipe.model_validate(content))
+    trainer.train()
+    dead = [
+        parameter_name
+        for parameter_name, parameter in trainer.model.named_parameters()
+        if not float(trainer.optimizer.state[parameter]["exp_avg_sq"].sum()) > 0
+    ]
+    assert dead == []
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{trainer.model_folder}")
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        theirs = model.eval().encode_image(trainer.encoder.pixels(images), normalize=True)  # pyright: ignore
+    torch.testing.assert_close(theirs, trainer.encoder.encode_images(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_timm_transformer_of_a_fixed_size_says_so(tiny_models):
+    content = {
+        **tiny_models["vit"],
+        "image_tower": {"kind": "timm", "name": "vit_tiny_patch16_224", "image_size": 64},
+    }
+    with pytest.raises(
+        ValueError, match="image_size 64: timm's vit_tiny_patch16_224 takes pictures of 224 x 224 pixels only"
     ):
         build_encoder(TowersModel.model_validate(content), device="cpu")
 
