@@ -35,5 +35,5 @@ def main(argv: list[str]) -> int:
     else:
         from finetune.trainer import Finetuner as Trainer
 
-    Trainer(command.recipe, resume=command.resume, overwrite=command.overwrite).train()
+    Trainer(command.recipe, resume=bool(command.resume), overwrite=command.overwrite).train()
     return 0

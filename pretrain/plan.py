@@ -11,6 +11,7 @@ from pairstream.recipe import load_recipe, recipe_names
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.flops import Count, count_flops, loss_flops
 from pretrain.locks import apply_lock
+from pretrain.network import DualEncoder
 from pretrain.objectives import build_objective
 from pretrain.recipe import DistillationConfig, Lock, MuonConfig, OpenClipModel, PretrainRecipe
 
@@ -152,8 +153,6 @@ def make_plan(recipe: PretrainRecipe) -> Plan:
 
 def count_step(encoder: Encoder, recipe: PretrainRecipe) -> Count:
     """`count_flops` of an encoder as the trainer wraps it."""
-    from pretrain.trainer import DualEncoder
-
     context = encoder.tokenize(["a"]).shape[1]
     return count_flops(DualEncoder(encoder), encoder.image_size, context, recipe.data.captions_per_image)
 
