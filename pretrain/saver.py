@@ -70,13 +70,13 @@ class Saver:
             OSError: This or an earlier save failed; earlier checkpoints are untouched.
         """
         self.wait()
-        weights, moments = encoder.model.state_dict(), optimizer_state(optimizer)
+        weights = encoder.model.state_dict()
+        moments = optimizer_state(optimizer, copy=self.thread is not None)
         if self.thread is None:
             self.write(step, encoder, weights, moments, card, state)
             return
-        taken = snapshot(weights), snapshot(moments)
-        state = copy.deepcopy(state)
-        self.under_way = self.thread.submit(self.write, step, encoder, *taken, card, state)
+        taken, state = snapshot(weights), copy.deepcopy(state)
+        self.under_way = self.thread.submit(self.write, step, encoder, taken, moments, card, state)
 
     def write(
         self,

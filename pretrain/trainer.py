@@ -246,9 +246,9 @@ class Trainer:
             self.evaluate()  # what a run that was told to leave had left out
         bounds = [*(lock.step for lock in recipe.locks if lock.step < recipe.steps), recipe.steps]
         with (
+            self.stop,  # a signal does not end the process before the last save has
             peers_present(self.world, self.after_a_loss),
             self.saver,
-            self.stop,
             ProgressBar("pretrain", recipe.steps, start=self.step, show=self.main) as bar,
         ):
             while self.step < recipe.steps:
