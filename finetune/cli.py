@@ -42,5 +42,5 @@ def main(argv: list[str]) -> int:
     require("transformers", "finetune", "fine-tuning")
     from finetune.trainer import Finetuner
 
-    Finetuner(command.recipe, resume=command.resume, overwrite=command.overwrite).train()
+    Finetuner(command.recipe, resume=bool(command.resume), overwrite=command.overwrite).train()
     return 0

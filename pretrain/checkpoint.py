@@ -136,13 +136,16 @@ def read_trained_weights(folder: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """An optimiser's state as tensors by `NAME|KEY`; its groups carry the names of their parameters."""
+def optimizer_state(optimizer: torch.optim.Optimizer, *, copy: bool = False) -> dict[str, torch.Tensor]:
+    """An optimiser's state as tensors in main memory by `NAME|KEY`; its groups carry the names of their parameters.
+
+    On a CPU they are the optimiser's own, which its next step changes, unless `copy` asks for others.
+    """
     tensors = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}|{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+                tensors[f"{name}|{key}"] = torch.as_tensor(value).detach().to("cpu", copy=copy).contiguous()
     return tensors
 
 

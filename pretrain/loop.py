@@ -9,11 +9,13 @@ import os
 import resource
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 
@@ -71,8 +73,12 @@ class Window:
         return loss
 
 
-def make_accelerator(recipe: Launch) -> Accelerator:
+def make_accelerator(recipe: Launch, *, rank_timeout: float | None = None) -> Accelerator:
     """Accelerate's view of the machine, with the number of processes checked.
+
+    Args:
+        recipe: How the run is launched.
+        rank_timeout: Seconds that processes wait for one another; None leaves torch's own.
 
     Raises:
         ValueError: The launcher's world size is not what Accelerate or the recipe has, or the set-up shards
@@ -92,6 +98,9 @@ def make_accelerator(recipe: Launch) -> Accelerator:
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=list(recipe.trackers) or None,
         project_dir=recipe.run,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout))]
+        if rank_timeout
+        else None,
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:

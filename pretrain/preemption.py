@@ -7,6 +7,10 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+
+from pretrain.collectives import gather_numbers
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -34,8 +38,12 @@ class StopRequest:
     once a step. Signals that come again change nothing. Outside the main thread, where Python allows no handlers,
     nothing is noted.
 
+    Args:
+        world: Number of processes; several agree on the step after which they leave.
+        device: Of their exchange.
+
     Attributes:
-        requested: Whether a signal has come.
+        requested: Whether a signal has come to this process.
 
     Example:
         >>> with StopRequest() as stop:
@@ -44,9 +52,23 @@ class StopRequest:
         True
     """
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, world: int = 1, device: torch.device | None = None):
+        self.world, self.device = world, device
+        self.requested = self.heard = False
         self.before: dict[signal.Signals, Any] = {}
+
+    def exchange(self, rows: int) -> list[int]:
+        """How many rows of a step each rank has; with it goes whether one of them was told to leave."""
+        if self.world == 1:
+            return [rows]
+        found = gather_numbers([rows, int(self.requested)], self.device or torch.device("cpu"))
+        self.heard = any(stop for _, stop in found)
+        return [count for count, _ in found]
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the step under way is the last; several ranks learn it of one another at its `exchange`."""
+        return self.requested if self.world == 1 else self.heard
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():

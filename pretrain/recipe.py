@@ -573,6 +573,9 @@ class PretrainRecipe(Config):
     """logit_scale (exponentiated) is clamped to at most this after each step."""
     processes: int | None = Field(default=None, ge=1)
     """Refuse to train on another number of processes; launchers may start fewer than asked for."""
+    rank_timeout: float | None = Field(default=None, gt=0)
+    """Seconds that processes wait for one another before the run ends with an error; None: torch's own, 1800 on CPU and
+    600 on GPUs. An evaluation, for which the others wait, must fit in."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` takes bf16 on a GPU that has it and fp32 elsewhere."""
     seed: int = 0

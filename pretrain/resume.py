@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor
 
 from pretrain.checkpoint import complete_checkpoints, read_trained_weights, read_training_state
+from pretrain.collectives import gather_counts
+from pretrain.copies import fetch_newest
 from pretrain.recipe import Model, OpenClipModel, TimmTower, TransformersText
 from pretrain.resolution import as_size
 from pretrain.towers import read_checkpoint
@@ -89,41 +92,86 @@ def newest_whole(checkpoints: Path, say: Say, *, until: int | None = None) -> Re
 
 
 def find_checkpoint(
-    checkpoints: Path, given: str | None, say: Say, *, copies: str | None = None
+    checkpoints: Path, given: str | None, copies: str | None, accelerator: Accelerator, say: Say
 ) -> Restored | None:
-    """Where to go on, in this order, telling which it is.
+    """Where to go on, in this order, telling which it is; every rank must call it.
 
-    1. The newest whole checkpoint of the run's own folder.
+    1. The newest whole checkpoint of the run's own folder; where that has none, the newest of its copies.
     2. The given one.
     3. and 4. None: the model as it was built, from its initial weights or from scratch.
 
     Args:
         checkpoints: The run's folder of checkpoints.
         given: A checkpoint (`.../step-N`) or run folder; looked at only when the run has no checkpoint.
+        copies: The recipe's `checkpoint.copy_to`.
+        accelerator: Of the run.
         say: Tells the user.
 
     Raises:
-        ValueError: The given one is no checkpoint, or is damaged; or all of the run's own are damaged.
+        ValueError: The given one is no checkpoint, or is damaged; all of the run's own are damaged; or the ranks
+            see different checkpoints.
     """
-    own = newest_whole(checkpoints, say)
-    if own is not None:
-        say(f"resuming at step {own.step} from {own.folder} (1: the run's own newest checkpoint)")
-        return own
-    if given is None:
-        return None
+    if copies and accelerator.is_main_process and not complete_checkpoints(checkpoints):
+        fetched = fetch_newest(copies, checkpoints)
+        say(f"brought {fetched.name} back from {copies}" if fetched else f"no checkpoint in {copies}")
+    accelerator.wait_for_everyone()
+    found = newest_whole(checkpoints, say)
+    if found is not None:
+        say(f"resuming at step {found.step} from {found.folder} (1: the run's own newest checkpoint)")
+    elif given is not None:
+        found = given_checkpoint(given, say)
+        say(
+            f"resuming at step {found.step} from {found.folder} (2: the given one; the run has no checkpoint)"
+        )
+    if accelerator.num_processes > 1:
+        steps = gather_counts(found.step if found else 0, accelerator.device)
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the ranks found checkpoints of different steps, {steps}, in {checkpoints}: the run folder must lie "
+                "where all of them see it"
+            )
+    return found
+
+
+def given_checkpoint(given: str, say: Say) -> Restored:
+    """The checkpoint that `--resume PLACE` names.
+
+    Raises:
+        ValueError: There is none, or it is damaged.
+    """
     place = Path(given).expanduser()
-    if complete_checkpoints(place / "checkpoints"):
-        found = newest_whole(place / "checkpoints", say)
-        assert found is not None, "there is a checkpoint, and damaged ones are errors"
-    elif (place / "training").is_dir():
-        found = read_whole(place)
-    else:
+    found = newest_whole(place / "checkpoints", say)
+    if found is not None:
+        return found
+    if not (place / "training").is_dir():
         raise ValueError(
             f"--resume {given}: no checkpoint to go on from: expected a folder `.../checkpoints/step-N` with "
             "`training/` in it, or a run folder. For its weights alone, begin a run with --model.name."
         )
-    say(f"resuming at step {found.step} from {found.folder} (2: the given one; the run has no checkpoint)")
-    return found
+    return read_whole(place)
+
+
+def require_same_run(found: Restored, identity: dict[str, Any]) -> None:
+    """Refuse to go on with another run than the one that was begun.
+
+    Raises:
+        ValueError: A key differs; the message has which.
+    """
+    changed = [key for key, value in identity.items() if found.state["identity"].get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{found.folder}: cannot resume with another {', '.join(changed)}: the run would not be the one that "
+            "was begun. Change it back, or start a new run with --run NAME."
+        )
+
+
+def other_world(then: int, now: int) -> str:
+    """What is exact, and what is not, on another number of processes."""
+    return (
+        f"the checkpoint is of {then} processes, here are {now}. Exact: weights, optimiser, the samples of each "
+        "global batch, their order and augmentation. Not exact: sums over ranks, which differ by rounding, and "
+        "dropout, which each rank draws for itself"
+    )
 
 
 def beginning(model: Model) -> str:

@@ -72,15 +72,16 @@ class Saver:
             OSError: This or an earlier save failed; earlier checkpoints are untouched.
         """
         self.wait()
-        weights, moments = encoder.model.state_dict(), optimizer_state(optimizer)
+        weights = encoder.model.state_dict()
         trained = None if average is None else weights
         weights = weights if average is None else average
+        moments = optimizer_state(optimizer, copy=self.thread is not None)
         if self.thread is None:
             self.write(step, encoder, weights, trained, moments, card, state)
             return
-        taken = snapshot(weights), None if trained is None else snapshot(trained), snapshot(moments)
+        taken = snapshot(weights), None if trained is None else snapshot(trained)
         state = copy.deepcopy(state)
-        self.under_way = self.thread.submit(self.write, step, encoder, *taken, card, state)
+        self.under_way = self.thread.submit(self.write, step, encoder, *taken, moments, card, state)
 
     def write(
         self,

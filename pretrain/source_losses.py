@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.mixture import Mixture
 from pretrain.collectives import gather_counts, gather_rows, several_ranks, sum_over_ranks
 
 ROWS = 1024  # of the logits that are held at a time
@@ -54,3 +57,31 @@ def source_losses(
     sums[1].index_add_(0, owners, torch.ones_like(losses))
     total, pairs = sum_over_ranks(sums)
     return total / pairs
+
+
+def source_records(
+    mixture: Mixture, before: int, after: int, seconds: float, losses: Tensor | None
+) -> dict[str, dict[str, float | None]]:
+    """What the log says of a mixture's sources: samples and epochs so far, samples/s, the last step's loss.
+
+    Args:
+        mixture: Of the stream.
+        before: Step of the line before.
+        after: Step of this line.
+        seconds: Time between them.
+        losses: As `source_losses` has them, NaN for a source without rows; None when there was no step.
+
+    Returns:
+        Numbers by source name.
+    """
+    told = [None] * len(mixture.names) if losses is None else losses.tolist()
+    epochs, counts = mixture.epochs_seen(after), zip(mixture.drawn(before), mixture.drawn(after), strict=True)
+    return {
+        name: {
+            "samples": drawn,
+            "epochs": epochs[name],
+            "samples_per_s": (drawn - earlier) / seconds,
+            "loss": None if loss is None or math.isnan(loss) else loss,
+        }
+        for name, (earlier, drawn), loss in zip(mixture.names, counts, told, strict=True)
+    }

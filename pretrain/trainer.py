@@ -25,59 +25,42 @@ from pretrain.checkpoint import (
     optimizer_state,
     step_folder,
 )
-from pretrain.collectives import gather_counts, gather_numbers
-from pretrain.copies import fetch_newest
 from pretrain.divergence import RollBack, Watch, batch_statistics
-from pretrain.encoder import Encoder, build_encoder
+from pretrain.encoder import build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.gradcache import cached_backward, require_row_by_row
 from pretrain.locks import apply_lock, learning_rate_scales, phases_begun, set_training_mode
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.meter import Meter
+from pretrain.network import DualEncoder
 from pretrain.norm import use_global_batch_norm
 from pretrain.objectives import Features, build_objective
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from pretrain.peers import peers_present
 from pretrain.preemption import Preempted, StopRequest
 from pretrain.recipe import Phase, PretrainRecipe
 from pretrain.report import flatten, model_card, write_report
 from pretrain.resolution import as_size, require_image_size, set_patch_dropout
-from pretrain.resume import Restored, beginning, find_checkpoint, newest_whole
+from pretrain.resume import (
+    Restored,
+    beginning,
+    find_checkpoint,
+    newest_whole,
+    other_world,
+    require_same_run,
+)
 from pretrain.saver import Saver
 from pretrain.selfcheck import check_gradients
-from pretrain.source_losses import source_losses
+from pretrain.source_losses import source_losses, source_records
 
 # What a resumed run may change: where things lie, how fast they come, what is told of them.
 FREE: Any = {
     **dict.fromkeys(
         ("run", "processes", "precision", "log_every", "checkpoint", "evaluate", "trackers"), True
     ),
-    **dict.fromkeys(("on_divergence", "preempted_exit_code"), True),
+    **dict.fromkeys(("on_divergence", "preempted_exit_code", "rank_timeout"), True),
     "data": {"train", "workers", "max_faults", "cache_dir", "cache_gb"},
 }
-
-
-class DualEncoder(nn.Module):
-    """What is wrapped for several processes: pixels and tokens in, unit-norm features and logit_scale out.
-
-    And logit_bias, of a model that has one.
-    """
-
-    def __init__(self, encoder: Encoder):
-        super().__init__()
-        self.model = encoder.model
-        self.normalize = encoder.normalize
-
-    def forward(self, images: Tensor, tokens: Tensor) -> Features:
-        """uint8 `(b, 3, h, w)` and int64 `(b, context)` to two `(b, d)`, the exponentiated scale and any bias.
-
-        Tokens of several captions an image, `(b, k, context)`, give text features `(b, k, d)`.
-        """
-        image_features = self.model.encode_image(self.normalize(images), normalize=True)  # (b, d)
-        text_features = self.model.encode_text(tokens.flatten(0, -2), normalize=True)
-        text_features = text_features.unflatten(0, tokens.shape[:-1])  # (b, d) or (b, k, d)
-        bias = getattr(self.model, "logit_bias", None)
-        scalars = (self.model.logit_scale.exp(), *(() if bias is None else (bias,)))
-        return image_features, text_features, *scalars
 
 
 class Trainer:
@@ -100,7 +83,7 @@ class Trainer:
 
     def __init__(self, recipe: PretrainRecipe, *, resume: bool | str = False, overwrite: bool = False):
         self.recipe = recipe
-        self.accelerator = make_accelerator(recipe)
+        self.accelerator = make_accelerator(recipe, rank_timeout=recipe.rank_timeout)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         torch.manual_seed(recipe.seed)
@@ -123,6 +106,7 @@ class Trainer:
             (config.every, load_evaluator(config)) for config in recipe.evaluate
         ]
         self.stream = self.open_stream()
+        self.saver = Saver(Path(recipe.run) / "checkpoints", recipe.checkpoint)
         # Not before all else has been found good: `overwrite` deletes.
         self.folder = RunFolder(recipe.run, resume=bool(resume), overwrite=overwrite, writes=self.main)
         if self.main:
@@ -132,8 +116,7 @@ class Trainer:
         self.watched: Tensor | None = None  # sources of the rows of a step whose loss is told by source
         self.source_losses: Tensor | None = None
         self.meter = Meter(self.encoder, recipe, self.accelerator)
-        self.stop, self.stopping = StopRequest(), False
-        self.saver = Saver(self.folder.checkpoints, recipe.checkpoint)
+        self.stop = StopRequest(self.world, self.accelerator.device)
         self.watch = Watch(
             recipe.on_divergence,
             self.accelerator,
@@ -143,7 +126,7 @@ class Trainer:
         )
         if resume:
             self.restore(resume if isinstance(resume, str) else None)
-        if self.main and self.step == 0:
+        if self.step == 0 or not (self.folder.path / "recipe.resolved.yaml").exists():
             self.folder.write_recipe(recipe)
 
     def open_stream(self) -> PairStream:
@@ -192,20 +175,9 @@ class Trainer:
 
     def restore(self, given: str | None) -> None:
         """Continue from a checkpoint, if there is one; see `find_checkpoint`."""
-        copies = self.recipe.checkpoint.copy_to
-        if copies and self.main and not complete_checkpoints(self.folder.checkpoints):
-            fetched = fetch_newest(copies, self.folder.checkpoints)
-            self.say(
-                f"brought {fetched.name} back from {copies}" if fetched else f"no checkpoint in {copies}"
-            )
-        self.accelerator.wait_for_everyone()
-        found = find_checkpoint(self.folder.checkpoints, given, self.say)
-        steps = gather_counts(found.step if found else 0, self.accelerator.device) if self.world > 1 else [0]
-        if len(set(steps)) > 1:
-            raise ValueError(
-                f"the ranks found checkpoints of different steps, {steps}, in {self.folder.checkpoints}: the run "
-                "folder must lie where all of them see it"
-            )
+        found = find_checkpoint(
+            self.folder.checkpoints, given, self.recipe.checkpoint.copy_to, self.accelerator, self.say
+        )
         if found is not None:
             self.take(found)
             return
@@ -222,12 +194,7 @@ class Trainer:
             ValueError: It is of another run.
         """
         state = found.state
-        changed = [key for key, value in self.identity().items() if state["identity"].get(key) != value]
-        if changed:
-            raise ValueError(
-                f"{found.folder}: cannot resume with another {', '.join(changed)}: the run would not be the one "
-                "that was begun. Change it back, or start a new run with --run NAME."
-            )
+        require_same_run(found, self.identity())
         self.encoder.set_image_size(found.image_size)
         self.model.load_state_dict(found.weights)
         if self.recipe.ema:
@@ -239,11 +206,7 @@ class Trainer:
         self.watch.load(state.get("losses", []))
         self.folder.rewind_log(self.step)
         if state["world_size"] != self.world:
-            self.say(
-                f"the checkpoint is of {state['world_size']} processes, here are {self.world}. Exact: weights, "
-                "optimiser, the samples of each global batch, their order and augmentation. Not exact: sums over "
-                "ranks, which differ by rounding, and dropout, which each rank draws for itself"
-            )
+            self.say(other_world(state["world_size"], self.world))
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
@@ -269,6 +232,7 @@ class Trainer:
 
         Raises:
             ValueError: The loss is not finite, or too many samples are bad; checkpoint and log stay.
+            ConnectionError: Another process is gone.
             Preempted: A signal asked the run to leave; it has saved (see `pretrain.preemption`).
         """
         began, recipe = time.monotonic(), self.recipe
@@ -288,8 +252,9 @@ class Trainer:
             self.evaluate()  # what a run that was told to leave had left out
         bounds = [*(phase.step for phase in recipe.phases if phase.step < recipe.steps), recipe.steps]
         with (
+            self.stop,  # a signal does not end the process before the last save has
+            peers_present(self.world, self.after_a_loss),
             self.saver,
-            self.stop,
             ProgressBar("pretrain", recipe.steps, start=self.step, show=self.main) as bar,
         ):
             while self.step < recipe.steps:
@@ -300,6 +265,14 @@ class Trainer:
                     bar.advance(self.step - bar.done)
         self.accelerator.wait_for_everyone()  # the last checkpoint is there
         return self.finish(time.monotonic() - began)
+
+    def after_a_loss(self) -> str:
+        """What is safe when another process is gone."""
+        return (
+            f"This is rank {self.rank} after step {self.step}; nothing is written half, and the newest checkpoint in "
+            f"{self.folder.checkpoints} is whole. Look at the other hosts and the network, then start the same "
+            "command on all of them with --resume."
+        )
 
     def roll_back(self, step: int) -> None:
         """Go back to the newest checkpoint from before a step, whose batch is left out from now on."""
@@ -342,7 +315,7 @@ class Trainer:
                 self.average.update(self.step)
             self.step += 1
             self.samples_seen += seen
-            leaves = self.told_to_leave and self.step < recipe.steps
+            leaves = self.stop.agreed and self.step < recipe.steps
             saves = leaves or self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps
             logs = self.step % recipe.log_every == 0 or self.step == recipe.steps
             if saves or logs or any(self.step % interval == 0 for interval, _ in self.evaluators):
@@ -394,7 +367,7 @@ class Trainer:
         """One optimiser step; returns how many pairs all ranks saw."""
         device = self.accelerator.device
         images, tokens = batch["images"], batch["tokens"]
-        counts = self.count_rows(len(images))
+        counts = self.stop.exchange(len(images))
         # One pair has nothing to be contrasted with; a rank whose samples were all bad has nothing to forward.
         if sum(counts) < 2 or min(counts) == 0 or self.step + 1 in self.watch.left_out:
             return 0
@@ -420,19 +393,6 @@ class Trainer:
             self.model.logit_scale.clamp_(0, math.log(self.recipe.max_logit_scale))
         window.add(loss.detach(), norm, sum(counts))
         return sum(counts)
-
-    def count_rows(self, rows: int) -> list[int]:
-        """How many rows each rank has; the ranks also agree here whether this step is the last before leaving."""
-        if self.world == 1:
-            return [rows]
-        found = gather_numbers([rows, int(self.stop.requested)], self.accelerator.device)
-        self.stopping = any(stop for _, stop in found)
-        return [count for count, _ in found]
-
-    @property
-    def told_to_leave(self) -> bool:
-        """Whether this step is to be the last; several ranks must have agreed on it."""
-        return self.stop.requested if self.world == 1 else self.stopping
 
     def leave(self) -> None:
         """End a run that was told to, after its save.
@@ -481,26 +441,6 @@ class Trainer:
             self.source_losses = source_losses(images, texts, scale, self.watched, len(self.stream.sources))
         return self.objective(features, *inputs)
 
-    def log_sources(self, seconds: float) -> dict[str, Any]:
-        """What the log says of a mixture's sources: samples and epochs so far, samples/s, the last step's loss."""
-        mixture = self.stream.mixture
-        counts = zip(mixture.drawn(self.logged), mixture.drawn(self.step), strict=True)
-        rates = [(after - before) / seconds for before, after in counts]
-        losses = [None] * len(rates) if self.source_losses is None else self.source_losses.tolist()
-        self.source_losses = None
-        epochs = mixture.epochs_seen(self.step)
-        return {
-            name: {
-                "samples": drawn,
-                "epochs": epochs[name],
-                "samples_per_s": rate,
-                "loss": None if loss is None or math.isnan(loss) else loss,
-            }
-            for name, drawn, rate, loss in zip(
-                mixture.names, mixture.drawn(self.step), rates, losses, strict=True
-            )
-        }
-
     def log_window(self, window: Window, batch: Batch, lr: float) -> dict[str, Any]:
         """Write one line of the log about the steps since the last one."""
         loss = window.mean_loss(self.accelerator, self.step, self.watch.advice)
@@ -520,7 +460,10 @@ class Trainer:
             **self.meter.record(window.samples / elapsed),
         }
         if len(self.stream.sources) > 1:
-            record["sources"] = self.log_sources(elapsed)
+            record["sources"] = source_records(
+                self.stream.mixture, self.logged, self.step, elapsed, self.source_losses
+            )
+            self.source_losses = None
         self.folder.log(record)
         if self.accelerator.trackers:
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}

@@ -91,6 +91,10 @@ def runs(tmp_path_factory, tiny_shards, tiny_models, tiny_bert) -> dict[str, Pat
     add("two-killed", two, ("backward", 4), world=2)
     add("two-left", two, ("told to leave", 3), world=2)
 
+    one = {"model": tiny_models["vit"]}  # without dropout, which each rank draws for itself
+    add("one", one)
+    add("elastic", one, ("backward", 4), world=2)
+    chains["elastic"][1]["world"] = 1
     (folder / "chains.json").write_text(json.dumps(chains))
     said = folder / "said.txt"
     with said.open("w") as file:  # not a pipe: a killed run's loader would hold it open
@@ -104,7 +108,7 @@ def runs(tmp_path_factory, tiny_shards, tiny_models, tiny_bert) -> dict[str, Pat
         )
     codes = [json.loads(path.read_text()) for path in sorted(folder.glob("codes-*.json"))]
     assert {name: code for half in codes for name, code in half.items()} == expected, said.read_text()[-3000:]
-    return {path.name: path for path in folder.iterdir() if path.is_dir()}
+    return {path.name: path for path in folder.iterdir() if path.is_dir()} | {"said": said}
 
 
 def content(run: Path) -> tuple[dict, dict, list[dict]]:
@@ -165,6 +169,18 @@ def test_told_to_leave_with_loader_processes(runs):
 @pytest.mark.dist
 def test_two_ranks_of_which_one_is_told_to_leave(runs):
     assert_same_run(runs["two"], runs["two-left"])
+
+
+@pytest.mark.dist
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(runs):
+    """What one process reaches alone, up to the rounding of sums over ranks; and it is said what is exact."""
+    (weights, _, log), (other_weights, _, other_log) = content(runs["one"]), content(runs["elastic"])
+    assert all(weights[name] == pytest.approx(other_weights[name], abs=1e-5) for name in weights)
+    losses = [[record["loss"] for record in lines] for lines in (log, other_log)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert [record["samples_seen"] for record in log] == [record["samples_seen"] for record in other_log]
+    said = runs["said"].read_text()
+    assert "the checkpoint is of 2 processes, here are 1. Exact: weights, optimiser, the samples" in said
 
 
 def test_the_comparison_can_fail(runs):

@@ -129,6 +129,7 @@ def test_the_runs_own_checkpoint_goes_before_a_given_one(start, tmp_path, capsys
     assert trainer.step == 3
     assert "resuming at step 3 from " in (said := capsys.readouterr().err)
     assert "(2: the given one; the run has no checkpoint)" in said
+    assert (tmp_path / "run/recipe.resolved.yaml").is_file()
     shutil.rmtree(tmp_path / "run")
     by_step = start(steps=3, resume=f"{given}/checkpoints/step-00000002")
     assert by_step.step == 2
