@@ -40,6 +40,10 @@ class Family(Protocol):
         """The model at step 0."""
         ...
 
+    def word_embeddings(self, model: Any) -> torch.nn.Parameter:
+        """The table of word vectors that the texts are read with."""
+        ...
+
     def reopen(self, run: Any, folder: Path) -> Any:
         """The model of the recipe with all weights of a saved one."""
         ...
@@ -61,6 +65,9 @@ class Writing:
             "connector.": rates.connector,
             "language_model.": rates.language_model,
         }
+
+    def word_embeddings(self, model: VisionLanguageModel) -> torch.nn.Parameter:
+        return model.language_model.get_input_embeddings().weight
 
     def build(self, run: Any, texts: list[TextRow]) -> VisionLanguageModel:
         recipe: FinetuneRecipe = run.recipe
@@ -123,6 +130,10 @@ class Fusing:
 
     def rates(self, recipe: FinetuneRecipe) -> dict[str, float]:
         return {"": recipe.rates.head, self.towers: recipe.tower_lr}
+
+    def word_embeddings(self, model: FusionClassifier) -> torch.nn.Parameter:
+        tables = [module for module in model.towers.modules() if isinstance(module, torch.nn.Embedding)]
+        return max(tables, key=lambda table: table.num_embeddings).weight
 
     def build(self, run: Any, texts: list[TextRow]) -> FusionClassifier:
         recipe: Any = run.recipe

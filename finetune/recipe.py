@@ -333,6 +333,12 @@ class FinetuneRecipe(Config):
     rates: Rates = Rates()
     waits: Waits = Waits()
     lora: Lora = Lora()
+    l2_sp: float = Field(default=0.0, ge=0)
+    """Towers that train are pulled to the weights they began with by this share of the learning rate each step, instead
+    of wandering off (L2-SP, decoupled as AdamW's decay is); 0.1 to 10."""
+    adversarial: float = Field(default=0.0, ge=0)
+    """Also learn from word embeddings that are moved by so much (Euclidean norm) to where they hurt most (FGM):
+    steadier with few texts, for twice the time. The embeddings must train."""
     reward: Reward = Reward()
     length_groups: int = Field(default=1, ge=1)
     """Texts of a step are sorted by length into so many groups, each padded only to its own longest: the same loss with
