@@ -1,4 +1,4 @@
-"""Keeping what pretraining gave: interpolation (WiSE-FT), the pull to the start (L2-SP), attacks on embeddings (FGM)."""
+"""Keeping what pretraining gave: interpolation (WiSE-FT), a pull to the start (L2-SP), attacks on embeddings (FGM)."""
 
 from __future__ import annotations
 
