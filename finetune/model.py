@@ -380,6 +380,13 @@ def pretrained_language_model(name: str) -> tuple[Any, Any]:
     return model, require_end_and_pad(tokenizer, name)
 
 
+def recompute_activations(language_model: Any) -> None:
+    """Keep no activations of a language model's layers for the backward pass: they are computed again there."""
+    # Later versions of transformers gave the method another name.
+    enable = getattr(language_model, "activation_checkpointing_enable", None)
+    (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 @contextmanager
 def no_bars() -> Iterator[None]:
     """Hold back transformers' own progress bars: ours show the work, and stay quiet outside a terminal."""

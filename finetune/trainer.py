@@ -18,6 +18,7 @@ from data.transforms import TrainTransform
 from finetune.evaluation import judge, open_val, text_batches
 from finetune.families import make_family
 from finetune.guard import FirstStep
+from finetune.model import recompute_activations
 from finetune.recipe import FinetuneRecipe
 from finetune.regularize import perturbed, pull_back, starting_weights
 from finetune.report import write_report
@@ -228,7 +229,7 @@ class Finetuner:
         waiting = [name for name, parameter in self.model.named_parameters() if parameter in late]
         self.guard = FirstStep(self.model, waiting)
         if recipe.gradient_checkpointing and hasattr(self.model, "language_model"):
-            self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(self.model.language_model)
         wrapped, optimizer = self.accelerator.prepare(self.model, self.optimizer)
         wrapped.train()
         window, waited = Window(self.accelerator.device), time.monotonic()
@@ -378,7 +379,7 @@ class Finetuner:
     def given_up(self) -> bool:
         """Whether the last `patience` evaluations brought no new best."""
         patience = self.recipe.evaluate.patience
-        if patience is None:
+        if patience is None or not self.history:
             return False
         best = self.best_step()
         return sum(int(step) > best for step in self.history) >= patience

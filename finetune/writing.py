@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -170,14 +172,12 @@ class Continues:
             owner = pad_sequence(owners, batch_first=True, padding_side="left")
             together = pad_sequence(shown, batch_first=True)
             self.connector.look(together if together.shape[1] else None, owner)
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it warns of padding after a finished text, where it does no harm
-        written = self.language_model.generate(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            generation_config=generation_config(decoding, self.tokenizer, use_cache=use_cache),
-        )
-        logging.set_verbosity(verbosity)
+        with no_advice():
+            written = self.language_model.generate(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                generation_config=generation_config(decoding, self.tokenizer, use_cache=use_cache),
+            )
         self.connector.look(None)
         self.train(training)
         return written
@@ -201,6 +201,20 @@ class Continues:
                 f"{decoding.max_new_tokens} to write = {needed}, the language model has {self.context}. "
                 "Shorten it, or lower decoding.max_new_tokens"
             )
+
+
+@contextmanager
+def no_advice() -> Iterator[None]:
+    """Hold back what `generate` says of padding behind a finished text, and of n-grams that are not counted in the prompt:
+    both are meant."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Passing `no_repeat_ngram_size` with `inputs_embeds`")
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 def generation_config(decoding: Decoding, tokenizer: Any, *, use_cache: bool = True) -> GenerationConfig:
