@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from string import Formatter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask, check_heads
 from pairstream.recipe import Config
-from pretrain.recipe import AdamW, Checkpoints, Cosine, OpenClipModel, Optimizer
+from pretrain.recipe import AdamW, Checkpoints, Cosine, Model, OpenClipModel, Optimizer
 
 
 class Linear(Config):
@@ -317,10 +317,11 @@ class FinetuneRecipe(Config):
 
     run: str
     """The run folder, such as `runs/scenes_caption`."""
-    model: OpenClipModel
+    model: Model
     """The dual encoder: a run or checkpoint folder, an open_clip name, `local-dir:` or `hf-hub:`.
 
-    A folder of `finetune` means the encoder of its task model.
+    A folder of `finetune` means the encoder of its task model. `kind: towers` joins two towers that were never trained
+    together, such as a ResNet and a BERT with their own pretrained weights (as in a recipe of `pretrain`).
     """
     task: Task
     data: Data
@@ -365,8 +366,20 @@ class FinetuneRecipe(Config):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Accelerate's trackers that get the log as well."""
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def named(cls, value: Any) -> Any:
+        """`model: {name: ...}` needs no kind."""
+        return {"kind": "open_clip", **value} if isinstance(value, dict) and "name" in value else value
+
     @model_validator(mode="after")
     def possible(self) -> FinetuneRecipe:
+        if isinstance(self.language_model, ContinuedLanguageModel) and not isinstance(
+            self.model, OpenClipModel
+        ):
+            raise ValueError(
+                "language_model continued goes on from the task model that model.name names: give one"
+            )
         if self.schedule.warmup >= self.steps:
             raise ValueError(
                 f"schedule.warmup ({self.schedule.warmup}) must be below steps ({self.steps}): "

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from finetune.families import begin
 from finetune.recipe import FinetuneRecipe
-from pretrain.encoder import load_encoder
 
 
 def starting_weights(recipe: FinetuneRecipe, prefix: str) -> dict[str, Tensor]:
@@ -21,7 +21,7 @@ def starting_weights(recipe: FinetuneRecipe, prefix: str) -> dict[str, Tensor]:
         recipe: Which encoder.
         prefix: `image_tower.` or `towers.`.
     """
-    encoder = load_encoder(recipe.model.name, pretrained=recipe.model.pretrained)
+    encoder = begin(recipe, "auto")
     module: nn.Module = encoder.model.visual if prefix == "image_tower." else encoder.model
     return {f"{prefix}{name}": value.detach().clone() for name, value in module.named_parameters()}
 

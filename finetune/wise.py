@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.evaluation import judge, open_val, training_texts
+from finetune.families import begin
 from finetune.recipe import FinetuneRecipe
+from finetune.report import encoder_name
 from finetune.saved import task_folder
 from finetune.tasks import make_task
 from pairstream.atomic import write_text
@@ -39,7 +41,7 @@ def wise(
     Args:
         model: A run folder of `pairstream finetune` whose towers trained.
         out: A folder for wise.json and report.html.
-        zero_shot: The pretrained encoder; the run's own `model.name` when not given.
+        zero_shot: The pretrained encoder; the run's own `model` when not given.
         alphas: Shares of the fine-tuned weights: 0 has the pretrained towers, 1 the fine-tuned ones.
         shifted: Shards of another distribution, to be measured beside.
         save: Write the model of this share into OUT/model.
@@ -62,8 +64,8 @@ def wise(
         raise FileNotFoundError(f"no {source}: expected the run folder of `pairstream finetune`")
     recipe = load_recipe(FinetuneRecipe, "finetune", str(source))
     tuned = open_model(task_folder(model), recipe.task.kind, device)
-    begun = zero_shot or recipe.model.name
-    start = load_encoder(begun, pretrained=None if zero_shot else recipe.model.pretrained, device=device)
+    begun = zero_shot or encoder_name(recipe)
+    start = load_encoder(zero_shot, device=device) if zero_shot else begin(recipe, tuned.device)
     towers = Interpolation(tuned.encoder, start, begun)
     task = make_task(recipe.task)
     task.learn(row.judged_by for row in training_texts(recipe))

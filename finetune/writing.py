@@ -205,8 +205,10 @@ class Continues:
 
 @contextmanager
 def no_advice() -> Iterator[None]:
-    """Hold back what `generate` says of padding behind a finished text, and of n-grams that are not counted in the prompt:
-    both are meant."""
+    """Hold back what `generate` says of padding behind a finished text, and of n-grams counted in the answer alone.
+
+    Both are meant.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     with warnings.catch_warnings():

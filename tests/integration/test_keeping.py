@@ -171,3 +171,19 @@ def test_attacks_go_along_the_gradient_and_come_back(world, tmp_path):
     frozen = recipe(world, tmp_path / "frozen", adversarial=0.5, task={"freeze_text_tower": True})
     with pytest.raises(ValueError, match="they do not train"):
         Finetuner(frozen).train()
+
+
+def test_towers_that_were_never_trained_together(world, tmp_path):
+    """The classic baseline's encoder is made from the recipe, the same for the same seed."""
+    tower = {"kind": "vit", "image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    text = {"kind": "transformer", "context_length": 8, "width": 16, "heads": 2, "layers": 1}
+    towers = {"kind": "towers", "embed_dim": 16, "image_tower": tower, "text_tower": text}
+    for name in ("a", "b"):
+        Finetuner(
+            recipe(world, tmp_path / name, model=towers, task={"freeze_text_tower": True}, steps=2)
+        ).train()
+    a, b = encoder_of(tmp_path / "a", 2), encoder_of(tmp_path / "b", 2)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert "vit + transformer" in (tmp_path / "a/report.html").read_text()
+    with pytest.raises(ValueError, match=r"goes on from the task model that model\.name names"):
+        recipe(world, tmp_path / "c", model=towers, language_model={"kind": "continued"})
