@@ -77,6 +77,7 @@ class Finetuner:
         self.step, self.samples_seen, self.history = 0, 0, {}
         self.saved: dict[str, Tensor] = {}
         self.guard: FirstStep | None = None
+        self.last: tuple[int, dict[str, Any], list[Row]] = (-1, {}, [])
         texts = self.read_texts()
         found = complete_checkpoints(Path(recipe.run) / "checkpoints") if resume else []
         state: dict[str, Any] = {}
@@ -366,6 +367,7 @@ class Finetuner:
     def evaluate(self) -> tuple[dict[str, Any], list[Row]]:
         """`judge` the model as it is, and put the numbers into history and log."""
         numbers, rows = self.judge()
+        self.last = self.step, numbers, rows
         self.history[str(self.step)] = {
             name: value for name, value in numbers.items() if isinstance(value, int | float)
         }
@@ -416,7 +418,9 @@ class Finetuner:
 
     def finish(self) -> dict[str, Any]:
         """Measure, write metrics, predictions and report, and say where the model is."""
-        numbers, rows = self.evaluate()
+        done, numbers, rows = self.last
+        if done != self.step:  # a run that stopped early has just been judged
+            numbers, rows = self.evaluate()
         model, chosen = step_folder(self.folder.checkpoints, self.step) / "model", self.step
         self.keep_best()
         if self.recipe.evaluate.select == "best":

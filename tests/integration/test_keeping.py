@@ -99,7 +99,7 @@ def test_the_curve_between_the_towers(world, tmp_path):
     for name, value in middle.items():
         torch.testing.assert_close(value, (first[name] + last[name]) / 2, atol=1e-6, rtol=1e-5)
     assert "share of the fine-tuned weights" in (tmp_path / "out/report.html").read_text()
-    with pytest.raises(ValueError, match="alpha 2: expected a share"):
+    with pytest.raises(ValueError, match=r"alpha 2\.0: expected a share"):
         wise(model=tmp_path / "run", out=tmp_path / "x", alphas=(2.0,))
     with pytest.raises(FileNotFoundError, match="expected the run folder"):
         wise(model=tmp_path, out=tmp_path / "x")

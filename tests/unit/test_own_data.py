@@ -83,7 +83,9 @@ def test_labels_in_one_command(world, tmp_path, capsys):
     capsys.readouterr()
     assert run_stage(main, words(world, "classify", tmp_path / "other", "--label-column", "lable")) == 2
     assert "did you mean 'label'" in capsys.readouterr().err
-    assert run_stage(main, words(world, "classify", tmp_path / "other", "--stepz", "3")) == 2
+    with pytest.raises(SystemExit, match="2"):
+        run_stage(main, words(world, "classify", tmp_path / "other", "--stepz", "3"))
+    assert "--steps" in capsys.readouterr().err
     assert run_stage(main, words(world, "classify", tmp_path / "other")[:-2]) == 2
     assert "3 of 23 rows are bad, more than --max-faults 0.05 allows" in capsys.readouterr().err
     assert not (tmp_path / "other-shards").exists()
