@@ -10,6 +10,7 @@ from pairstream.command import read_training_command
 COMMANDS = {
     "score": ("finetune.score:score", "judge a results file by the data set's annotations"),
     "predict": ("finetune.predict:predict", "write captions, answers or labels of many pictures"),
+    "wise": ("finetune.wise:wise", "measure between the pretrained and the fine-tuned towers (WiSE-FT)"),
 }
 OWN = {
     "caption": "a captioner from a table of your own: --data my.csv --images DIR --model ENCODER",

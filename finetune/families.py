@@ -23,7 +23,8 @@ from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLa
 from finetune.samples import TextRow, TrainCollate, TrainLoad
 from finetune.saved import task_folder
 from finetune.text import train_tokenizer, wrap_tokenizer
-from pretrain.encoder import load_encoder
+from pretrain.encoder import Encoder, build_encoder
+from pretrain.recipe import OpenClipModel
 
 
 class Family(Protocol):
@@ -38,6 +39,10 @@ class Family(Protocol):
 
     def build(self, run: Any, texts: list[TextRow]) -> Any:
         """The model at step 0."""
+        ...
+
+    def word_embeddings(self, model: Any) -> torch.nn.Parameter:
+        """The table of word vectors that the texts are read with."""
         ...
 
     def reopen(self, run: Any, folder: Path) -> Any:
@@ -62,15 +67,16 @@ class Writing:
             "language_model.": rates.language_model,
         }
 
+    def word_embeddings(self, model: VisionLanguageModel) -> torch.nn.Parameter:
+        return model.language_model.get_input_embeddings().weight
+
     def build(self, run: Any, texts: list[TextRow]) -> VisionLanguageModel:
         recipe: FinetuneRecipe = run.recipe
         config = recipe.language_model
         if isinstance(config, ContinuedLanguageModel):
+            assert isinstance(recipe.model, OpenClipModel), "the recipe has been checked"
             return self.reopen(run, task_folder(recipe.model.name))
-        encoder = load_encoder(
-            recipe.model.name, pretrained=recipe.model.pretrained, device=str(run.accelerator.device)
-        )
-        torch.manual_seed(recipe.seed)
+        encoder = begin(recipe, run.accelerator.device)
         if isinstance(config, PretrainedLanguageModel):
             language_model, tokenizer = pretrained_language_model(config.name)
         else:
@@ -124,12 +130,13 @@ class Fusing:
     def rates(self, recipe: FinetuneRecipe) -> dict[str, float]:
         return {"": recipe.rates.head, self.towers: recipe.tower_lr}
 
+    def word_embeddings(self, model: FusionClassifier) -> torch.nn.Parameter:
+        tables = [module for module in model.towers.modules() if isinstance(module, torch.nn.Embedding)]
+        return max(tables, key=lambda table: table.num_embeddings).weight
+
     def build(self, run: Any, texts: list[TextRow]) -> FusionClassifier:
         recipe: Any = run.recipe
-        encoder = load_encoder(
-            recipe.model.name, pretrained=recipe.model.pretrained, device=str(run.accelerator.device)
-        )
-        torch.manual_seed(recipe.seed)
+        encoder = begin(recipe, run.accelerator.device)
         frozen = recipe.freeze_image_tower
         return weighted(
             FusionClassifier(encoder, recipe.task, run.task.labels, freeze_image_tower=frozen), run
@@ -149,6 +156,14 @@ class Fusing:
                 negatives=task.negatives if isinstance(task, MatchTask) else 0,
             ),
         )
+
+
+def begin(recipe: FinetuneRecipe, device: torch.device | str) -> Encoder:
+    """The encoder that a run begins with; what is random of it, and all that is made next, follows from the seed."""
+    torch.manual_seed(recipe.seed)
+    encoder = build_encoder(recipe.model, device=device)
+    torch.manual_seed(recipe.seed)
+    return encoder
 
 
 def weighted(model: FusionClassifier, run: Any) -> FusionClassifier:

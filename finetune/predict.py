@@ -105,7 +105,7 @@ def predict(
 
 def open_model(folder: Path, kind: str, device: str) -> Any:
     """The task model of a folder, whatever its task is."""
-    if kind in ("classify", "choose"):
+    if kind in ("classify", "choose", "match"):
         from finetune.fusion.model import load_classifier
 
         return load_classifier(folder, device=device)

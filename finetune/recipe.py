@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from string import Formatter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,7 @@ from pretrain.recipe import (
     AdamW,
     Checkpoints,
     Cosine,
+    Model,
     OpenClipModel,
     Optimizer,
     Schedule,
@@ -325,10 +326,11 @@ class FinetuneRecipe(Config):
 
     run: str
     """The run folder, such as `runs/scenes_caption`."""
-    model: OpenClipModel
+    model: Model
     """The dual encoder: a run or checkpoint folder, an open_clip name, `local-dir:` or `hf-hub:`.
 
-    A folder of `finetune` means the encoder of its task model.
+    A folder of `finetune` means the encoder of its task model. `kind: towers` joins two towers that were never trained
+    together, such as a ResNet and a BERT with their own pretrained weights (as in a recipe of `pretrain`).
     """
     task: Task
     data: Data
@@ -341,6 +343,12 @@ class FinetuneRecipe(Config):
     rates: Rates = Rates()
     waits: Waits = Waits()
     lora: Lora = Lora()
+    l2_sp: float = Field(default=0.0, ge=0)
+    """Towers that train are pulled to the weights they began with by this share of the learning rate each step, instead
+    of wandering off (L2-SP, decoupled as AdamW's decay is); 0.1 to 10."""
+    adversarial: float = Field(default=0.0, ge=0)
+    """Also learn from word embeddings that are moved by so much (Euclidean norm) to where they hurt most (FGM):
+    steadier with few texts, for twice the time. The embeddings must train."""
     reward: Reward = Reward()
     length_groups: int = Field(default=1, ge=1)
     """Texts of a step are sorted by length into so many groups, each padded only to its own longest: the same loss with
@@ -367,8 +375,20 @@ class FinetuneRecipe(Config):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Accelerate's trackers that get the log as well."""
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def named(cls, value: Any) -> Any:
+        """`model: {name: ...}` needs no kind."""
+        return {"kind": "open_clip", **value} if isinstance(value, dict) and "name" in value else value
+
     @model_validator(mode="after")
     def possible(self) -> FinetuneRecipe:
+        if isinstance(self.language_model, ContinuedLanguageModel) and not isinstance(
+            self.model, OpenClipModel
+        ):
+            raise ValueError(
+                "language_model continued goes on from the task model that model.name names: give one"
+            )
         if self.optim.layer_decay != 1:
             raise ValueError(
                 f"optim.layer_decay ({self.optim.layer_decay}) is for pretraining; here tower_lr sets the image "

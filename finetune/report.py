@@ -10,6 +10,7 @@ from finetune.recipe import FinetuneRecipe
 from finetune.tasks import Row, TaskKind
 from pairstream.report import Card, Report
 from pairstream.run import RunFolder
+from pretrain.recipe import TowersModel
 
 TITLES = {
     "caption": ("Captions", "Captions written for held-out pictures"),
@@ -28,7 +29,7 @@ def write_report(
     """Write `report.html` and `report.json` of a finished run."""
     title, wall = TITLES[recipe.task.kind]
     report = Report(
-        f"{title}: {folder.path.name}", f"{recipe.model.name}, {metrics['images']:,} held-out pictures"
+        f"{title}: {folder.path.name}", f"{encoder_name(recipe)}, {metrics['images']:,} held-out pictures"
     )
     if recipe.task.kind == "caption":
         add_caption_numbers(report, metrics)
@@ -49,6 +50,14 @@ def write_report(
     if len(measured) > 1:
         report.curves(task.main, {"held out": measured})
     report.write(folder.path)
+
+
+def encoder_name(recipe: FinetuneRecipe) -> str:
+    """What the report calls the encoder."""
+    if isinstance(recipe.model, TowersModel):
+        towers = recipe.model.image_tower, recipe.model.text_tower
+        return " + ".join(str(getattr(tower, "name", tower.kind)) for tower in towers)
+    return recipe.model.name
 
 
 def add_caption_numbers(report: Report, metrics: dict[str, Any]) -> None:

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from data.stream import Batch, PairStream
 from data.transforms import TrainTransform
+from finetune.evaluation import judge, open_val, text_batches
 from finetune.families import make_family
 from finetune.guard import FirstStep
+from finetune.model import recompute_activations
 from finetune.recipe import FinetuneRecipe
+from finetune.regularize import perturbed, pull_back, starting_weights
 from finetune.report import write_report
 from finetune.reward import SelfCritic
-from finetune.samples import EvalCollate, EvalLoad, ImageCollate, ImageLoad, TextLoad, TextRow
+from finetune.samples import ImageCollate, ImageLoad, TextRow
 from finetune.saved import BEST
 from finetune.tasks import Row, make_task
 from pairstream.atomic import write_text
@@ -37,8 +39,6 @@ from pretrain.checkpoint import (
 )
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
-
-TOKENIZER_SAMPLES = 100_000  # samples whose texts the tokenizer and the baselines are made from
 
 
 class Finetuner:
@@ -77,6 +77,7 @@ class Finetuner:
         self.step, self.samples_seen, self.history = 0, 0, {}
         self.saved: dict[str, Tensor] = {}
         self.guard: FirstStep | None = None
+        self.last: tuple[int, dict[str, Any], list[Row]] = (-1, {}, [])
         texts = self.read_texts()
         found = complete_checkpoints(Path(recipe.run) / "checkpoints") if resume else []
         state: dict[str, Any] = {}
@@ -90,6 +91,7 @@ class Finetuner:
         )
         load_optimizer_state(self.optimizer, self.saved)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.start = starting_weights(recipe, self.family.towers) if recipe.l2_sp else {}
         self.stream = self.open_train()
         if found:
             self.stream.counts = Counter(state["faults"])
@@ -111,22 +113,10 @@ class Finetuner:
 
     def read_texts(self) -> list[TextRow]:
         """All training texts, for the tokenizer and the baselines; the pictures are not decoded."""
-        limit = -(-TOKENIZER_SAMPLES // 256)
-        stream = PairStream(
-            self.recipe.data.train,
-            TextLoad(self.recipe.task),
-            Texts(),
-            batch_size=256,
-            shuffle=False,
-            workers=self.recipe.data.workers,
-            max_faults=self.recipe.data.max_faults,
-        )
         rewarded = self.recipe.reward.after is not None
-        if rewarded:
-            limit = stream.batches_per_epoch  # every caption is a reference
         texts: list[TextRow] = []
         captions: dict[int, list[str]] = {}
-        for batch in stream.iterate(0, min(stream.batches_per_epoch, limit)):
+        for batch in text_batches(self.recipe, everything=rewarded):
             texts += batch["rows"]
             if rewarded:
                 rows = zip(batch.indices.tolist(), batch["rows"], strict=True)
@@ -160,6 +150,8 @@ class Finetuner:
             "waits",
             "lora",
             "reward",
+            "l2_sp",
+            "adversarial",
             "batch_size",
         )
         return {key: recipe[key] for key in (*same, "seed", "steps", "optim", "schedule")}
@@ -186,18 +178,7 @@ class Finetuner:
 
     def open_val(self) -> PairStream:
         """The validation pictures of this rank, in the order of the shards."""
-        recipe, encoder = self.recipe, self.model.encoder
-        return PairStream(
-            recipe.data.val,
-            EvalLoad(recipe.task, encoder.transform, shown=recipe.evaluate.wall),
-            EvalCollate(encoder.image_size),
-            batch_size=recipe.evaluate.batch_size,
-            shuffle=False,
-            rank=self.rank,
-            world_size=self.world,
-            workers=recipe.data.workers,
-            max_faults=recipe.data.max_faults,
-        )
+        return open_val(self.recipe, self.model, rank=self.rank, world=self.world)
 
     def keep_image_tokens(self) -> Tensor:
         """The frozen tower's tokens of all training pictures, `(samples, n, token_dim)`, in main memory.
@@ -249,7 +230,7 @@ class Finetuner:
         waiting = [name for name, parameter in self.model.named_parameters() if parameter in late]
         self.guard = FirstStep(self.model, waiting)
         if recipe.gradient_checkpointing and hasattr(self.model, "language_model"):
-            self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(self.model.language_model)
         wrapped, optimizer = self.accelerator.prepare(self.model, self.optimizer)
         wrapped.train()
         window, waited = Window(self.accelerator.device), time.monotonic()
@@ -318,10 +299,17 @@ class Finetuner:
         guard, self.guard = self.guard, None
         if guard is not None:
             guard.after_backward()
+        if self.recipe.adversarial:
+            with perturbed(self.family.word_embeddings(self.model), self.recipe.adversarial):
+                with self.accelerator.autocast():
+                    attacked = wrapped(**inputs)
+                self.accelerator.backward(attacked * (self.world / words))
         for parameter in self.waiting():
             parameter.grad = None  # the optimiser passes over it: neither the weight nor its moments move
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.optim.clip_norm or math.inf)
         optimizer.step()
+        if self.start:
+            pull_back(self.optimizer, self.start, self.recipe.l2_sp)
         if guard is not None:
             guard.after_step()
         optimizer.zero_grad(set_to_none=True)
@@ -379,6 +367,7 @@ class Finetuner:
     def evaluate(self) -> tuple[dict[str, Any], list[Row]]:
         """`judge` the model as it is, and put the numbers into history and log."""
         numbers, rows = self.judge()
+        self.last = self.step, numbers, rows
         self.history[str(self.step)] = {
             name: value for name, value in numbers.items() if isinstance(value, int | float)
         }
@@ -392,7 +381,7 @@ class Finetuner:
     def given_up(self) -> bool:
         """Whether the last `patience` evaluations brought no new best."""
         patience = self.recipe.evaluate.patience
-        if patience is None:
+        if patience is None or not self.history:
             return False
         best = self.best_step()
         return sum(int(step) > best for step in self.history) >= patience
@@ -405,26 +394,8 @@ class Finetuner:
             self.accelerator.wait_for_everyone()
 
     def judge(self) -> tuple[dict[str, Any], list[Row]]:
-        """Write and judge texts of the validation pictures, on all ranks.
-
-        Returns:
-            The numbers, and the judged pictures in the order of the shards.
-        """
-        recipe, stream = self.recipe, self.open_val()
-        pictures = min(recipe.evaluate.pictures or stream.samples, stream.samples)
-        batches = -(-pictures // stream.global_batch)
-        rows: list[Row] = []
-        with ProgressBar("evaluate", batches, show=self.main) as bar:
-            for batch in stream.iterate(0, batches):
-                chosen = [row for row in batch["rows"] if row["index"] < pictures]
-                if chosen:
-                    self.task.write(self.model, batch["images"][: len(chosen)], chosen)
-                rows += chosen
-                bar.advance()
-        if self.world > 1:
-            rows = gather_object(rows)
-        rows.sort(key=lambda row: row["index"])
-        return self.task.score(rows), rows
+        """The numbers of the validation pictures, and the pictures in the order of the shards."""
+        return judge(self.recipe, self.model, self.task, self.open_val(), world=self.world, main=self.main)
 
     def save(self) -> None:
         """Write a checkpoint (rank 0)."""
@@ -447,7 +418,9 @@ class Finetuner:
 
     def finish(self) -> dict[str, Any]:
         """Measure, write metrics, predictions and report, and say where the model is."""
-        numbers, rows = self.evaluate()
+        done, numbers, rows = self.last
+        if done != self.step:  # a run that stopped early has just been judged
+            numbers, rows = self.evaluate()
         model, chosen = step_folder(self.folder.checkpoints, self.step) / "model", self.step
         self.keep_best()
         if self.recipe.evaluate.select == "best":
@@ -481,10 +454,3 @@ class Finetuner:
         """Tell the user, once."""
         if self.main:
             print(text, file=sys.stderr, flush=True)
-
-
-class Texts:
-    """Collates rows of texts as they are."""
-
-    def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        return {"rows": rows}

@@ -10,7 +10,7 @@ from finetune.connectors import build_connector
 from finetune.cross_attention import decoder_layers
 from finetune.model import VisionLanguageModel, load_task_model, small_language_model
 from finetune.recipe import CaptionTask, CrossAttention, Decoding, Mlp, Resampler, SmallLanguageModel, VqaTask
-from finetune.text import make_pair, pack, train_tokenizer
+from finetune.text import make_pair, pack, token_ids, train_tokenizer
 from pretrain.encoder import build_encoder
 from pretrain.recipe import TextTransformer, TowersModel, ViT
 
@@ -78,6 +78,8 @@ def unsettle(model: VisionLanguageModel) -> VisionLanguageModel:
         for name, parameter in language.named_parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=0.5 if ".h." in name or ".layers." in name else 1.0)
+        for block in getattr(model.connector, "blocks", ()):
+            block.output.weight.normal_(std=1.0)  # the picture should count in such a din
     return model
 
 
@@ -208,7 +210,7 @@ def test_they_learn_before_a_frozen_language_model_and_come_back_from_disk(files
             assert all(parameter.grad is not None for parameter in trained)
         optimizer.step()
         optimizer.zero_grad()
-    assert float(loss.detach()) < first / 4
+    assert float(loss.detach()) < first / 2
     assert all(torch.equal(value, frozen[key]) for key, value in model.language_model.state_dict().items())
     model.eval()
     written = model.caption(files)
@@ -235,11 +237,13 @@ def test_what_does_not_fit_is_refused():
 def test_decoding_settings_reach_generate(models, files):
     model = models["mlp"]
     plain = model.answer(files, QUESTIONS)
-    short = model.answer(files, QUESTIONS, Decoding(max_new_tokens=10, no_repeat_ngram=1))
-    for text in short:
-        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert len(ids) == len(set(ids)) or " " in text
-    assert short != plain
+    rows = [[place, token_ids(model.tokenizer, question)] for place, question in enumerate(QUESTIONS)]
+    unique = Decoding(max_new_tokens=30, no_repeat_ngram=1)
+    for row in model.generate_ids(model.see(files), rows, unique).tolist():
+        written = [number for number in row if number != model.tokenizer.pad_token_id]
+        assert len(written) == len(set(written)) > 3
+    long = model.generate_ids(model.see(files), rows, Decoding(max_new_tokens=40, min_new_tokens=40))
+    assert long.shape == (8, 40)
     torch.manual_seed(0)
     drawn = [model.answer(files, QUESTIONS, Decoding(max_new_tokens=10, sample=True)) for _ in range(2)]
     assert drawn[0] != drawn[1]

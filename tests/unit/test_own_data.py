@@ -78,11 +78,14 @@ def test_labels_in_one_command(world, tmp_path, capsys):
     more = ["--label-column", "label", "--text-column", "caption", "--steps", "2", "--batch-size", "8"]
     assert run_stage(main, words(world, "classify", tmp_path / "run", *more)) == 0
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert (metrics["task"], metrics["labels"], metrics["images"]) == ("classify", ["blue", "red"], 2)
+    assert (metrics["task"], metrics["labels"]) == ("classify", ["blue", "red"])
+    assert metrics["images"] in (1, 2)  # a tenth, of which the missing picture may be one
     capsys.readouterr()
     assert run_stage(main, words(world, "classify", tmp_path / "other", "--label-column", "lable")) == 2
     assert "did you mean 'label'" in capsys.readouterr().err
-    assert run_stage(main, words(world, "classify", tmp_path / "other", "--stepz", "3")) == 2
+    with pytest.raises(SystemExit, match="2"):
+        run_stage(main, words(world, "classify", tmp_path / "other", "--stepz", "3"))
+    assert "--steps" in capsys.readouterr().err
     assert run_stage(main, words(world, "classify", tmp_path / "other")[:-2]) == 2
     assert "3 of 23 rows are bad, more than --max-faults 0.05 allows" in capsys.readouterr().err
     assert not (tmp_path / "other-shards").exists()
