@@ -217,7 +217,13 @@ def encoder_checks(
         "sides": ("prefers the caption to one with left and right exchanged", swap_sides),
         "negation": ("prefers the caption to one that denies the first thing", deny),
     }
+    titles = {
+        "colours": "Colours exchanged, and the model likes that better",
+        "sides": "Left and right exchanged, and the model likes that better",
+        "negation": "The first thing denied, and the model likes that better",
+    }
     for name, (says, edit) in edits.items():
+        title = titles[name]
         changed = [(i, text) for i, pair in enumerate(pairs) if (text := edit(pair.captions[0]))]
         if not changed:
             result.leave_out(f"{name}_right", "no caption could be changed that way")
@@ -227,11 +233,14 @@ def encoder_checks(
         gap = own[which] - (images[which] * rows).sum(1)
         result.add(f"{name}_right", (gap > 0).double() + 0.5 * (gap == 0).double(), says, 0.5)
         result.add(f"{name}_gap", gap, "cosine of the caption minus that of the changed one", 0.0)
-        result.worst[f"Fooled by a change of {name}"] = [
+        result.worst[title] = [
             card(
                 pairs[changed[j][0]],
                 changed[j][1],
-                [f"its caption: {pairs[changed[j][0]].captions[0]}", f"gap {gap[j]:+.3f}"],
+                [
+                    f"true: {pairs[changed[j][0]].captions[0]}",
+                    f"cosine of the true caption lower by {-gap[j]:.3f}",
+                ],
             )
             for j in gap.argsort()[:WORST].tolist()
             if gap[j] <= 0

@@ -7,9 +7,22 @@ from typing import Any
 from explain.consistency import Consistency
 from pairstream.report import Report
 
+INTRO = (
+    "Encoder, captioner and VQA model look at the same pictures: do they say the same? A check beside what guessing "
+    "would give says how far apart the two are; one at chance means that the model does not tell the cases apart."
+)
 
-def cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+
+def cell(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+def left_out_lines(numbers: dict[str, Any]) -> list[str]:
+    """What was not checked, one line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in numbers["left_out"].items():
+        reasons.setdefault(reason, []).append(name.replace("_", " "))
+    return [f"Not checked, since {reason}: {', '.join(names)}." for reason, names in reasons.items()]
 
 
 def summary_lines(numbers: dict[str, Any]) -> list[str]:
@@ -21,7 +34,7 @@ def summary_lines(numbers: dict[str, Any]) -> list[str]:
     lines += [f"  {line}" for line in control_lines(numbers)]
     if numbers["chair"]:
         lines.append(f"  {chair_line(numbers['chair'])}")
-    lines += [f"  left out: {name}: {reason}" for name, reason in numbers["left_out"].items()]
+    lines += [f"  {line}" for line in left_out_lines(numbers)]
     return lines
 
 
@@ -56,17 +69,18 @@ def consistency_report(found: Consistency) -> Report:
     shown = [
         ("caption_finds_picture@1", "own caption finds it"),
         ("vqa_agreement", "answers agree"),
-        ("colours_right", "colours"),
-        ("sides_right", "left and right"),
-        ("negation_right", "negation"),
-        ("mirror_finds_picture", "mirror image finds it"),
+        ("colours_right", "tells colours"),
+        ("sides_right", "tells left from right"),
+        ("negation_right", "understands no"),
+        ("mirror_finds_picture", "finds mirror image"),
     ]
     checks = numbers["checks"]
     report.numbers(
-        (label, round(checks[name]["value"], 3), f"chance {checks[name]['chance']:.3f}")
+        (label, f"{checks[name]['value']:.3f}", f"by chance {checks[name]['chance']:.3f}")
         for name, label in shown
         if name in checks
     )
+    report.text(INTRO)
     report.heading("Checks")
     report.table(
         ["check", "value", "by chance", "cases", "what it says"],
@@ -84,10 +98,11 @@ def consistency_report(found: Consistency) -> Report:
     notes = control_lines(numbers)
     if numbers["chair"]:
         notes.append(chair_line(numbers["chair"]))
-    notes += [f"Left out: {name}: {reason}." for name, reason in numbers["left_out"].items()]
+    notes = [line[0].upper() + line[1:] + "." for line in notes] + left_out_lines(numbers)
     report.text("\n\n".join(notes))
     if any(found.worst.values()):
         report.heading("Worst cases")
+        report.text("The bold line is what the model said or preferred.")
     for title, cards in found.worst.items():
         if cards:
             report.cards(title, cards)

@@ -12,8 +12,10 @@ from pairstream.errors import require
 
 def export(
     *,
-    model: str,
     out: Path,
+    model: str | None = None,
+    captioner: Path | None = None,
+    vqa: Path | None = None,
     to: Literal["onnx", "openvino"] = "onnx",
     int8: bool = False,
     reduce_range: bool = False,
@@ -22,11 +24,13 @@ def export(
     pretrained: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write both towers for machines without torch, after comparing them with the model.
+    """Write a model for machines without torch, after comparing the two.
 
     Args:
-        model: A checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO.
         out: The folder to write.
+        model: Both towers of a dual encoder: a checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO.
+        captioner: A captioner of `pairstream finetune` instead.
+        vqa: A VQA model of `pairstream finetune` instead.
         to: The runtime.
         int8: Weights in int8: smaller, and faster where the CPU has VNNI.
         reduce_range: Seven bits instead of eight, for CPUs without VNNI.
@@ -37,6 +41,15 @@ def export(
     """
     from serve.export.runtime import CARD
 
+    given = {"--model": model, "--captioner": captioner, "--vqa": vqa}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise ValueError(f"give one of {', '.join(given)}; got {' and '.join(chosen) or 'none'}")
+    if model is None and (int8 or data or pretrained):
+        raise ValueError(
+            f"--int8, --data and --pretrained go with --model: {chosen[0]} is exported in float32, and compared by "
+            "what it writes"
+        )
     require({"onnx": "onnxruntime", "openvino": "openvino"}[to], "export", "`pairstream export`")
     require("onnx", "export", "`pairstream export`")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -44,9 +57,14 @@ def export(
             raise FileExistsError(f"{out} exists and holds no export: choose another --out")
         if not overwrite:
             raise FileExistsError(f"{out} already holds an export: choose another --out, or give --overwrite")
+    folder = captioner or vqa
+    if folder is not None:
+        export_writer(folder, "caption" if captioner else "vqa", out, to)
+        return
     from pretrain.encoder import load_encoder
     from serve.export.export import export_model
 
+    assert model is not None
     card = export_model(
         load_encoder(model, pretrained=pretrained, device="cpu"),
         out,
@@ -64,6 +82,27 @@ def export(
             f"{card['bytes'][name]['export'] / 1e6:.1f} MB ({ratio:.2f}x smaller)"
         )
     print(f"{out}: {card['precision']} for {card['runtime']}; README.md has sizes, latencies and parity")
+
+
+def export_writer(folder: Path, kind: str, out: Path, to: str) -> None:
+    """A captioner or a VQA model.
+
+    Raises:
+        ValueError: It was trained for something else.
+    """
+    require("transformers", "finetune", "captioners and VQA models")
+    from finetune.model import load_task_model
+    from serve.export.task_models import export_task_model
+
+    model = load_task_model(folder, device="cpu")
+    if model.task.kind != kind:
+        raise ValueError(f"{folder} was trained for {model.task.kind}, expected a model for {kind}")
+    card = export_task_model(model, out, to=to, name=folder.name)
+    print(
+        f"all {card['parity']['texts']} texts are the model's, largest difference of a logit "
+        f"{card['parity']['max_abs']:.1e}"
+    )
+    print(f"{out}: float32 for {to}, {card['bytes']['export'] / 1e6:.1f} MB")
 
 
 def main(argv: list[str]) -> int | None:

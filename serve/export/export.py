@@ -185,10 +185,13 @@ def readme(card: dict[str, Any]) -> str:
     if card.get("on_data"):
         found = card["on_data"]
         lines += ["", f"On {found['samples']:,} pictures with {found['texts']:,} texts:", ""]
-        lines += ["| direction | recall@1 | recall@1, int8 | same first picture |", "|---|---|---|---|"]
+        lines += [
+            "| direction | recall@1 | recall@1, int8 | first result of the same picture | the same first result |",
+            "|---|---|---|---|---|",
+        ]
         lines += [
             f"| {name.replace('_', ' ')} | {found[name]['recall@1']:.4f} | {found[name]['recall@1_export']:.4f} | "
-            f"{found[name]['agreement']:.1%} |"
+            f"{found[name]['agreement']:.1%} | {found[name]['same_row']:.1%} |"
             for name in ("image_to_text", "text_to_image")
         ]
     elif card["precision"] == "int8":

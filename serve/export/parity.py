@@ -112,9 +112,10 @@ def compare_on_data(
         limit: Only the first so many samples.
 
     Returns:
-        `samples`, `texts`; for each direction `recall@1` of the model, `recall@1_export`, `drop`, and `agreement`: the
-        share of queries whose first result belongs to the same picture. Which of a picture's own captions comes first
-        is left open: they are equally right, and recall@1 does not tell them apart either.
+        `samples`, `texts`; for each direction `recall@1` of the model, `recall@1_export`, `drop`, `agreement`: the
+        share of queries whose first result belongs to the same picture, and `same_row`: whose first result is the
+        same row. The gate takes the former: a picture's captions are to it what the templates of a label are to
+        zero-shot classification, whose first label they do not change.
     """
     ours = embed_shards(encoder, data, limit=limit)
     theirs = embed_shards(AsEncoder(edge, encoder), data, limit=limit)  # pyright: ignore
@@ -123,6 +124,7 @@ def compare_on_data(
         retrieval_metrics(each.images, each.texts, each.image_of_text, ks=(1,)) for each in (ours, theirs)
     )
     for direction in DIRECTIONS:
+        rows = [first_rows(each, direction) for each in (ours, theirs)]
         tops = [first_pictures(each, direction) for each in (ours, theirs)]
         recall, exported = (numbers[direction]["recall@1"] for numbers in (before, after))
         report[direction] = {
@@ -130,16 +132,21 @@ def compare_on_data(
             "recall@1_export": exported,
             "drop": recall - exported,
             "agreement": float((tops[0] == tops[1]).mean()),
+            "same_row": float((rows[0] == rows[1]).mean()),
         }
     return report
 
 
+def first_rows(found: Embeddings, direction: str) -> np.ndarray:
+    """int64 `(queries,)`: the row of the other side that each query finds first."""
+    scores = found.images @ found.texts.T
+    return scores.argmax(axis=1 if direction == "image_to_text" else 0)
+
+
 def first_pictures(found: Embeddings, direction: str) -> np.ndarray:
     """int64 `(queries,)`: the picture that each query finds first, or whose text it finds first."""
-    scores = found.images @ found.texts.T
-    if direction == "image_to_text":
-        return found.image_of_text[scores.argmax(axis=1)]
-    return scores.argmax(axis=0)
+    first = first_rows(found, direction)
+    return found.image_of_text[first] if direction == "image_to_text" else first
 
 
 def check_int8(report: dict[str, dict[str, float]], on_data: dict[str, Any] | None) -> None:

@@ -49,18 +49,11 @@ class EdgeEncoder:
 
     def __init__(self, folder: str | Path, *, threads: int = 0):
         self.folder = Path(folder)
-        path = self.folder / CARD
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist: expected a folder that `pairstream export` wrote"
-            )
-        self.card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if self.card.get("format") != FORMAT:
-            raise ValueError(f"{path}: format {self.card.get('format')!r}, this version reads {FORMAT}")
+        self.card = read_card(self.folder, "encoder")
         self.embed_dim = int(self.card["embed_dim"])
         self.preprocess_cfg: dict[str, Any] = self.card["preprocess"]
         self.tokenizer = Tokenizer(self.folder / "tokenizer.json", self.card["text"])
-        load = {"onnx": OnnxTower, "openvino": OpenVinoTower}[self.card["runtime"]]
+        load = GRAPHS[self.card["runtime"]]
         self.image_tower, self.text_tower = (load(self.folder, name, threads) for name in ("image", "text"))
 
     def preprocess(self, picture: Picture) -> np.ndarray:
@@ -80,11 +73,7 @@ class EdgeEncoder:
         Returns:
             float32 `(b, embed_dim)`, rows of length one.
         """
-        if not isinstance(images, np.ndarray):
-            images = np.stack([self.preprocess(image) for image in images])
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"expected uint8 images (b, 3, h, w), got {images.dtype} {images.shape}")
-        return self.image_tower(images)
+        return self.image_tower(as_pixels(images, self.preprocess_cfg))
 
     def encode_texts(self, texts: np.ndarray | Sequence[str]) -> np.ndarray:
         """Embed texts (strings, or int64 tokens `(n, context_length)`): float32 `(n, embed_dim)`, unit rows."""
@@ -111,10 +100,10 @@ class OnnxTower:
         self.session = onnxruntime.InferenceSession(
             str(folder / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
         )
-        self.input = self.session.get_inputs()[0].name
+        self.inputs = [each.name for each in self.session.get_inputs()]
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
-        return np.asarray(self.session.run(None, {self.input: batch})[0])
+    def __call__(self, *batches: np.ndarray) -> np.ndarray:
+        return np.asarray(self.session.run(None, dict(zip(self.inputs, batches, strict=True)))[0])
 
 
 class OpenVinoTower:
@@ -128,8 +117,48 @@ class OpenVinoTower:
             config["INFERENCE_NUM_THREADS"] = threads
         self.model = openvino.Core().compile_model(str(folder / f"{name}.xml"), "CPU", config)
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
-        return np.array(self.model([batch])[0])
+    def __call__(self, *batches: np.ndarray) -> np.ndarray:
+        return np.array(self.model(list(batches))[0])
+
+
+GRAPHS = {"onnx": OnnxTower, "openvino": OpenVinoTower}
+
+
+def read_card(folder: Path, kind: str) -> dict[str, Any]:
+    """The card of an export.
+
+    Args:
+        folder: What `pairstream export` wrote.
+        kind: `encoder` or `writer`.
+
+    Raises:
+        FileNotFoundError: No export there.
+        ValueError: An export of another version, or of another kind of model.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a folder that `pairstream export` wrote")
+    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if card.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {card.get('format')!r}, this version reads {FORMAT}")
+    found = card.get("kind", "encoder")
+    if found != kind:
+        opener = {"encoder": "serve.export.runtime.EdgeEncoder", "writer": "serve.export.writer.EdgeWriter"}
+        raise ValueError(f"{folder} holds an exported {found}: open it with {opener[found]}")
+    return card
+
+
+def as_pixels(images: np.ndarray | Sequence[Picture], config: dict[str, Any]) -> np.ndarray:
+    """Pictures, or what `preprocess` made of them, as uint8 `(b, 3, h, w)`.
+
+    Raises:
+        ValueError: An array of another kind.
+    """
+    if not isinstance(images, np.ndarray):
+        images = np.stack([preprocess(image, config) for image in images])
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"expected uint8 images (b, 3, h, w), got {images.dtype} {images.shape}")
+    return images
 
 
 def preprocess(picture: Picture, config: dict[str, Any]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,10 @@ def quantize(folder: Path, *, reduce_range: bool = False) -> dict[str, Any]:
     return report
 
 
-def to_openvino(folder: Path) -> None:
-    """Replace both graphs by OpenVINO's `.xml` and `.bin`, weights in float32."""
+def to_openvino(folder: Path, names: Sequence[str] = ("image", "text")) -> None:
+    """Replace graphs by OpenVINO's `.xml` and `.bin`, weights in float32."""
     openvino = require("openvino", "export", "`pairstream export --to openvino`")
-    for name in ("image", "text"):
+    for name in names:
         source = folder / f"{name}.onnx"
         # Not convert_model, which reports its use to its makers over the network.
         openvino.save_model(

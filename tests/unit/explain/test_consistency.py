@@ -185,7 +185,7 @@ def test_the_command_writes_numbers_and_a_report(explained, scenes, tmp_path, ca
     numbers = json.loads((tmp_path / "out" / "consistency.json").read_text())
     assert numbers["pictures"] == 10
     assert (tmp_path / "out" / "report.html").is_file()
-    assert "left out: vqa: no --vqa was given" in capsys.readouterr().out
+    assert "Not checked, since no --vqa was given: vqa" in capsys.readouterr().out
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").touch()
     with pytest.raises(FileExistsError, match="holds a training run, whose report would be lost"):
