@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from data.transforms import EvalTransform, decode_image
 from pairstream.atomic import new_folder, write_text
+from pretrain.adapters import plain_state
 from pretrain.checkpoint import save_tensors
 from pretrain.recipe import Model, OpenClipModel, TowersModel
 from pretrain.resolution import as_size, resize_image_tower
@@ -198,7 +199,7 @@ class Encoder:
         """A hash of weights and configuration: equal for equal models, wherever they lie."""
         config = {"model": without_paths(self.model_cfg), "preprocess": self.preprocess_cfg}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
-        for name, value in sorted(self.model.state_dict().items()):
+        for name, value in sorted(plain_state(self.model).items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
@@ -237,7 +238,7 @@ class Encoder:
             self.tokenizer.save_pretrained(folder)  # pyright: ignore
         config = {"model_cfg": model_cfg, "preprocess_cfg": self.preprocess_cfg}
         write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        weights = self.model.state_dict() if weights is None else weights
+        weights = plain_state(self.model) if weights is None else weights
         state = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         save_tensors(state, folder / WEIGHTS)
         write_text(folder / "README.md", card or f"# {final.name}\n\nA dual encoder saved by PairStream.\n")

@@ -120,3 +120,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give each group its learning rate; we step by the run's own step number, whatever the world size."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def require_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """After a phase's first step: refuse parameters that are to train and got no gradient.
+
+    They would silently stay as they were. The step's gradients are gone by then, but every optimiser here keeps state
+    of exactly those parameters that had one.
+
+    Raises:
+        ValueError: The loss does not depend on some; the message names them.
+    """
+    dead = [
+        name
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        if parameter not in optimizer.state
+    ]
+    if dead:
+        more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
+        raise ValueError(
+            f"{', '.join(name.removeprefix('model.') for name in dead[:3])}{more}: to be trained, but the loss does "
+            "not depend on them, so they got no gradient. Take a loss or a tower that uses them, or lock them (phases)."
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pairstream.errors import nearest
 from pairstream.recipe import load_recipe, recipe_names
+from pretrain.adapters import add_adapters, lock_all_but_adapters
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.flops import Count, count_flops, loss_flops
 from pretrain.locks import apply_lock
@@ -133,12 +134,16 @@ def make_plan(recipe: PretrainRecipe) -> Plan:
     model = encoder.model
     image = sum(parameter.numel() for parameter in model.visual.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
+    if recipe.lora:
+        add_adapters(model, recipe.lora)
     stretches = []
     phases = [phase for phase in recipe.phases if phase.step < recipe.steps] or [Phase()]
     ends = [*(phase.step for phase in phases[1:]), recipe.steps]
     own, largest = encoder.image_size, 0
     for phase, end in zip(phases, ends, strict=True):
         apply_lock(model, phase)
+        if recipe.lora:
+            lock_all_but_adapters(model, recipe.lora)
         set_patch_dropout(model.visual, phase.patch_dropout)
         encoder.set_image_size(as_size(phase.image_size) if phase.image_size else own)
         largest = max(largest, 3 * math.prod(encoder.image_size))

@@ -484,6 +484,16 @@ class EMA(Config):
     are forgotten; false keeps an average that starts from a pretrained model slow."""
 
 
+class LoRA(Config):
+    """Towers whose weights stay and whose matrices get small adapters that train; checkpoints have them added."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    """The adapters' product counts alpha / rank times."""
+    towers: tuple[Literal["image", "text"], ...] = Field(default=("image", "text"), min_length=1)
+    """Those that are adapted; another one trains as the phases say."""
+
+
 class Checkpoints(Config):
     """When checkpoints are written and how many stay."""
 
@@ -567,6 +577,8 @@ class PretrainRecipe(Config):
     schedule: Schedule = Cosine()
     ema: EMA | None = None
     """Evaluate and save a running average of the weights; None takes the weights themselves."""
+    lora: LoRA | None = None
+    """Train adapters of the towers in place of their weights; None trains the weights."""
     phases: tuple[Phase, ...] = ()
     """In the order of their steps; none trains everything throughout."""
     max_logit_scale: float = Field(default=100.0, gt=0)
@@ -601,6 +613,8 @@ class PretrainRecipe(Config):
     def possible(self) -> PretrainRecipe:
         check_schedule(self.schedule, self.steps)
         self.check_phases()
+        if self.lora and self.ema:
+            raise ValueError("ema averages weights and lora locks them: leave one of them out")
         if self.data.captions_per_image > 1 and not (
             self.data.captions == "random" and isinstance(self.loss, MultiPositiveConfig)
         ):

@@ -32,7 +32,7 @@ class Restored:
     weights: dict[str, Tensor]
     """Of the model that was saved."""
     trained: dict[str, Tensor]
-    """Of the model that was trained: the same, unless the run keeps an average."""
+    """Of the model that was trained: the same, unless the run keeps an average or trains adapters."""
     image_size: tuple[int, int]
     """Of its pictures, which a run may change on its way."""
 
@@ -51,7 +51,11 @@ def read_whole(folder: Path) -> Restored:
     state, optimizer = read_training_state(folder)
     built = read_checkpoint(folder / "model")
     weights = built.model.state_dict()
-    trained = read_trained_weights(folder) if state["identity"].get("ema") else weights
+    trained = (
+        read_trained_weights(folder)
+        if state["identity"].get("ema") or state["identity"].get("lora")
+        else weights
+    )
     return Restored(folder, state, optimizer, weights, trained, as_size(built.preprocess_cfg["size"]))
 
 

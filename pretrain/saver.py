@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pairstream.errors import message
+from pretrain.adapters import plain_state
 from pretrain.checkpoint import optimizer_state, save_checkpoint, step_folder
 from pretrain.copies import copy_checkpoint, open_place
 from pretrain.encoder import Encoder
@@ -66,15 +67,16 @@ class Saver:
             optimizer: Its state is written by parameter name.
             card: The model card.
             state: JSON that resuming needs.
-            average: The weights that are written as the model; those that train then go to what resuming needs.
+            average: The weights that are written as the model, instead of its own. Whenever those that train are
+                not those written, for an average or for adapters that are added, they go to what resuming needs.
 
         Raises:
             OSError: This or an earlier save failed; earlier checkpoints are untouched.
         """
         self.wait()
-        weights = encoder.model.state_dict()
-        trained = None if average is None else weights
-        weights = weights if average is None else average
+        state_dict = encoder.model.state_dict()
+        weights = plain_state(encoder.model) if average is None else average
+        trained = None if weights.keys() == state_dict.keys() and average is None else state_dict
         moments = optimizer_state(optimizer, copy=self.thread is not None)
         if self.thread is None:
             self.write(step, encoder, weights, trained, moments, card, state)

@@ -17,6 +17,7 @@ from data.stream import Batch, PairStream, pair_stream, set_picture_size
 from data.transforms import TrainTransform
 from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder
+from pretrain.adapters import add_adapters, lock_all_but_adapters, merge_adapters
 from pretrain.average import WeightAverage
 from pretrain.checkpoint import (
     clear_leftovers,
@@ -35,7 +36,7 @@ from pretrain.meter import Meter
 from pretrain.network import DualEncoder
 from pretrain.norm import use_global_batch_norm
 from pretrain.objectives import Features, build_objective
-from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from pretrain.optim import build_optimizer, learning_rate_factor, require_gradients, set_learning_rate
 from pretrain.peers import peers_present
 from pretrain.preemption import Preempted, StopRequest
 from pretrain.recipe import Phase, PretrainRecipe
@@ -90,10 +91,12 @@ class Trainer:
         self.encoder = build_encoder(recipe.model, device=self.accelerator.device)
         self.model: Any = self.encoder.model
         self.objective = build_objective(recipe.loss, self.encoder)
+        if recipe.lora:
+            add_adapters(self.model, recipe.lora)
         self.own_size = self.encoder.image_size
         for phase in recipe.phases or (Phase(),):
             phases = phases_begun(recipe.phases, phase.step)
-            apply_lock(self.model, phase)
+            self.lock(phase)
             set_patch_dropout(self.model.visual, phase.patch_dropout)
             if phase.image_size:
                 require_image_size(self.model.visual, as_size(phase.image_size))
@@ -196,7 +199,7 @@ class Trainer:
         state = found.state
         require_same_run(found, self.identity())
         self.encoder.set_image_size(found.image_size)
-        self.model.load_state_dict(found.weights)
+        self.model.load_state_dict(found.trained if self.recipe.lora else found.weights)
         if self.recipe.ema:
             self.average = WeightAverage(self.model, self.recipe.ema)
             self.model.load_state_dict(found.trained)
@@ -219,7 +222,7 @@ class Trainer:
         Raises:
             ValueError: They differ.
         """
-        apply_lock(self.model, phases_begun(self.recipe.phases, self.step)[-1])
+        self.lock(phases_begun(self.recipe.phases, self.step)[-1])
         parts = check_gradients(DualEncoder(self.encoder), self.encoder, self.objective, self.accelerator)
         told = ", ".join(f"{part} {cosine:.6f}, {ratio:.6f}" for part, (cosine, ratio) in parts.items())
         self.say(f"gradients are those of one process (cosine, ratio of lengths): {told}")
@@ -304,13 +307,16 @@ class Trainer:
             self.average.follow(self.model)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         window, self.logged = Window(self.accelerator.device), self.step
-        waited = time.monotonic()
+        waited, checked = time.monotonic(), False
         for batch in self.stream.iterate(self.step, stop):
             window.waiting += time.monotonic() - waited
             torch.manual_seed(mix(recipe.seed, self.step, self.rank))
             lr = recipe.optim.lr * learning_rate_factor(self.step, recipe.steps, recipe.schedule)
             set_learning_rate(self.optimizer, lr)
             seen = self.train_step(batch, wrapped, optimizer, parameters, window)
+            if seen and not checked:
+                require_gradients(self.optimizer)
+                checked = True
             if self.average:
                 self.average.update(self.step)
             self.step += 1
@@ -337,10 +343,16 @@ class Trainer:
         self.saved = optimizer_state(self.optimizer)
         self.accelerator.free_memory()
 
+    def lock(self, phase: Phase) -> None:
+        """Set which parameters train."""
+        apply_lock(self.model, phase)
+        if self.recipe.lora:
+            lock_all_but_adapters(self.model, self.recipe.lora)
+
     def begin_phase(self) -> Phase:
         """Make the model and the stream what the phase of the current step wants, and return it."""
         phase = phases_begun(self.recipe.phases, self.step)[-1]
-        apply_lock(self.model, phase)
+        self.lock(phase)
         set_patch_dropout(self.model.visual, phase.patch_dropout)
         size = as_size(phase.image_size) if phase.image_size else self.own_size
         if size != self.encoder.image_size:
@@ -526,6 +538,8 @@ class Trainer:
         if self.average:
             self.average.exchange()  # the encoder that a caller finds is the one that was saved
             self.average = None
+        if self.recipe.lora:
+            merge_adapters(self.model)
         metrics = {
             "steps": self.step,
             "samples_seen": self.samples_seen,

@@ -1,413 +1,112 @@
-"""The adapters of named sets, on small copies of their real layouts."""
+"""LoRA towers."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-from typing import Any
+import shutil
 
+import open_clip
 import pytest
+import torch
 
-from data.adapters import coco, easy_vqa, vqav2
-from data.adapters.common import Skipped, need_folder, safe_key
-from data.adapters.flickr import flickr8k, flickr30k
-from data.shards import Sample
-
-
-def split_up(items) -> tuple[list[Sample], list[Skipped]]:
-    rows = list(items)
-    return [row for row in rows if isinstance(row, Sample)], [row for row in rows if isinstance(row, Skipped)]
+from pretrain.adapters import add_adapters, merge_adapters, plain_state
+from pretrain.checkpoint import complete_checkpoints
+from pretrain.encoder import build_encoder
+from pretrain.recipe import LoRA, PretrainRecipe, TowersModel
+from pretrain.trainer import Trainer
 
 
 @pytest.fixture
-def put(tmp_path: Path, make_picture):
-    """`put("folder/a.jpg")` writes a picture, `put("x.json", {...})` JSON, `put("x.txt", "...")` text."""
-
-    def write(name: str, content: Any = None) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            path.write_bytes(make_picture(len(name) + sum(map(ord, path.stem))))
-        else:
-            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return path
-
-    return write
+def models(tiny_models, tiny_bert) -> dict[str, dict]:
+    bert = {"kind": "transformers", "name": str(tiny_bert), "context_length": 8}
+    timm = {"kind": "timm", "name": "test_vit", "image_size": 64}
+    return {**tiny_models, "timm": {**tiny_models["vit"], "image_tower": timm, "text_tower": bert}}
 
 
-def token_lines(*names: str) -> str:
-    return "".join(
-        f"{name}#{number}\tcaption {number} of {name} .\n" for name in names for number in range(5)
+def inputs(encoder) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randint(0, 256, (3, 3, *encoder.image_size), dtype=torch.uint8), encoder.tokenize(
+        ["a", "red thing", "b"]
     )
 
 
-@pytest.fixture
-def flickr8k_root(put, tmp_path: Path) -> Path:
-    for name in ("1_a.jpg", "2_b.jpg", "3_c.jpg", "4_d.jpg"):
-        put(f"Flicker8k_Dataset/{name}")
-    # The published file has captions of a picture that does not exist, under an odd name.
-    put(
-        "Flickr8k.token.txt",
-        token_lines("2_b.jpg", "1_a.jpg", "3_c.jpg", "4_d.jpg", "2258277193_586949ec62.jpg.1"),
-    )
-    put("Flickr_8k.trainImages.txt", "1_a.jpg\n2_b.jpg\n")
-    put("Flickr_8k.devImages.txt", "3_c.jpg\n")
-    put("Flickr_8k.testImages.txt", "4_d.jpg\n")
-    return tmp_path
+def test_the_weight_is_the_sum_written_out(models):
+    encoder = build_encoder(TowersModel.model_validate(models["vit"]), device="cpu")
+    images, tokens = inputs(encoder)
+    before = encoder.encode_images(images), encoder.encode_texts(tokens)
+    names = set(encoder.model.state_dict())
+    assert add_adapters(encoder.model, LoRA(rank=2, alpha=3.0)) == 2 * 2 * 4  # towers, blocks, matrices
+    # Other kernels run on weights that are computed, so equal up to rounding.
+    torch.testing.assert_close(encoder.encode_images(images), before[0])
+    torch.testing.assert_close(encoder.encode_texts(tokens), before[1])
+    attention = encoder.model.visual.transformer.resblocks[0].attn
+    adapter = attention.parametrizations.in_proj_weight
+    adapter[0].up.data.normal_()
+    expected = adapter.original.double() + 1.5 * adapter[0].up.double() @ adapter[0].down.double()
+    torch.testing.assert_close(attention.in_proj_weight.double(), expected, rtol=1e-6, atol=1e-6)
+    assert set(plain_state(encoder.model)) == names
+    changed = encoder.encode_images(images)
+    assert float((changed - before[0]).abs().max()) > 0.01
+    fingerprint = encoder.fingerprint
+    merge_adapters(encoder.model)
+    assert set(encoder.model.state_dict()) == names
+    assert encoder.fingerprint == fingerprint
+    torch.testing.assert_close(encoder.encode_images(images), changed)
 
 
-def test_flickr8k_gives_the_pictures_of_the_split_with_their_captions(flickr8k_root: Path) -> None:
-    samples, faults = split_up(flickr8k(flickr8k_root))
-    assert [sample.key for sample in samples] == ["1_a", "2_b"], "in the order of the split list"
-    assert samples[0].captions == [f"caption {number} of 1_a.jpg ." for number in range(5)]
-    assert samples[0].meta == {"name": "1_a.jpg"}
-    assert samples[0].image == (flickr8k_root / "Flicker8k_Dataset" / "1_a.jpg").read_bytes()
-    assert faults == []
-    keys = {
-        split: [s.key for s in split_up(flickr8k(flickr8k_root, split))[0]]
-        for split in ("dev", "val", "test")
+@pytest.mark.parametrize("kind", ["vit", "timm"])
+def test_adapters_train_weights_stay_and_stock_open_clip_opens_it(
+    models, tiny_recipe, fresh_accelerate, kind
+):
+    """Every adapter moves, those of out_proj too, and everything else in the towers stays to the last bit."""
+    content = tiny_recipe(model=models[kind], steps=3, schedule={"warmup": 0}, lora={"rank": 2})
+    trainer = Trainer(PretrainRecipe.model_validate(content))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    moved: set[str] = set()
+    save = trainer.save
+
+    def look() -> None:
+        after = trainer.model.state_dict()
+        moved.update(name for name in after if not torch.equal(after[name], before[name]))
+        save()
+
+    trainer.save = look  # pyright: ignore
+    trainer.train()
+    adapters = {name for name in before if name.endswith((".up", ".down"))}
+    rest = moved - adapters
+    assert adapters <= moved
+    assert any("out_proj" in name for name in adapters) or kind == "timm"
+    assert rest == {name for name in before if name in ("logit_scale", "visual.proj", "text_projection")} | {
+        name for name in before if ".head." in name or name.startswith("text.proj")
     }
-    assert keys == {"dev": ["3_c"], "val": ["3_c"], "test": ["4_d"]}
+    images, tokens = inputs(trainer.encoder)
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{trainer.model_folder}")
+    model.eval()
+    with torch.no_grad():
+        theirs = model.encode_image(trainer.encoder.pixels(images), normalize=True)  # pyright: ignore
+        said = model.encode_text(tokens, normalize=True)  # pyright: ignore
+    torch.testing.assert_close(theirs, trainer.encoder.encode_images(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(said, trainer.encoder.encode_texts(tokens), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "folder", ["Flickr8k_Dataset", "flickr8k_dataset", "Images", "Flickr8k_Dataset/Flicker8k_Dataset"]
-)
-def test_flickr8k_folder_names(flickr8k_root: Path, folder: str) -> None:
-    old = flickr8k_root / "Flicker8k_Dataset"
-    aside = old.rename(flickr8k_root / "aside")
-    (flickr8k_root / folder).parent.mkdir(exist_ok=True)
-    aside.rename(flickr8k_root / folder)
-    assert len(split_up(flickr8k(flickr8k_root))[0]) == 2
-
-
-def test_flickr8k_text_files_may_lie_in_a_folder(flickr8k_root: Path) -> None:
-    (flickr8k_root / "Flickr8k_text").mkdir()
-    for path in flickr8k_root.glob("*.txt"):
-        path.rename(flickr8k_root / "Flickr8k_text" / path.name)
-    assert len(split_up(flickr8k(flickr8k_root))[0]) == 2
-
-
-def test_flickr8k_names_bad_rows_by_file_and_line(flickr8k_root: Path, put) -> None:
-    put(
-        "Flickr8k.token.txt",
-        "1_a.jpg#0\tgood\n1_a.jpg#1 no tab here\n\n1_a.jpg#2\t  \nother.jpg broken\n5_gone.jpg#0\tgone\n",
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tiny_recipe, fresh_accelerate, tmp_path):
+    content = tiny_recipe(
+        steps=4, lora={"towers": ["image"]}, phases=[{"image_groups": 0}, {"step": 3, "image_groups": 1}]
     )
-    put("Flickr_8k.trainImages.txt", "1_a.jpg\n2_b.jpg\n\n5_gone.jpg\n")
-    samples, faults = split_up(flickr8k(flickr8k_root))
-    assert [(sample.key, sample.captions) for sample in samples] == [("1_a", ["good"])]
-    assert [(fault.cause, fault.where) for fault in faults] == [
-        ("bad_row", "Flickr8k.token.txt:2"),
-        ("missing_caption", "Flickr8k.token.txt:4"),
-        ("missing_caption", "Flickr_8k.trainImages.txt:2"),
-        ("missing_image", "Flickr_8k.trainImages.txt:4"),
-    ]
-    assert "expected name.jpg#0<TAB>caption, got '1_a.jpg#1 no tab here'" in faults[0].why
-    assert str(Path("Flicker8k_Dataset") / "5_gone.jpg") in faults[3].why
+    ends = []
+    for resume in (False, True):
+        fresh_accelerate()
+        trainer = Trainer(PretrainRecipe.model_validate(content), resume=resume)
+        trainer.train()
+        ends.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        shutil.rmtree(complete_checkpoints(tmp_path / "run/checkpoints")[0])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_flickr8k_errors(flickr8k_root: Path, put, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_what_cannot_be_adapted_is_refused(tiny_models, tiny_recipe):
+    resnet = build_encoder(TowersModel.model_validate(tiny_models["resnet"]), device="cpu").model
     with pytest.raises(
-        ValueError, match=r"flickr8k has no split 'training': expected one of train, val, dev, test"
+        ValueError, match=r"lora.towers: the image tower has no linear layers .* take a transformer"
     ):
-        flickr8k(flickr8k_root, "training")
-    (flickr8k_root / "Flickr_8k.testImages.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no list of the test split in .*Flickr_8k.testImages.txt"):
-        flickr8k(flickr8k_root, "test")
-    (flickr8k_root / "Flickr8k.token.txt").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"no captions of flickr8k .*Flickr8k.token.txt or dataset_flickr8k"
-    ):
-        flickr8k(flickr8k_root)
-    with pytest.raises(FileNotFoundError, match=r"no folder of pictures in .*Flickr8k_Dataset or"):
-        flickr8k(tmp_path_factory.mktemp("empty"))
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere: expected --root"):
-        flickr8k(flickr8k_root / "nowhere")
-
-
-def test_a_caption_file_that_is_not_text(flickr8k_root: Path) -> None:
-    (flickr8k_root / "Flickr8k.token.txt").write_bytes(b"1_a.jpg#0\tcaf\xe9\n")
-    with pytest.raises(ValueError, match=r"Flickr8k.token.txt: expected UTF-8 text"):
-        flickr8k(flickr8k_root)
-
-
-def karpathy(*images: tuple[str, str], **extra: Any) -> dict:
-    return {
-        "images": [
-            {
-                "filename": name,
-                "split": split,
-                "imgid": number,
-                "sentences": [{"raw": f"raw {name}"}],
-                **extra,
-            }
-            for number, (name, split) in enumerate(images)
-        ]
-    }
-
-
-def test_karpathy_flickr(put, tmp_path: Path) -> None:
-    for name in ("a.jpg", "b.jpg", "c.jpg"):
-        put(f"flickr30k_images/flickr30k_images/{name}")
-    content = karpathy(("a.jpg", "train"), ("b.jpg", "val"), ("c.jpg", "test"), ("gone.jpg", "test"))
-    content["images"].append({"filename": "x.jpg", "split": "test"})
-    put("dataset_flickr30k.json", content)
-    samples, faults = split_up(flickr30k(tmp_path, "test"))
-    assert [(sample.key, sample.captions) for sample in samples] == [("c", ["raw c.jpg"])]
-    assert samples[0].meta == {"name": "c.jpg"}, "imgid is no id of the set"
-    assert [(fault.cause, fault.where) for fault in faults] == [
-        ("bad_row", "dataset_flickr30k.json: images[4]"),
-        ("missing_image", "dataset_flickr30k.json: images[3]"),
-    ]
-    assert [sample.key for sample in split_up(flickr30k(tmp_path, "dev"))[0]] == ["b"]
-    assert {sample.key for sample in split_up(flickr30k(tmp_path, "all"))[0]} == {"a", "b", "c"}
-    with pytest.raises(ValueError, match=r"dataset_flickr30k.json: no split 'trian': it has .*mean 'train'"):
-        flickr30k(tmp_path, "trian")
-
-
-def test_flickr8k_by_karpathy_when_there_is_nothing_else(put, tmp_path: Path) -> None:
-    put("Images/a.jpg")
-    put("dataset_flickr8k.json", karpathy(("a.jpg", "train")))
-    assert [sample.key for sample in split_up(flickr8k(tmp_path))[0]] == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("results_20130124.token", "a.jpg#0\tone\na.jpg#1\ttwo\nb.jpg#0\tthree\n"),
-        (
-            "results.csv",
-            "image_name| comment_number| comment\na.jpg| 0| one\na.jpg| 1| two\nb.jpg| 0| three\n",
-        ),
-    ],
-)
-def test_flickr30k_caption_files(put, tmp_path: Path, name: str, content: str) -> None:
-    put("flickr30k-images/a.jpg")
-    put("flickr30k-images/b.jpg")
-    put(name, content)
-    samples, faults = split_up(flickr30k(tmp_path, "all"))
-    assert [(sample.key, sample.captions) for sample in samples] == [("a", ["one", "two"]), ("b", ["three"])]
-    assert faults == []
-    with pytest.raises(
-        FileNotFoundError, match=r"knows no splits: .*dataset_flickr30k.json or val.txt.*--split all"
-    ):
-        flickr30k(tmp_path, "dev")
-    put("val.txt", "b\n")  # without .jpg, as Flickr30k Entities writes them
-    assert [sample.key for sample in split_up(flickr30k(tmp_path, "dev"))[0]] == ["b"]
-
-
-def test_the_broken_row_of_results_csv(put, tmp_path: Path) -> None:
-    put("Images/2199200615.jpg")
-    put(
-        "results.csv",
-        "image_name| comment_number| comment\n2199200615.jpg| 0| a dog\n2199200615.jpg| 4   A dog runs .\n",
-    )
-    samples, faults = split_up(flickr30k(tmp_path, "all"))
-    assert samples[0].captions == ["a dog"]
-    assert [(fault.cause, fault.where) for fault in faults] == [("bad_row", "results.csv:3")]
-
-
-def coco_captions(*images: tuple[int, str, list[str]]) -> dict:
-    return {
-        "images": [{"id": number, "file_name": name} for number, name, _ in images],
-        "annotations": [
-            {"id": 10 * number + place, "image_id": number, "caption": caption}
-            for number, _, captions in images
-            for place, caption in enumerate(captions)
-        ],
-    }
-
-
-def test_coco_official_files(put, tmp_path: Path) -> None:
-    put("val2017/000000000139.jpg")
-    put("val2017/000000000285.jpg")
-    content = coco_captions(
-        (285, "000000000285.jpg", ["a bear", " a big bear\n"]),
-        (139, "000000000139.jpg", ["a room"]),
-        (7, "000000000007.jpg", ["gone"]),
-        (8, "000000000008.jpg", []),
-    )
-    content["annotations"] += [{"image_id": 99, "caption": "of nothing"}, {"image_id": 139}]
-    content["images"] += [{"id": 9}]
-    put("annotations/captions_val2017.json", content)
-    for split in ("val", "val2017"):
-        samples, faults = split_up(coco.samples(tmp_path, split))
-        assert [(sample.key, sample.captions) for sample in samples] == [
-            ("000000000285", ["a bear", "a big bear"]),
-            ("000000000139", ["a room"]),
-        ]
-        assert samples[0].meta == {"name": "000000000285.jpg", "image_id": 285}
-        assert [(fault.cause, fault.where) for fault in faults] == [
-            ("bad_row", "captions_val2017.json: images[4]"),
-            ("bad_row", "captions_val2017.json: annotations[4]"),
-            ("bad_row", "captions_val2017.json: annotations[5]"),
-            ("missing_image", "captions_val2017.json: images[2]"),
-            ("missing_caption", "captions_val2017.json: images[3]"),
-        ]
-
-
-def test_coco_asks_for_the_year_when_both_are_there(put, tmp_path: Path) -> None:
-    for year in ("2014", "2017"):
-        put(f"train{year}/{year}.jpg")
-        put(f"annotations/captions_train{year}.json", coco_captions((1, f"{year}.jpg", ["a"])))
-    with pytest.raises(ValueError, match=r"say which with --split train2017 or train2014"):
-        coco.samples(tmp_path, "train")
-    assert [sample.key for sample in split_up(coco.samples(tmp_path, "train2014"))[0]] == ["2014"]
-
-
-def test_coco_by_karpathy(put, tmp_path: Path) -> None:
-    put("train2014/COCO_train2014_000000000009.jpg")
-    put("images/val2014/COCO_val2014_000000000042.jpg")
-    train = karpathy(("COCO_train2014_000000000009.jpg", "train"), filepath="train2014", cocoid=9)
-    rest = karpathy(("COCO_val2014_000000000042.jpg", "restval"), filepath="val2014", cocoid=42)
-    put("dataset_coco.json", {"images": train["images"] + rest["images"]})
-    samples, _ = split_up(coco.samples(tmp_path, "train+restval"))
-    assert [sample.meta["image_id"] for sample in samples] == [9, 42]
-    assert len(split_up(coco.samples(tmp_path, "train"))[0]) == 1
-
-
-def test_coco_errors(put, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"coco has no captions for the split 'test' .*dataset_coco.json"):
-        coco.samples(tmp_path, "test")
-    with pytest.raises(FileNotFoundError, match=r"no captions of the val split .*captions_val2017.json or"):
-        coco.samples(tmp_path, "val")
-    put("captions_val2017.json", coco_captions((1, "a.jpg", ["a"])))
-    with pytest.raises(FileNotFoundError, match=r"no folder of pictures in .*expected val2017 with pictures"):
-        coco.samples(tmp_path, "val")
-    put("val2017/a.jpg")
-    put("captions_val2017.json", '{"images": [{"id": 1, "file_na')
-    with pytest.raises(ValueError, match=r"captions_val2017.json: not a JSON file.*cut short"):
-        coco.samples(tmp_path, "val")
-    put("captions_val2017.json", {"images": [], "info": {}})
-    with pytest.raises(
-        ValueError, match=r"list of objects under 'annotations', but the file has images, info"
-    ):
-        coco.samples(tmp_path, "val")
-    put("captions_val2017.json", [1, 2])
-    with pytest.raises(ValueError, match=r"list of objects under 'images', but the file has list"):
-        coco.samples(tmp_path, "val")
-
-
-def vqa_question(image_id: int, question_id: int) -> dict:
-    return {"image_id": image_id, "question_id": question_id, "question": f"What is {question_id}?"}
-
-
-def vqa_answers(image_id: int, question_id: int, answers: int = 10) -> dict:
-    return {
-        "image_id": image_id,
-        "question_id": question_id,
-        "question_type": "what is",
-        "answer_type": "other",
-        "multiple_choice_answer": "0",
-        "answers": [
-            {"answer": str(number // 4), "answer_confidence": "yes", "answer_id": number + 1}
-            for number in range(answers)
-        ],
-    }
-
-
-def test_vqav2_gathers_questions_and_ten_answers(put, tmp_path: Path) -> None:
-    put("train2014/COCO_train2014_000000000071.jpg")
-    put("train2014/COCO_train2014_000000000077.jpg")
-    asked = [(77, 77000), (71, 71000), (77, 77001), (5, 5000), (71, 71009), (71, 71010)]
-    put(
-        "v2_OpenEnded_mscoco_train2014_questions.json",
-        {"questions": [*[vqa_question(*ids) for ids in asked], {"question": "of what?"}]},
-    )
-    put(
-        "v2_mscoco_train2014_annotations.json",
-        {
-            "annotations": [
-                *[vqa_answers(*ids) for ids in asked[:4]],
-                vqa_answers(71, 71009, 9),
-                {"image_id": 1},
-            ]
-        },
-    )
-    samples, faults = split_up(vqav2.samples(tmp_path))
-    assert [(sample.key, len(sample.meta["questions"])) for sample in samples] == [
-        ("COCO_train2014_000000000077", 2),
-        ("COCO_train2014_000000000071", 1),
-    ]
-    assert samples[0].meta["image_id"] == 77
-    assert samples[0].meta["questions"][1] == {
-        "question_id": 77001,
-        "question": "What is 77001?",
-        "answers": ["0", "0", "0", "0", "1", "1", "1", "1", "2", "2"],
-        "answer_type": "other",
-        "question_type": "what is",
-    }
-    assert samples[0].captions == []
-    assert [(fault.cause, fault.where) for fault in faults] == [
-        ("bad_row", "v2_mscoco_train2014_annotations.json: annotations[5]"),
-        ("missing_answer", "v2_OpenEnded_mscoco_train2014_questions.json: questions[4]"),
-        ("missing_answer", "v2_OpenEnded_mscoco_train2014_questions.json: questions[5]"),
-        ("bad_row", "v2_OpenEnded_mscoco_train2014_questions.json: questions[6]"),
-        ("missing_image", "v2_OpenEnded_mscoco_train2014_questions.json: questions[3]"),
-    ]
-
-
-@pytest.mark.parametrize(("split", "subset"), [("test", "test2015"), ("test-dev", "test-dev2015")])
-def test_vqav2_test_questions_have_no_answers(put, tmp_path: Path, split: str, subset: str) -> None:
-    put("test2015/COCO_test2015_000000000001.jpg")
-    put(f"questions/v2_OpenEnded_mscoco_{subset}_questions.json", {"questions": [vqa_question(1, 1000)]})
-    samples, faults = split_up(vqav2.samples(tmp_path, split))
-    assert samples[0].meta["questions"] == [{"question_id": 1000, "question": "What is 1000?"}]
-    assert faults == []
-
-
-def test_vqav2_errors(put, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"vqav2 has no split 'dev': expected one of train, val, test, test-dev"
-    ):
-        vqav2.samples(tmp_path, "dev")
-    with pytest.raises(FileNotFoundError, match=r"no val questions of VQA v2 in .*val2014_questions.json"):
-        vqav2.samples(tmp_path, "val")
-    put("val2014/COCO_val2014_000000000001.jpg")
-    put("v2_OpenEnded_mscoco_val2014_questions.json", {"questions": [vqa_question(1, 1000)]})
-    with pytest.raises(FileNotFoundError, match=r"no val answers of VQA v2 in .*val2014_annotations.json"):
-        vqav2.samples(tmp_path, "val")
-
-
-def test_easy_vqa_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"easy_vqa has no split 'val': expected one of train, test"):
-        easy_vqa.samples("val")
-    monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with pytest.raises(ImportError, match=r"the data set easy_vqa needs .* pip install 'pairstream\[data\]'"):
-        easy_vqa.samples("train")
-
-
-def test_easy_vqa_has_all_its_questions() -> None:
-    pytest.importorskip("easy_vqa", reason="the extra `data` is not installed")
-    counts = {}
-    for split in ("train", "test"):
-        samples, faults = split_up(easy_vqa.samples(split))
-        asked = [question for sample in samples for question in sample.meta["questions"]]
-        counts[split] = (len(samples), len(asked), len(faults))
-        assert len({question["question_id"] for question in asked}) == len(asked)
-        assert all(len(set(question["answers"])) == 1 for question in asked)
-        assert all(len(question["answers"]) == 10 for question in asked)
-    assert counts == {"train": (4000, 38575, 0), "test": (1000, 9673, 0)}
-    first = samples[0]
-    assert (first.key, first.extension, first.meta["image_id"]) == ("test-00000", "png", 0)
-
-
-def test_folders_without_pictures_are_not_taken(tmp_path: Path) -> None:
-    (tmp_path / "Images").mkdir()
-    (tmp_path / "Images" / "readme.txt").write_text("pictures are elsewhere")
-    with pytest.raises(FileNotFoundError, match="expected images with pictures in it"):
-        need_folder(tmp_path, "images")
-
-
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [
-        ("a b.jpg", "a_b"),
-        ("x/y-1_z.PNG", "y-1_z"),
-        ("ü.ü.jpg", "___"),
-        ("2258277193.jpg.1", "2258277193_jpg"),
-    ],
-)
-def test_keys_are_safe(name: str, key: str) -> None:
-    assert safe_key(name) == key
+        add_adapters(resnet, LoRA())
+    with pytest.raises(ValueError, match="ema averages weights and lora locks them"):
+        PretrainRecipe.model_validate(tiny_recipe(lora={}, ema={}))

@@ -106,6 +106,17 @@ def test_every_trained_tensor_gets_a_gradient_and_moves(train, tiny_models):
             assert float(moved[parameter]["exp_avg_sq"].sum()) > 0, f"{name} never had a gradient"
 
 
+def test_a_tensor_that_the_loss_does_not_reach_stops_the_run(tiny_recipe, fresh_accelerate):
+    """It would silently stay as it was, as an adapter in the wrong place does."""
+    trainer = Trainer(PretrainRecipe.model_validate(tiny_recipe()))
+    trainer.model.visual.spare = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match=r"visual.spare.weight, visual.spare.bias: to be trained, but .* no gradient"
+    ):
+        trainer.train()
+    assert trainer.step == 0
+
+
 def test_logit_scale_is_clamped_after_each_step(train, tmp_path):
     trainer = train(steps=1, max_logit_scale=10.0, schedule={"warmup": 0})
     assert float(trainer.model.logit_scale.detach()) == pytest.approx(math.log(10.0))  # began at ln 14.3
