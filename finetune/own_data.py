@@ -18,7 +18,7 @@ from data.shards import Sample, ShardWriter
 from finetune.recipe import FinetuneRecipe
 from pairstream.atomic import new_folder
 from pairstream.progress import ProgressBar
-from pairstream.recipe import load_recipe
+from pairstream.recipe import load_recipe, validate
 
 Kind = Literal["caption", "classify", "vqa"]
 COLUMNS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
@@ -84,8 +84,10 @@ def run(kind: Kind, words: Sequence[str]) -> int:
     out = own.out or Path("runs") / name
     shards = out.with_name(f"{out.name}-shards")
     usual = load_recipe(FinetuneRecipe, "finetune", name).schedule.warmup
+    given = {word.split("=")[0] for word in further}
     # A fault in an option is told before any work; the warm-up is fitted to the steps below.
-    recipe = load_recipe(FinetuneRecipe, "finetune", name, ["--schedule.warmup", "0", *further])
+    short = [] if "--schedule.warmup" in given else ["--schedule.warmup", "0"]
+    recipe = load_recipe(FinetuneRecipe, "finetune", name, [*short, *further])
     if not (own.resume and (shards / "val").is_dir()):
         write_shards(kind, own, shards)
     from finetune.trainer import Finetuner
@@ -93,15 +95,15 @@ def run(kind: Kind, words: Sequence[str]) -> int:
 
     require("transformers", "finetune", "fine-tuning")
     pictures = count(shards / "train")
-    batch = recipe.batch_size if "--batch-size" in further else min(recipe.batch_size, pictures)
-    steps = recipe.steps if "--steps" in further else max(2, round(own.epochs * pictures / batch))
-    warmup = recipe.schedule.warmup if "--schedule.warmup" in further else min(usual, steps // 10)
+    batch = recipe.batch_size if "--batch-size" in given else min(recipe.batch_size, pictures)
+    steps = recipe.steps if "--steps" in given else max(2, round(own.epochs * pictures / batch))
+    warmup = recipe.schedule.warmup if "--schedule.warmup" in given else min(usual, steps // 10)
     content = recipe.model_dump(mode="json")
     content |= {"run": str(out), "batch_size": batch, "steps": steps}
     content["model"] |= {"name": own.model}
     content["data"] |= {"train": str(shards / "train"), "val": str(shards / "val")}
     content["schedule"] |= {"warmup": warmup}
-    Finetuner(FinetuneRecipe.model_validate(content), resume=own.resume, overwrite=own.overwrite).train()
+    Finetuner(validate(FinetuneRecipe, content, name), resume=own.resume, overwrite=own.overwrite).train()
     return 0
 
 

@@ -129,7 +129,7 @@ class Mixed:
     main = "mean_of_tasks"
 
     def __init__(self, task: MixedTask):
-        self.parts = {"caption": Captioning(task.caption), "vqa": VisualQuestions(task.vqa)}
+        self.parts: dict[str, Any] = {"caption": Captioning(task.caption), "vqa": VisualQuestions(task.vqa)}
 
     def rows_of(self, name: str, rows: Sequence[Row]) -> list[Row]:
         """The rows of one task, as that task knows them."""

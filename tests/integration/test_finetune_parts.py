@@ -337,8 +337,7 @@ def test_self_critical_training_raises_the_reward(world, tmp_path, monkeypatch):
     chosen = recipe(world, tmp_path / "run", {"kind": "caption"}, **changes)
     Finetuner(chosen).train()
     assert len(found) == 32
-    print("rewards", np.round(found, 2))
-    assert np.mean(found[-10:]) > 1.1 * np.mean(found[:10])
+    assert np.mean(found[-10:]) > 1.3 * np.mean(found[:10])
     killed_and_resumed(recipe(world, tmp_path / "killed", {"kind": "caption"}, **changes), monkeypatch)
     straight, killed = tensors(tmp_path / "run", 40), tensors(tmp_path / "killed", 40)
     assert [name for name in straight if not torch.equal(straight[name], killed[name])] == []

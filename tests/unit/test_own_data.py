@@ -75,7 +75,17 @@ def test_captions_in_one_command(world, tmp_path, capsys):
 
 
 def test_labels_in_one_command(world, tmp_path, capsys):
-    more = ["--label-column", "label", "--text-column", "caption", "--steps", "2", "--batch-size", "8"]
+    more = [
+        "--label-column",
+        "label",
+        "--text-column",
+        "caption",
+        "--steps",
+        "2",
+        "--batch-size=8",
+        "--schedule.warmup",
+        "1",
+    ]
     assert run_stage(main, words(world, "classify", tmp_path / "run", *more)) == 0
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert (metrics["task"], metrics["labels"]) == ("classify", ["blue", "red"])
