@@ -3,6 +3,7 @@ gradients, which take dozens of passes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -114,20 +115,22 @@ def patches(layout: Layout, row: Tensor) -> Tensor:
 
 
 def grad_cam(target: Target, pixels: Tensor) -> Tensor:
-    """Grad-CAM: channels of one layer, weighed by their mean gradient, where the sum is positive.
+    """Grad-CAM: channels of a layer, weighed by their mean gradient, where the sum is positive.
 
     On a ViT it is the norm in front of the last attention (`ln_1`): behind it a class token's score has no gradient
-    by the patches, and the map would be zero. On a ResNet it is the last stage.
+    by the patches, and the map would be zero. On a ResNet it is the product of the maps of the last three stages, each
+    relative to its largest: the last knows best which object is meant, and its cells see everything; the earlier ones
+    know where edges and colours are.
 
     Args:
         target: What to explain.
         pixels: Normalised, `(b, 3, h, w)`.
 
     Returns:
-        float `(b, rows, columns)`, not negative.
+        float `(b, rows, columns)`, not negative; on a ResNet at most 1, in the cells of the earliest of its stages.
 
     Reference:
-        Selvaraju et al. 2017.
+        Selvaraju et al. 2017; it takes the last stage alone.
     """
     layout = tower_layout(target.encoder)
     kept: list[Tensor] = []
@@ -138,20 +141,41 @@ def grad_cam(target: Target, pixels: Tensor) -> Tensor:
         kept.append(output)
         return output
 
-    handle = layout.grad_cam.register_forward_hook(keep)
+    handles = [module.register_forward_hook(keep) for module in layout.grad_cam]
     try:
         with torch.enable_grad():
             value = score(target, pixels)
-            (gradient,) = torch.autograd.grad(value.sum(), kept)
+            gradients = torch.autograd.grad(value.sum(), kept)
     finally:
-        handle.remove()
-    activation = kept[0].detach()
-    if layout.grid is None:  # (b, c, rows, columns)
-        weight = gradient.mean((2, 3), keepdim=True)
-        return (weight * activation).sum(1).clamp(min=0)
-    activation, gradient = activation[:, layout.prefix :], gradient[:, layout.prefix :]  # (b, n, d)
+        for handle in handles:
+            handle.remove()
+    if layout.grid is None:
+        stages = [
+            weighted_channels(layer.detach(), found) for layer, found in zip(kept, gradients, strict=True)
+        ]
+        return stages_product(stages)
+    activation, gradient = kept[0].detach()[:, layout.prefix :], gradients[0][:, layout.prefix :]  # (b, n, d)
     weight = gradient.mean(1, keepdim=True)
     return (weight * activation).sum(-1).clamp(min=0).view(-1, *layout.grid)
+
+
+def weighted_channels(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Grad-CAM of one layer: `(b, c, rows, columns)` twice to `(b, rows, columns)`."""
+    return (gradient.mean((2, 3), keepdim=True) * activation).sum(1).clamp(min=0)
+
+
+def stages_product(maps: Sequence[Tensor]) -> Tensor:
+    """The product of maps `(b, rows, columns)`, each relative to its largest, in the cells of the first.
+
+    A map that is zero everywhere says nothing and is left out, so that it does not take the others with it.
+    """
+    size = (maps[0].shape[-2], maps[0].shape[-1])
+    product = torch.ones_like(maps[0])
+    largest = torch.stack([each.amax((1, 2)) for each in maps])  # (stages, b)
+    for each, top in zip(maps, largest, strict=True):
+        share = resize_map(each / top.clamp(min=1e-30)[:, None, None], size)
+        product = product * torch.where(top[:, None, None] > 0, share, torch.ones_like(share))
+    return product * (largest > 0).any(0)[:, None, None]
 
 
 def integrated_gradients(target: Target, pixels: Tensor, *, steps: int = 32) -> Tensor:

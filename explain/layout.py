@@ -12,6 +12,7 @@ from torch import nn
 
 from pretrain.encoder import Encoder
 
+STAGES = 3  # of a cnn, for Grad-CAM
 MANY_TOKENS = 196  # patches of a B/16 at 224 pixels
 
 
@@ -22,7 +23,7 @@ class Layout:
     Attributes:
         tower: The module.
         kind: `vit`: tokens that attend to each other; `cnn`: a feature map.
-        grad_cam: The module whose output Grad-CAM weighs.
+        grad_cam: The modules whose outputs Grad-CAM weighs, in the order of the forward pass: of a cnn the last stages.
         grid: Rows and columns of a ViT's patches; None for a cnn.
         prefix: A ViT's tokens in front of the patches.
         pool: What a ViT's embedding is read from: the first token, the mean of patches, or attention pooling.
@@ -31,7 +32,7 @@ class Layout:
 
     tower: nn.Module
     kind: Literal["vit", "cnn"]
-    grad_cam: nn.Module
+    grad_cam: tuple[nn.Module, ...]
     grid: tuple[int, int] | None = None
     prefix: int = 0
     pool: Literal["tok", "avg", "attention"] = "tok"
@@ -60,16 +61,17 @@ def tower_layout(encoder: Encoder) -> Layout:
     if isinstance(visual, VisionTransformer):
         blocks = visual.transformer.resblocks
         pool: Any = "attention" if visual.attn_pool is not None else visual.pool_type
-        return Layout(visual, "vit", blocks[-1].ln_1, tuple(visual.grid_size), 1, pool, len(blocks))  # pyright: ignore
+        return Layout(visual, "vit", (blocks[-1].ln_1,), tuple(visual.grid_size), 1, pool, len(blocks))  # pyright: ignore
     if isinstance(visual, ModifiedResNet):
-        return Layout(visual, "cnn", visual.layer4)
+        return Layout(visual, "cnn", (visual.layer2, visual.layer3, visual.layer4))
     trunk: Any = getattr(visual, "trunk", None)
     if isinstance(visual, TimmModel) and hasattr(trunk, "blocks") and hasattr(trunk, "num_prefix_tokens"):
         pool = {"token": "tok", "map": "attention"}.get(trunk.global_pool, "avg")
         grid = tuple(trunk.patch_embed.grid_size)
         return Layout(
-            visual, "vit", trunk.blocks[-1].norm1, grid, trunk.num_prefix_tokens, pool, len(trunk.blocks)
+            visual, "vit", (trunk.blocks[-1].norm1,), grid, trunk.num_prefix_tokens, pool, len(trunk.blocks)
         )
     if isinstance(visual, TimmModel) and getattr(trunk, "feature_info", None):
-        return Layout(visual, "cnn", trunk.get_submodule(trunk.feature_info[-1]["module"]))
+        stages = [trunk.get_submodule(each["module"]) for each in list(trunk.feature_info)[-STAGES:]]
+        return Layout(visual, "cnn", tuple(stages))
     raise TypeError(f"{encoder.name}: no explanation known for an image tower {type(visual).__name__}")

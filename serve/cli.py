@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -30,6 +31,11 @@ def serve(
     max_batch: int = 32,
     queue: int = 256,
     deadline: float = 30.0,
+    replicas: tuple[int, int] | None = None,
+    cluster: str | None = None,
+    replica_cpus: float = 1.0,
+    replica_gpus: float = 0.0,
+    replica_requests: float = 8.0,
     device: str = "auto",
 ) -> None:
     """Serve models over HTTP, with a page for people at /.
@@ -54,6 +60,11 @@ def serve(
         max_batch: Items of one forward pass at the most.
         queue: Items that may wait for embeddings.
         deadline: Seconds after which a request is given up.
+        replicas: On a Ray cluster: the least and the most copies of the service.
+        cluster: The cluster's address, `auto` for the one that this machine belongs to; without it one is started here.
+        replica_cpus: CPUs of each copy.
+        replica_gpus: GPUs of each copy; a fraction shares one.
+        replica_requests: Requests in progress for each copy that their number is steered by.
         device: auto, cpu, cuda or cuda:N.
     """
     for module in ("fastapi", "uvicorn", "prometheus_client", "httpcore"):
@@ -84,6 +95,34 @@ def serve(
         else allowed_hosts or ("*",),
     )
     keys = Keys() if api_keys is None else read_keys(api_keys)
+    if cluster is not None and replicas is None:
+        raise ValueError("--cluster goes with --replicas LEAST MOST")
+    if replicas is not None:
+        if port == 0:
+            raise ValueError("--replicas needs a --port: the proxies of all machines listen on the same")
+        serve_on_cluster(
+            {
+                "model": model,
+                "captioner": where(captioner),
+                "vqa": where(vqa),
+                "classifier": where(classifier),
+                "index": where(index),
+                "data": data,
+                "pretrained": pretrained,
+                "device": device,
+            },
+            {
+                "least": replicas[0],
+                "most": replicas[1],
+                "cpus": replica_cpus,
+                "gpus": replica_gpus,
+                "ongoing": replica_requests,
+            },
+            settings,
+            keys,
+            {"cluster": cluster, "host": host, "port": port},
+        )
+        return
     models = load_models(
         model,
         captioner=captioner,
@@ -102,6 +141,37 @@ def serve(
         )
 
     make_server(create_app(models, settings, keys=keys), host=host, port=port, listening=listening).run()
+
+
+def where(path: Path | None) -> str | None:
+    """A path as other processes find it."""
+    return None if path is None else str(path.resolve())
+
+
+def serve_on_cluster(
+    sources: dict[str, Any], scaling: dict[str, Any], settings: Any, keys: Any, place: dict[str, Any]
+) -> None:
+    """Run replicas until the end is asked for.
+
+    Raises:
+        ImportError: Ray Serve is not installed.
+        FileNotFoundError: No model there.
+    """
+    require("ray.serve", "ray", "serving on a Ray cluster")
+    from serve.cluster import Scaling, Sources, application, run
+
+    if Path(sources["model"]).exists():  # a name of a hub stays one
+        sources["model"] = where(Path(sources["model"]))
+    app = application(Sources(**sources), settings, keys, Scaling(**scaling))
+
+    def started() -> None:
+        print(
+            f"PairStream serves {Path(sources['model']).name} on {scaling['least']} to {scaling['most']} replicas at "
+            f"http://{place['host']}:{place['port']}/ (Ctrl-C ends it)",
+            flush=True,
+        )
+
+    run(app, started, **place)
 
 
 def explain_methods(names: tuple[str, ...]) -> tuple[str, ...]:

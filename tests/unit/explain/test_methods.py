@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from explain import gradients
 from explain.cli import main
-from explain.gradients import chefer, grad_cam, integrated_gradients, resize_map
+from explain.gradients import chefer, grad_cam, integrated_gradients, resize_map, stages_product
 from explain.layout import Layout, tower_layout
 from explain.methods import METHODS, default_method, explain_pair, heatmaps
 from explain.perturb import leave_one_out, lime, occlusion, picture_players, shap_values, superpixels
@@ -54,8 +56,8 @@ def bright_corner(encoder) -> torch.Tensor:
         ("vit_avg", "chefer", (4, 4)),
         ("timm_vit", "chefer", (10, 10)),
         ("timm_vit", "gradcam", (10, 10)),
-        ("resnet", "gradcam", (2, 2)),
-        ("timm_cnn", "gradcam", (2, 2)),
+        ("resnet", "gradcam", (8, 8)),
+        ("timm_cnn", "gradcam", (8, 8)),
         ("resnet", "occlusion", (8, 8)),
         ("resnet", "integrated_gradients", (64, 64)),
     ],
@@ -91,13 +93,13 @@ def test_layers_of_chefer(explained, pictures):
     module = torch.nn.Identity()
     sizes = {(7, 7): 12, (14, 14): 3, (16, 16): 3}  # B/32, B/16, L/14 with twelve layers
     for grid, expected in sizes.items():
-        assert Layout(module, "vit", module, grid, 1, "tok", 12).chefer_layers == expected
+        assert Layout(module, "vit", (module,), grid, 1, "tok", 12).chefer_layers == expected
 
 
 def test_grad_cam_behind_the_last_attention_would_be_empty(explained, pictures):
     encoder = explained["vit"]
     layout = tower_layout(encoder)
-    assert layout.grad_cam is encoder.model.visual.transformer.resblocks[-1].ln_1
+    assert layout.grad_cam == (encoder.model.visual.transformer.resblocks[-1].ln_1,)
     kept = []
     block = encoder.model.visual.transformer.resblocks[-1]
     handle = block.ln_2.register_forward_hook(lambda m, i, output: kept.append(output))
@@ -222,13 +224,25 @@ def test_the_command_writes_a_picture_and_numbers(explained, make_picture, tmp_p
         assert expected in capsys.readouterr().err
 
 
+def test_stages_are_multiplied_and_a_silent_one_is_left_out():
+    fine = torch.tensor([[[4.0, 2.0, 0.0, 2.0]] * 2, [[1.0, 0.0, 0.0, 0.0]] * 2])  # (2, 2, 4)
+    coarse = torch.tensor([[[3.0, 6.0]], [[0.0, 0.0]]])  # (2, 1, 2): nothing for the second picture
+    found = stages_product([fine, coarse])
+    share = torch.tensor([0.5, 0.625, 0.875, 1.0])  # 3 and 6 relative to 6, stretched over four cells
+    assert torch.allclose(found[0], torch.tensor([1.0, 0.5, 0.0, 0.5]) * share)
+    assert torch.equal(found[1], fine[1])
+    assert not stages_product([torch.zeros(1, 2, 2), torch.zeros(1, 1, 1)]).any()
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
 @pytest.mark.filterwarnings("ignore")  # the other library's own
-def test_grad_cam_is_that_of_the_grad_cam_package(explained, pictures, kind):
+def test_grad_cam_is_that_of_the_grad_cam_package(explained, pictures, kind, monkeypatch):
     package = pytest.importorskip("pytorch_grad_cam")
     encoder = explained[kind]
     layout = tower_layout(encoder)
+    layout = replace(layout, grad_cam=layout.grad_cam[-1:])  # the package takes means where there are several
+    monkeypatch.setattr(gradients, "tower_layout", lambda encoder: layout)
     target, pixels = PairTarget(encoder, encoder.encode_texts([TEXT])), encoder.pixels(pictures(encoder, 1))
 
     class Model(torch.nn.Module):
@@ -242,7 +256,7 @@ def test_grad_cam_is_that_of_the_grad_cam_package(explained, pictures, kind):
     reshape = None
     if layout.grid is not None:
         reshape = lambda x: x[:, 1:].reshape(len(x), *layout.grid, -1).permute(0, 3, 1, 2)  # noqa: E731
-    with package.GradCAM(Model(), [layout.grad_cam], reshape_transform=reshape) as cam:
+    with package.GradCAM(Model(), list(layout.grad_cam), reshape_transform=reshape) as cam:
         theirs = cam(pixels, [lambda row: torch.nn.functional.normalize(row, dim=-1) @ target.rows[0]])
     ours = grad_cam(target, pixels)[0].numpy()
     scaled = (ours - ours.min()) / (
