@@ -84,8 +84,8 @@ def test_texts_of_bert_and_several_captions(tiny_models, tiny_bert):
 
 def test_a_locked_tower_costs_less_to_train(tiny_recipe):
     free = make_plan(PretrainRecipe.model_validate(tiny_recipe()))
-    locks = [{"image_groups": 0, "text_groups": 0}, {"step": 3}]
-    locked = make_plan(PretrainRecipe.model_validate(tiny_recipe(locks=locks)))
+    phases = [{"image_groups": 0, "text_groups": 0}, {"step": 3}]
+    locked = make_plan(PretrainRecipe.model_validate(tiny_recipe(phases=phases)))
     first, second = locked.phases
     assert (first.steps, second.steps) == (3, 3)
     assert first.trainable == 2 * 16 * 16 + 1
