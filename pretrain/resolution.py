@@ -15,7 +15,7 @@ from torch import Tensor, nn
 Size = tuple[int, int]
 
 
-def as_size(size: int | Size) -> Size:
+def as_size(size: Any) -> Size:
     """Height and width of a size that may be one number for both, pixels."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
@@ -84,7 +84,7 @@ def resize_image_tower(visual: Any, size: Size) -> None:
     if isinstance(visual, VisionTransformer | ModifiedResNet):
         holder: Any = visual if isinstance(visual, VisionTransformer) else visual.attnpool
         grain = grain_of(visual, size)
-        old, new = (tuple(s // g for s, g in zip(pixels, grain, strict=True)) for pixels in (before, size))
+        old, new = ((height // grain[0], width // grain[1]) for height, width in (before, size))
         positions: nn.Parameter = holder.positional_embedding
         holder.positional_embedding = nn.Parameter(
             resample(positions.detach(), old, new), requires_grad=positions.requires_grad
@@ -103,7 +103,7 @@ def resample(positions: Tensor, old: Size, new: Size) -> Tensor:
 def set_patch_dropout(visual: Any, share: float) -> None:
     """Let a ViT see a random part of each picture's patches in training; 0 shows it all.
 
-    A share of 0.5 takes about half the time of a step. Which patches are left out is drawn on the model's device.
+    The tower's work falls with the tokens that are left. Which are left out is drawn on the model's device.
 
     Args:
         visual: open_clip's image tower.

@@ -56,7 +56,7 @@ def test_the_command_writes_a_checkpoint_that_stock_open_clip_opens(
     words = ["pretrain", "interpolate", str(tmp_path / "a"), str(tmp_path / "b"), "--alpha", "0.3"]
     assert pairstream([*words, "--out", str(tmp_path / "c")]) == 0
     between = load_encoder(tmp_path / "c", device="cpu")
-    assert between.fingerprint == interpolate(*encoders, 0.3).fingerprint
+    assert between.fingerprint == interpolate(encoders[0], encoders[1], 0.3).fingerprint
     stock, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'c'}")
     assert torch.equal(stock.visual.conv1.weight, between.model.visual.conv1.weight)  # pyright: ignore
     assert "0.7 x" in (tmp_path / "c/README.md").read_text()

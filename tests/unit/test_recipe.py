@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -186,11 +187,12 @@ def test_an_override_goes_over_to_another_kind(write):
 
 def test_an_override_goes_over_to_another_tower_or_model(write):
     path = write()
-    resnet = load(path, "--model.image-tower.kind", "resnet", "--model.embed-dim", "24").model
+    resnet: Any = load(path, "--model.image-tower.kind", "resnet", "--model.embed-dim", "24").model
     assert resnet.embed_dim == 24
     assert resnet.image_tower == ResNet(image_size=32, width=16)  # a ViT's layers are no ResNet's
     timm = ("--model.image-tower.kind", "timm", "--model.image-tower.name", "test_vit")
-    assert load(path, *timm).model.image_tower == TimmTower(name="test_vit", image_size=32)
+    towers: Any = load(path, *timm).model
+    assert towers.image_tower == TimmTower(name="test_vit", image_size=32)
     named = load(path, "--model.kind", "open_clip", "--model.name", "ViT-B-32").model
     assert named == OpenClipModel(name="ViT-B-32")
 
