@@ -238,8 +238,8 @@ class Encoder:
             self.tokenizer.save_pretrained(folder)  # pyright: ignore
         config = {"model_cfg": model_cfg, "preprocess_cfg": self.preprocess_cfg}
         write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        weights = plain_state(self.model) if weights is None else weights
-        state = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        own: Mapping[str, Tensor] = plain_state(self.model) if weights is None else weights
+        state = {name: value.detach().cpu().contiguous() for name, value in own.items()}
         save_tensors(state, folder / WEIGHTS)
         write_text(folder / "README.md", card or f"# {final.name}\n\nA dual encoder saved by PairStream.\n")
 

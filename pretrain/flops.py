@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,18 +69,18 @@ def count_flops(
     """
     modes = {layer: layer.training for layer in network.modules()}
     device = next(network.parameters()).device
-    sizes: Any = (network, image_size, context, captions)
+    counted = partial(run, network, image_size, context, captions)
     network.train()
     try:
         with as_one_process(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             if by_shapes:
                 try:
                     with FakeTensorMode():
-                        one, two = (run(*sizes, rows, None) for rows in (2, 4))
+                        one, two = (counted(rows, None) for rows in (2, 4))
                     return Count(*((b - a) / 2 for a, b in zip(one, two, strict=True)))
                 except DataDependentOutputException:
                     pass
-            one, two = (run(*sizes, rows, device) for rows in (2, 4))
+            one, two = (counted(rows, device) for rows in (2, 4))
             return Count(*((b - a) / 2 for a, b in zip(one, two, strict=True)))
     finally:
         for layer, training in modes.items():

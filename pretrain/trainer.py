@@ -272,9 +272,8 @@ class Trainer:
     def after_a_loss(self) -> str:
         """What is safe when another process is gone."""
         return (
-            f"This is rank {self.rank} after step {self.step}; nothing is written half, and the newest checkpoint in "
-            f"{self.folder.checkpoints} is whole. Look at the other hosts and the network, then start the same "
-            "command on all of them with --resume."
+            f"This is rank {self.rank} after step {self.step}; what is in {self.folder.checkpoints} is whole. "
+            "Look at the other hosts and the network, then start the same command on all of them with --resume."
         )
 
     def roll_back(self, step: int) -> None:

@@ -19,7 +19,7 @@ from pretrain.resume import newest_whole
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 HOSTS = ("psA", "psB")
-TIMEOUT = 8  # seconds that ranks wait for one another
+TIMEOUT = 60  # seconds that ranks wait for one another; a machine with other work is slow to answer
 
 
 def ip(*words: str, check: bool = True) -> int:
@@ -95,7 +95,7 @@ def test_a_cut_cable_ends_both_hosts_in_time_and_the_run_resumes(hosts, tmp_path
     runs = {}
     for name in ("whole", "cut"):
         content = tiny_recipe(
-            run=str(tmp_path / name), steps=200, checkpoint={"every": 20}, rank_timeout=TIMEOUT, log_every=10
+            run=str(tmp_path / name), steps=100, checkpoint={"every": 5}, rank_timeout=TIMEOUT, log_every=10
         )
         runs[name] = tmp_path / f"{name}.yaml"
         runs[name].write_text(yaml.safe_dump(content))
@@ -120,18 +120,18 @@ def test_a_cut_cable_ends_both_hosts_in_time_and_the_run_resumes(hosts, tmp_path
         assert "--resume" in errors[0]
     found = newest_whole(checkpoints, lambda text: pytest.fail(text))  # nothing is damaged
     assert found is not None
-    assert 20 <= found.step < 200
+    assert 10 <= found.step < 100
     ip("-n", HOSTS[1], "link", "set", "psvB", "up")
     for name in ("cut", "whole"):
         ends = [process.wait(timeout=300) for process in start(runs[name], tmp_path / f"said-{name}")]
         assert ends == [0, 0], told(tmp_path / f"said-{name}")
     last = [
-        load_file(tmp_path / name / "checkpoints/step-00000200/model/open_clip_model.safetensors")
+        load_file(tmp_path / name / "checkpoints/step-00000100/model/open_clip_model.safetensors")
         for name in runs
     ]
     assert [key for key in last[0] if last[0][key].tobytes() != last[1][key].tobytes()] == []
     log = [json.loads(line)["step"] for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
-    assert log == list(range(10, 201, 10))
+    assert log == list(range(10, 101, 10))
 
 
 def told(folder: Path) -> str:
