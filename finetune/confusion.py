@@ -29,7 +29,7 @@ def confusion_picture(confusion: Sequence[Sequence[int]], labels: Sequence[str])
         )
     if len(labels) > MOST:
         kept = np.sort(np.argsort(-counts.sum(axis=1), kind="stable")[:MOST])
-        counts, labels = counts[np.ix_(kept, kept)], [labels[place] for place in kept]
+        counts, labels = counts[np.ix_(kept, kept)], [labels[int(place)] for place in kept]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = min(2.5 + 0.55 * len(labels), 16)
     figure = Figure(figsize=(side, side), dpi=110, layout="constrained")

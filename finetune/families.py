@@ -132,7 +132,8 @@ class Fusing:
 
     def word_embeddings(self, model: FusionClassifier) -> torch.nn.Parameter:
         tables = [module for module in model.towers.modules() if isinstance(module, torch.nn.Embedding)]
-        return max(tables, key=lambda table: table.num_embeddings).weight
+        table: Any = max(tables, key=lambda table: table.num_embeddings)
+        return table.weight
 
     def build(self, run: Any, texts: list[TextRow]) -> FusionClassifier:
         recipe: Any = run.recipe

@@ -35,7 +35,7 @@ def add_lora(model: nn.Module, config: Lora) -> nn.Module:
 
     peft_config = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - any number is right
         lora_dropout=config.dropout,
         use_dora=config.dora,
         target_modules=list(config.targets) or "all-linear",

@@ -189,9 +189,9 @@ class VisionLanguageModel(Continues, TaskModel):
         lengths = attention_mask.sum(dim=1)
         for rows in lengths.argsort(stable=True).chunk(self.length_groups):
             longest = int(lengths[rows[-1]])
-            parts = (part[rows, :longest] for part in (input_ids, attention_mask, labels))
-            own = None if weights is None else weights[rows]
-            total = total + self.loss_of(memory[image_of_text[rows]], *parts, own)
+            ids, mask, own = (part[rows, :longest] for part in (input_ids, attention_mask, labels))
+            counts = None if weights is None else weights[rows]
+            total = total + self.loss_of(memory[image_of_text[rows]], ids, mask, own, counts)
         return total
 
     def loss_of(
