@@ -135,13 +135,14 @@ def each_shard(what: str, look: Any, jobs: list[Any], workers: int, progress: bo
 
     samples = 0
     with ProgressBar(what, len(jobs), show=progress) as bar:
-        for shard in _each(look, jobs, workers):
+        for shard in each_job(look, jobs, workers):
             samples += shard.samples
             bar.advance(note=f"{samples} samples")
             yield shard
 
 
-def _each(look: Any, jobs: list[Any], workers: int) -> Iterator[Any]:
+def each_job(look: Any, jobs: list[Any], workers: int) -> Iterator[Any]:
+    """The results of `look(*job)` in the order of the jobs, from so many processes of this machine."""
     if workers <= 1 or len(jobs) == 1:
         yield from (look(*job) for job in jobs)
         return

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 COMMANDS = {
     "list": ("data.listing:show", "show the sets that are known, with size, terms and source"),
     "prepare": ("data.prepare:prepare", "turn a data set as its authors publish it into shards"),
     "download": ("data.download.command:download", "fetch the pictures of a list of URLs into shards"),
+    "curate": (
+        "data.curate.command:curate",
+        "keep the pairs worth training on, and report what went and why",
+    ),
     "check": ("data.check:check", "count, measure and test what shards hold"),
     "doctor": ("data.doctor:doctor", "name every damaged, duplicate, oversized or empty sample"),
 }
+RUN_RECIPES = ("curate",)  # take `RECIPE [--key value ...]`, and read it themselves
 
 
 def usage() -> str:
@@ -48,9 +54,11 @@ def main(argv: list[str]) -> int | None:
         raise ValueError(
             f"no command {argv[0]!r}: expected one of {', '.join(COMMANDS)}{nearest(argv[0], COMMANDS)}"
         )
+    module, function = COMMANDS[argv[0]][0].split(":")
+    command: Any = getattr(import_module(module), function)
+    if argv[0] in RUN_RECIPES:
+        return command(argv[1:])
     import tyro
 
-    module, function = COMMANDS[argv[0]][0].split(":")
-    command = getattr(import_module(module), function)
     code = tyro.cli(command, args=argv[1:], prog=f"pairstream data {argv[0]}")
     return code if isinstance(code, int) else None

@@ -51,6 +51,52 @@ class Sample:
         return files
 
 
+class ShardFile:
+    """One shard while it is written; it appears under its name only when it is complete.
+
+    Args:
+        path: The shard's name.
+
+    Attributes:
+        samples: How many were written.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.temporary = path, aside(path)
+        self.file: Any = self.temporary.open("wb")
+        self.tar = webdataset.TarWriter(self.file, encoder=False, mtime=0)
+        self.samples = 0
+
+    def write(self, key: str, files: dict[str, bytes]) -> None:
+        """Append one sample, given as its files by extension."""
+        self.tar.write({"__key__": key, **files})
+        self.samples += 1
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the shard; returns its entry in a manifest."""
+        self.tar.close()
+        self.file.close()
+        fsync_path(self.temporary)
+        digest = hashlib.sha256(self.temporary.read_bytes()).hexdigest()
+        size = self.temporary.stat().st_size
+        self.temporary.replace(self.path)
+        return {"samples": self.samples, "bytes": size, "sha256": digest}
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(OSError):  # on a full disk its last blocks cannot be written either
+            self.tar.close()
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path, shards: dict[str, dict[str, Any]]) -> None:
+    """Write `manifest.json`, from the entries of all shards by file name."""
+    samples = sum(entry["samples"] for entry in shards.values())
+    manifest = {"format": "webdataset", "samples": samples, "shards": shards}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
 class ShardWriter:
     """Write samples into numbered shards and a manifest; equal samples give equal bytes.
 
@@ -87,9 +133,7 @@ class ShardWriter:
         self.shards: dict[str, dict[str, Any]] = {}
         self.keys: set[str] = set()
         self.samples = 0
-        self.in_shard = 0
-        self.file: Any = None
-        self.tar: webdataset.TarWriter | None = None
+        self.shard: ShardFile | None = None
 
     def write(self, sample: Sample) -> None:
         """Append one sample."""
@@ -102,35 +146,24 @@ class ShardWriter:
                 f"sample {sample.key!r}: image extension {sample.extension!r}, "
                 f"expected one of {', '.join(IMAGE_EXTENSIONS)}"
             )
-        if self.tar is None:
-            self.path = self.folder / f"{len(self.shards):05d}.tar"
-            self.temporary = aside(self.path)
-            self.file = self.temporary.open("wb")
-            self.tar = webdataset.TarWriter(self.file, encoder=False, mtime=0)
-        self.tar.write({"__key__": sample.key, **sample.members()})
+        if self.shard is None:
+            self.shard = ShardFile(self.folder / f"{len(self.shards):05d}.tar")
+        self.shard.write(sample.key, sample.members())
         self.keys.add(sample.key)
         self.samples += 1
-        self.in_shard += 1
-        if self.in_shard == self.samples_per_shard:
+        if self.shard.samples == self.samples_per_shard:
             self.finish_shard()
 
     def finish_shard(self) -> None:
-        assert self.tar is not None
-        self.tar.close()
-        self.file.close()
-        fsync_path(self.temporary)
-        digest = hashlib.sha256(self.temporary.read_bytes()).hexdigest()
-        size = self.temporary.stat().st_size
-        self.temporary.replace(self.path)
-        self.shards[self.path.name] = {"samples": self.in_shard, "bytes": size, "sha256": digest}
-        self.tar, self.in_shard = None, 0
+        assert self.shard is not None
+        self.shards[self.shard.path.name] = self.shard.finish()
+        self.shard = None
 
     def close(self) -> None:
         """Finish the last shard and write the manifest."""
-        if self.tar is not None:
+        if self.shard is not None:
             self.finish_shard()
-        manifest = {"format": "webdataset", "samples": self.samples, "shards": self.shards}
-        write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_manifest(self.folder, self.shards)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -140,11 +173,8 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self.close()
-        elif self.tar is not None:
-            with contextlib.suppress(OSError):  # on a full disk its last blocks cannot be written either
-                self.tar.close()
-            self.file.close()
-            self.temporary.unlink(missing_ok=True)
+        elif self.shard is not None:
+            self.shard.abandon()
 
 
 def expand_shards(shards: str | Path | Iterable[str | Path]) -> list[str]:
