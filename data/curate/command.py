@@ -36,7 +36,7 @@ from pairstream.recipe import dump_recipe
 
 WORK = "_curate"  # the folder of unfinished things inside the folder of shards
 RESULTS = (MANIFEST, "metrics.json", "report.html", "report.json", "recipe.resolved.yaml", "dropped.csv.gz")
-WHERE = {"distributor", "cluster", "processes"}  # keys that do not change the result
+WHERE = {"distributor", "cluster", "processes", "max_faults"}  # keys that do not change the result
 FLAGS = {
     "--overwrite": "starts anew, replacing what `out` holds",
     "--quiet": "shows no progress and no summary",
@@ -70,7 +70,7 @@ def run(recipe: CurateRecipe, *, overwrite: bool = False, progress: bool = False
     """Curate a set.
 
     A run that was killed goes on when it is started again with the same recipe, and gives the same files. Where the
-    work is done (`distributor`, `cluster`, `processes`) may change in between.
+    work is done (`distributor`, `cluster`, `processes`) may change in between, and `max_faults`.
 
     Args:
         recipe: What to do.
@@ -91,13 +91,16 @@ def run(recipe: CurateRecipe, *, overwrite: bool = False, progress: bool = False
     if out in {Path(name).resolve().parent for name in names if not is_remote(name)}:
         raise ValueError(f"out: {out} is the folder of the shards that come in: choose another one")
     work = out / WORK
+    done = out / "metrics.json"
     with alone(out):
+        if overwrite or not done.is_file():
+            tools(
+                recipe.model_dump_json(), False
+            )  # a fault of the recipe is told before the folder is claimed
         open_plan(recipe, out, names, theirs, overwrite)
-        done = out / "metrics.json"
         if done.is_file():
             shutil.rmtree(work / "looked", ignore_errors=True)
             return json.loads(done.read_text(encoding="utf-8"))
-        tools(recipe.model_dump_json(), False)  # so that a fault of the recipe is told before any work
         look = Look(recipe, work / "looked")
         log = FaultLog(recipe.max_faults)
         do("curate, in shards read", look, names, look.path, recipe, progress, log)

