@@ -29,7 +29,7 @@ from data.faults import FaultLog
 from data.fetch import is_remote
 from data.index import cache_home
 from data.shards import MANIFEST, expand_shards, write_manifest
-from pairstream.atomic import TEMPORARY, write_bytes, write_text
+from pairstream.atomic import TEMPORARY, aside, fsync_path, write_text
 from pairstream.command import read_recipe_command
 from pairstream.progress import ProgressBar
 from pairstream.recipe import dump_recipe
@@ -99,7 +99,7 @@ def run(recipe: CurateRecipe, *, overwrite: bool = False, progress: bool = False
             )  # a fault of the recipe is told before the folder is claimed
         open_plan(recipe, out, names, theirs, overwrite)
         if done.is_file():
-            shutil.rmtree(work / "looked", ignore_errors=True)
+            clean(out)
             return json.loads(done.read_text(encoding="utf-8"))
         look = Look(recipe, work / "looked")
         log = FaultLog(recipe.max_faults)
@@ -266,12 +266,20 @@ def finish(
         entries |= json.loads(write.entry(number).read_text(encoding="utf-8"))
     write_manifest(out, entries)
     write_text(out / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+    clean(out)
+    return metrics
+
+
+def clean(out: Path) -> None:
+    """Remove what a finished run needs no more, and what a killed one left."""
     for name in ("looked", "written"):
         shutil.rmtree(out / WORK / name, ignore_errors=True)
-    (out / WORK / "decision.npz").unlink(missing_ok=True)
-    for left in out.glob(f"{TEMPORARY}*"):  # of a run that was killed
+    for left in (
+        out / WORK / "decision.npz",
+        *out.glob(f"{TEMPORARY}*"),
+        *(out / WORK).glob(f"{TEMPORARY}*"),
+    ):
         left.unlink(missing_ok=True)
-    return metrics
 
 
 def write_dropped(
@@ -279,23 +287,29 @@ def write_dropped(
 ) -> None:
     """Every sample that went: shard, key, cause, and what it is a copy of."""
     names = causes(recipe)
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["shard", "key", "cause", "copy_of_shard", "copy_of_key", "detail"])
     faults = {(fault.shard, fault.key): str(fault.cause) for fault in records.faults if fault.key}
-    for row in np.flatnonzero(decision.verdicts).tolist():
-        cause, detail = names[decision.verdicts[row]], ""
-        name = records.shards[records.place(row)[0]]
-        source, other = records, int(decision.copy_of[row])
-        if cause == LEAK and evaluation is not None:
-            source, other = evaluation, int(decision.leak_of[row])
-            detail = METHODS[decision.leak_by[row]]
-        elif cause == UNUSABLE:
-            detail = faults.get((name, records.key(row)), "")
-        where = (source.shards[source.place(other)[0]], source.key(other)) if other >= 0 else ("", "")
-        table.writerow([name, records.key(row), cause, *where, detail])
-    content = text.getvalue().encode("utf-8", "backslashreplace")
-    write_bytes(path, gzip.compress(content, compresslevel=6, mtime=0))
+    temporary = aside(path)
+    # Row by row and without the time: equal runs give equal bytes, and a billion rows need no memory.
+    with (
+        temporary.open("wb") as raw,
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
+        io.TextIOWrapper(packed, "utf-8", "backslashreplace", newline="") as text,
+    ):
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["shard", "key", "cause", "copy_of_shard", "copy_of_key", "detail"])
+        for row in np.flatnonzero(decision.verdicts).tolist():
+            cause, detail = names[decision.verdicts[row]], ""
+            name = records.shards[records.place(row)[0]]
+            source, other = records, int(decision.copy_of[row])
+            if cause == LEAK and evaluation is not None:
+                source, other = evaluation, int(decision.leak_of[row])
+                detail = METHODS[decision.leak_by[row]]
+            elif cause == UNUSABLE:
+                detail = faults.get((name, records.key(row)), "")
+            where = (source.shards[source.place(other)[0]], source.key(other)) if other >= 0 else ("", "")
+            table.writerow([name, records.key(row), cause, *where, detail])
+    fsync_path(temporary)
+    temporary.replace(path)
 
 
 def as_text(recipe: CurateRecipe, metrics: dict[str, Any]) -> str:

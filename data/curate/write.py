@@ -26,14 +26,14 @@ class Piece:
     Attributes:
         shard: The shard they lie in.
         holds: Samples that it had when it was read.
-        samples: Their numbers in it.
+        samples: Their numbers in it; int32 (n,).
         keys: Number -> its new key, for those whose key is taken.
         captions: Number -> numbers of the captions that stay, for those that lose some.
     """
 
     shard: str
     holds: int
-    samples: list[int]
+    samples: np.ndarray
     keys: dict[int, str]
     captions: dict[int, list[int]]
 
@@ -53,7 +53,7 @@ def plan_shards(records: Records, verdicts: np.ndarray, size: int) -> Iterator[l
                 Piece(
                     records.shards[shard],
                     end - base,
-                    [row - base for row in own],
+                    (mine[shards == shard] - base).astype(np.int32),
                     {row - base: keys[row] for row in own if row in keys},
                     {row - base: records.captions[row] for row in own if row in records.captions},
                 )
@@ -123,7 +123,7 @@ def copy(piece: Piece, shard: ShardFile) -> None:
             "--overwrite"
         )
     with opened as reader:
-        for sample in piece.samples:
+        for sample in piece.samples.tolist():
             try:
                 files = {
                     extension: reader.read(index, offset, size)

@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import io
 import json
+import signal
+import subprocess
 import sys
 import tarfile
 import types
@@ -22,7 +24,7 @@ from data.curate.recipe import CurateRecipe
 from data.samples import index_shards, read_sample
 from data.shards import Sample, ShardWriter
 from data.tar import ShardReader
-from pairstream.recipe import load_recipe, recipe_names, validate
+from pairstream.recipe import dump_recipe, load_recipe, recipe_names, validate
 from pairstream.report import Report
 
 
@@ -208,7 +210,7 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_killed_run_goes_on_to_the_same_files(recipe, tmp_path: Path, monkeypatch, seed: int) -> None:
     """Dies at random writes, as a kill would: nothing is cleaned up."""
     whole = recipe(out=str(tmp_path / "whole"))
@@ -233,16 +235,56 @@ def test_a_killed_run_goes_on_to_the_same_files(recipe, tmp_path: Path, monkeypa
         except KeyboardInterrupt:
             kills += 1
     assert kills >= 2
-    expected = contents(tmp_path / "whole")
-    found = contents(tmp_path / "out")
-    for each in (expected, found):  # these two name the folder
+    same_files(tmp_path / "whole", tmp_path / "out")
+
+
+def same_files(whole: Path, other: Path) -> None:
+    """Make sure that two folders hold the same; some files name their folder."""
+    expected, found = contents(whole), contents(other)
+    for each in (expected, found):
         for name in ("report.html", "report.json", "recipe.resolved.yaml", "_curate/plan.json"):
             del each[name]
     assert found == expected
     for name in ("report.html", "report.json"):
-        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text().replace(
-            str(tmp_path / "whole"), str(tmp_path / "out")
-        )
+        assert (other / name).read_text() == (whole / name).read_text().replace(str(whole), str(other))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import {module} as module
+left, real = {after}, module.{name}
+def die(*arguments, **options):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **options)
+module.{name} = die
+from data.cli import main
+main(["curate", sys.argv[1], "--quiet"])
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("module", "name", "after"),
+    [("data.curate.records", "write_bytes", 3), ("data.shards", "fsync_path", 2)],
+    ids=["while shards are read", "while a shard is written"],
+)
+def test_kill_9_changes_nothing(recipe, tmp_path: Path, module: str, name: str, after: int) -> None:
+    run(recipe(out=str(tmp_path / "whole")))
+    made = recipe()
+    dump_recipe(made, tmp_path / "my.yaml")
+    code = KILLED.format(module=module, name=name, after=after)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "my.yaml")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    out = tmp_path / "out"
+    assert not (out / "metrics.json").exists()
+    assert len(list((out / "_curate" / "looked").glob("*.npz"))) == (2 if after == 3 else 4)
+    assert bool(list(out.glob(".tmp-*.tar-*"))) == (after == 2), "a half-written shard lies there"
+    run(made)
+    same_files(tmp_path / "whole", out)
 
 
 def test_a_finished_run_is_left_alone(recipe, tmp_path: Path) -> None:
