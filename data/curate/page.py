@@ -71,7 +71,7 @@ def summarise(recipe: CurateRecipe, records: Records, decision: Decision) -> dic
         "histograms": {
             name: found
             for name, (unit, measure) in HISTOGRAMS.items()
-            if (found := histogram(measure(records), records, decision.verdicts == 0)) is not None
+            if (found := histogram(measure(records), unit, records, decision.verdicts == 0)) is not None
         },
     }
 
@@ -90,11 +90,12 @@ def asked(recipe: CurateRecipe, cause: str) -> bool:
     }.get(cause, True)
 
 
-def histogram(values: np.ndarray, records: Records, kept: np.ndarray) -> dict[str, Any] | None:
+def histogram(values: np.ndarray, unit: str, records: Records, kept: np.ndarray) -> dict[str, Any] | None:
     """Counts in equal steps up to the 99th percentile; what lies above counts in the last step.
 
     Args:
         values: A number of each sample; (n,).
+        unit: What it is in.
         records: The samples; damaged ones are left out.
         kept: Those that stay; bool (n,).
 
@@ -108,6 +109,8 @@ def histogram(values: np.ndarray, records: Records, kept: np.ndarray) -> dict[st
     values = values.astype(np.float64)
     low, high = float(values[known].min()), float(np.percentile(values[known], 99))
     lowest = low
+    if unit == "probability":  # whose whole range says more
+        low, high = 0.0, 1.0
     whole = bool((values[known] == np.round(values[known])).all())
     step = (high - low) / BINS or 1.0
     if whole:
@@ -154,7 +157,7 @@ class Pictures:
             except Fault as error:
                 fault = str(error)
         size = f"{records.width[row]} × {records.height[row]} px, {records.bytes[row] / 1000:.1f} kB"
-        told = [*lines, *([size] if records.width[row] else []), *([fault] if fault else [])]
+        told = [*lines, *([size] if records.width[row] else []), *([fault] if fault and not hide else [])]
         title = captions[0] if captions else f"(sample {records.key(row)}, no caption)"
         return Card(image, title[:300], told)
 
@@ -242,7 +245,7 @@ def steps(report: Report, recipe: CurateRecipe, metrics: dict[str, Any]) -> None
     )
     if metrics["captions_shortened"]:
         report.text(
-            f"{metrics['captions_shortened']:,} samples with several captions stay without those that failed a rule."
+            f"Samples that stay without those of their captions that failed a rule: {metrics['captions_shortened']:,}."
         )
     if metrics["faults"]:
         report.table(
@@ -290,8 +293,8 @@ def examples(
             ]
             if cause == UNUSABLE:
                 fault = faults.get((records.shards[records.place(row)[0]], records.key(row)))
-                lines = [str(fault.cause)] if fault else []
-            hide = cause in HIDDEN or any(cause.startswith(f"{hidden}_") for hidden in HIDDEN)
+                lines = [f"{fault.cause}: {fault.detail}"[:200]] if fault else []
+            hide = cause in (*HIDDEN, UNUSABLE) or any(cause.startswith(f"{hidden}_") for hidden in HIDDEN)
             cards.append(pictures.card(records, row, *lines, hide=hide))
         if cards:
             blocks.append((cause, cards))
