@@ -70,7 +70,7 @@ def grey_of(picture: Picture) -> np.ndarray:
 
 
 def hash_greys(greys: Sequence[np.ndarray]) -> Digests:
-    """Perceptual hashes of small grey pictures; about 5 us each.
+    """Perceptual hashes of small grey pictures; about 20 us each.
 
     Args:
         greys: float32 (32, 32) each.

@@ -71,7 +71,7 @@ def new_keys(records: Records, rows: np.ndarray) -> dict[int, str]:
     made: dict[int, str] = {}
     numbers: dict[bytes, int] = {}
     for row in rows[again].tolist():
-        old = records.keys[row]
+        old = bytes(records.keys[row])
         number = numbers.get(old, 2)
         while b"%s-%d" % (old, number) in taken:
             number += 1

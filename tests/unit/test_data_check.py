@@ -139,7 +139,7 @@ def test_large_pictures_are_faults_as_in_training(sound):
     [
         (
             ["data", "chekc"],
-            "no command 'chekc': expected one of list, prepare, download, check, doctor; did you mean 'check'?",
+            "no command 'chekc': expected one of list, prepare, download, curate, check, doctor; did you mean 'check'?",
         ),
         (["data", "check"], "the shard list is empty"),
         (["data", "check", "/nowhere/at/all"], "no shards at /nowhere/at/all"),
