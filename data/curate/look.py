@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,8 +21,10 @@ from data.curate.recipe import Alike, ClipScore, CurateRecipe
 from data.curate.records import KEPT, NUMBERS, UNUSABLE, Plants, Records
 from data.faults import Fault, FaultRecord
 from data.fetch import ShardCache, cache_folder
+from data.index import index_shard
 from data.pictures import Picture
-from data.samples import RawSample, index_shards, read_sample
+from data.samples import RawSample, empty_index, read_manifest, read_sample
+from data.shards import MANIFEST
 from data.tar import ShardIndex, ShardReader
 
 LEAK = "leak"
@@ -118,7 +121,29 @@ class Look:
 def open_shard(name: str) -> tuple[ShardIndex, ShardReader]:
     """One shard's index and what reads it; an unreadable one has an empty index with a fault."""
     cache = ShardCache(cache_folder())
-    return index_shards(name, cache=cache, tolerant=True)[0], ShardReader(locate=cache.locate)
+    manifest = cache.path(name).with_name(MANIFEST)
+    try:
+        found = manifest.stat()
+        promised = (
+            promises(manifest, found.st_mtime_ns, found.st_size).get(cache.path(name).name, {}).get("samples")
+        )
+    except OSError:
+        promised = None
+    expected = promised if isinstance(promised, int) else None
+    try:
+        path, tag = cache.local(name)
+        index = index_shard(path, name, expected, tag=tag)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        index = empty_index(FaultRecord("unreadable_shard", name, "", str(error), expected or 1), cache)
+    return index, ShardReader(locate=cache.locate)
+
+
+@lru_cache(maxsize=4)
+def promises(manifest: Path, time: int, size: int) -> dict[str, dict[str, Any]]:
+    """A manifest, read once and not for each shard; its time and size make a rewritten one another."""
+    return read_manifest(manifest)
 
 
 def look(recipe: CurateRecipe, name: str, *, evaluation: bool = False) -> Records:
