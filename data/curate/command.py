@@ -94,6 +94,7 @@ def run(recipe: CurateRecipe, *, overwrite: bool = False, progress: bool = False
     done = out / "metrics.json"
     with alone(out):
         if overwrite or not done.is_file():
+            tools.cache_clear()  # lists may have changed since an earlier run of this process
             tools(
                 recipe.model_dump_json(), False
             )  # a fault of the recipe is told before the folder is claimed
