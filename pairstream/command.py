@@ -43,10 +43,9 @@ def read_training_command(
         raise ValueError(
             f"--resume {resume}: `pairstream {stage}` continues only the run folder's own checkpoints"
         )
+    word = "--resume [auto|PLACE]" if resumes_others else "--resume"
     flags = {
-        "--resume [auto|PLACE]"
-        if resumes_others
-        else "--resume": "continues the run folder's newest checkpoint, or begins",
+        word: "continues the run folder's newest checkpoint, or begins",
         "--overwrite": "replaces the run",
     }
     found = read_recipe_command(stage, kind, words, stage, flags)
