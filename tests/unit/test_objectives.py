@@ -156,11 +156,11 @@ def test_batch_norm_in_parts_is_refused_unless_it_is_locked(tiny_recipe, tiny_mo
     with pytest.raises(ValueError, match=r"micro_batch: visual.bn1 is a BatchNorm2d"):
         Trainer(PretrainRecipe.model_validate(content))
     fresh_accelerate()
-    late = [{"image_groups": 0}, {"step": 2, "image_groups": "all"}]
+    late = [{"image_groups": 0}, {"step": 2, "image_groups": "all", "keep_statistics": False}]
     with pytest.raises(ValueError, match="micro_batch"):
         Trainer(PretrainRecipe.model_validate({**content, "phases": late}))
     fresh_accelerate()
-    Trainer(PretrainRecipe.model_validate({**content, "phases": [{"image_groups": 0}], "steps": 3}))
+    Trainer(PretrainRecipe.model_validate({**content, "phases": [{"image_groups": 0}, {"step": 2}]}))
 
 
 def test_a_teacher_with_another_input_is_refused(encoder, tiny_models, tmp_path):
