@@ -51,7 +51,7 @@ class Continues:
             image_of_text: Each prompt's picture.
             prompts: Texts, possibly empty.
             decoding: How; the model's own when None.
-            use_cache: Keep keys and values of earlier positions. Off gives the same text, more slowly.
+            use_cache: Keep keys and values of earlier positions. Off (greedy alone) gives the same text, more slowly.
 
         Returns:
             One text a prompt.
@@ -172,15 +172,50 @@ class Continues:
             owner = pad_sequence(owners, batch_first=True, padding_side="left")
             together = pad_sequence(shown, batch_first=True)
             self.connector.look(together if together.shape[1] else None, owner)
-        with no_advice():
-            written = self.language_model.generate(
-                inputs_embeds=embeddings,
-                attention_mask=mask,
-                generation_config=generation_config(decoding, self.tokenizer, use_cache=use_cache),
-            )
+        if use_cache:
+            with no_advice():
+                written = self.language_model.generate(
+                    inputs_embeds=embeddings,
+                    attention_mask=mask,
+                    generation_config=generation_config(decoding, self.tokenizer),
+                )
+        else:
+            written = self.without_cache(embeddings, mask, decoding)
         self.connector.look(None)
         self.train(training)
         return written
+
+    def without_cache(self, embeddings: Tensor, mask: Tensor, decoding: Decoding) -> Tensor:
+        """Greedy decoding that computes every position anew for each token: what the cache is compared with.
+
+        `generate` always caches when it begins from embeddings, whatever its configuration says.
+
+        Raises:
+            ValueError: Beams, drawing, or other settings than a length.
+        """
+        if decoding != Decoding(max_new_tokens=decoding.max_new_tokens):
+            raise ValueError(
+                "without a cache texts are written greedily and plainly: leave the other settings out"
+            )
+        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        embed = self.language_model.get_input_embeddings()
+        going = torch.ones(len(embeddings), dtype=torch.bool, device=embeddings.device)
+        written: list[Tensor] = []
+        while len(written) < decoding.max_new_tokens and bool(going.any()):
+            places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            logits = self.language_model(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                position_ids=places,
+                logits_to_keep=1,
+                use_cache=False,
+            ).logits[:, -1]
+            token = torch.where(going, logits.argmax(dim=-1), torch.full_like(logits[:, 0], pad).long())
+            written.append(token)
+            going = going & token.ne(end)
+            embeddings = torch.cat([embeddings, embed(token)[:, None].to(embeddings.dtype)], dim=1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        return torch.stack(written, dim=1)
 
     def check_room(self, rows: Sequence[Sequence[int | list[int]]], decoding: Decoding) -> None:
         """Refuse rows that would not fit.
@@ -219,7 +254,7 @@ def no_advice() -> Iterator[None]:
             logging.set_verbosity(verbosity)
 
 
-def generation_config(decoding: Decoding, tokenizer: Any, *, use_cache: bool = True) -> GenerationConfig:
+def generation_config(decoding: Decoding, tokenizer: Any) -> GenerationConfig:
     """transformers' own words for how text is written."""
     sampling = (
         {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.sample else {}
@@ -231,7 +266,6 @@ def generation_config(decoding: Decoding, tokenizer: Any, *, use_cache: bool = T
         num_beams=decoding.num_beams,
         do_sample=decoding.sample,
         no_repeat_ngram_size=decoding.no_repeat_ngram or None,
-        use_cache=use_cache,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **sampling,

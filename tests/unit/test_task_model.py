@@ -122,12 +122,22 @@ def test_a_padded_batch_writes_what_one_alone_writes(answerer, files, beams):
     assert len(set(together)) > 1
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_the_cache_changes_nothing(answerer, files, beams):
+def test_the_cache_changes_nothing(answerer, files, monkeypatch):
     prefix, prompts = answerer.see(files), ["dog?", "how many cats?", "a", "is there a red dog?"]
-    decoding = Decoding(num_beams=beams, max_new_tokens=12)
-    cached = answerer.write(prefix, range(4), prompts, decoding)
-    assert cached == answerer.write(prefix, range(4), prompts, decoding, use_cache=False)
+    cached = answerer.write(prefix, range(4), prompts)
+    lengths, forward = [], answerer.language_model.forward
+
+    def counted(**inputs):
+        lengths.append(inputs["inputs_embeds"].shape[1])
+        return forward(**inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answerer.language_model, "forward", counted)
+        assert answerer.write(prefix, range(4), prompts, use_cache=False) == cached
+    assert len(lengths) > 1
+    assert lengths == list(range(lengths[0], lengths[0] + len(lengths)))  # all positions, each time
+    with pytest.raises(ValueError, match="without a cache texts are written greedily"):
+        answerer.write(prefix, range(4), prompts, Decoding(num_beams=3), use_cache=False)
 
 
 def test_learns_eight_pairs_by_heart_and_writes_them_back(make_picture):
