@@ -32,8 +32,10 @@ CARRIED = sorted(path for path in ROOT.glob("*/recipes/*.yaml") if path.parts[-3
 def kind_of(path: Path):
     """The recipe class of the stage that carries a file."""
     stage = path.parent.parent.name
-    name = {"retrieval": "SuiteRecipe"}.get(stage, f"{stage.capitalize()}Recipe")
-    return stage, getattr(import_module(f"{stage}.recipe"), name)
+    place, name = {"data": ("data.curate.recipe", "CurateRecipe")}.get(
+        stage, (f"{stage}.recipe", f"{stage.capitalize()}Recipe")
+    )
+    return stage, getattr(import_module(place), name)
 
 
 @pytest.mark.parametrize("path", CARRIED, ids=[f"{path.parent.parent.name}/{path.stem}" for path in CARRIED])
