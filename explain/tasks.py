@@ -204,8 +204,8 @@ def explain_answer(
     opened: Any = load(model, device, "vqa")
     method = default_method(opened.encoder) if method == "auto" else method
     images = opened.encoder.preprocess(image)[None]
-    answer = opened.answer([images[0]], [question])[0] if answer is None else answer
-    ids, _, _ = text_pieces(opened.tokenizer, answer, behind_prompt=True)
+    answered: str = opened.answer([images[0]], [question])[0] if answer is None else answer
+    ids, _, _ = text_pieces(opened.tokenizer, answered, behind_prompt=True)
 
     def target(asked: str) -> TextTarget:
         prompt = opened.tokenizer(opened.prompt(asked), add_special_tokens=False)["input_ids"]
