@@ -220,7 +220,7 @@ def explain_answer(
             return torch.cat([target(text or "?").score_of(seen, of) for text in texts])
 
         words = task_words(question, scores, method)
-    return Explanation(to_pil(images[0]), heat, words, value, method, f"{question} {answer}")
+    return Explanation(to_pil(images[0]), heat, words, value, method, f"{question} {answered}")
 
 
 def explain_label(
