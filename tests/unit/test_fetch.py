@@ -303,10 +303,13 @@ def test_a_shard_that_is_gone_at_its_source_is_counted(server, tmp_path, monkeyp
     urls = [f"{server.url}/{n}.tar" for n in range(4)]
     stream = PairStream(urls, load, collate, batch_size=5, cache_dir=tmp_path, shuffle=False, max_faults=0.3)
     stream.cache.path(urls[1]).unlink()  # dropped from the cache
-    server.script = [404, 404]
+    before = len(server.asked)
+    server.script = [404] * 9
     batches = [batch.keys for batch in stream.epoch()]
     assert stream.faults == {"unreadable_shard": 5}
-    assert len(server.asked) == 6  # asked for ahead and when it was read, and not again for each sample
+    # Asked for when it is read, and ahead of that where the thread comes to it; not again for each of five samples.
+    assert len(server.asked) - before in (1, 2)
+    server.script = []
     assert batches == [list("01234"), [], list("01234"), list("01234")]
     assert [batch.indices.tolist() for batch in stream.iterate(5, 6)] == [[5, 6, 7, 8, 9]]  # it is back
 
