@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 THREADS = 2
+NAME = "fetch-ahead"  # of the threads
 REMEMBERED = 4096  # shards that are not asked for again
 
 
@@ -40,7 +41,7 @@ class Ahead:
             self.asked[shard] = None
             if len(self.asked) > REMEMBERED:
                 self.asked.popitem(last=False)
-            self.pool = self.pool or ThreadPoolExecutor(THREADS)
+            self.pool = self.pool or ThreadPoolExecutor(THREADS, NAME)
             self.pool.submit(self._try, shard)
 
     def _try(self, shard: int) -> None:

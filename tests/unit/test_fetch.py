@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 import data.fetch as module
-from data.ahead import Ahead
+from data.ahead import NAME, Ahead
 from data.fetch import ShardCache, cache_folder, local_shard
 from data.shards import Sample, ShardWriter
 from data.stream import PairStream
@@ -238,11 +238,10 @@ def test_a_shard_larger_than_the_cache(server, tmp_path):
 
 def settled(server) -> int:
     """How often the server was asked, once what is fetched ahead has come."""
-    count = -1
-    while count != len(server.asked):
-        count = len(server.asked)
-        time.sleep(0.3)
-    return count
+    for thread in threading.enumerate():
+        if thread.name.startswith(NAME):
+            thread.join(60)  # it ends with what it is at, once its stream is gone
+    return len(server.asked)
 
 
 def test_a_set_larger_than_the_cache_is_streamed_from_its_kept_index(server, tmp_path):
