@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +21,14 @@ FORMAT = 1
 BEST = "best"  # of a run folder: the model of the best evaluation
 
 
-class TaskModel(nn.Module):
+class TaskModel(nn.Module, ABC):
     """What all models over an encoder have in common: the folder they are saved as."""
 
     encoder: Encoder
 
+    @abstractmethod
     def write_parts(self, folder: Path) -> dict[str, Any]:
         """Write everything but the encoder into a folder; returns what task.json says of it."""
-        raise NotImplementedError
 
     def save(self, folder: str | Path) -> Path:
         """Write the model as one folder that opens offline.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +158,29 @@ def small_encoder():
             )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """`run_ranks(worker, folder, world)`: start `worker FOLDER RANK WORLD` for each rank and wait; all must succeed."""
+
+    def run(worker: Path, folder: Path, world: int) -> None:
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(worker), str(folder), str(rank), str(world)],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        for process in started:
+            _, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error
+
+    return run

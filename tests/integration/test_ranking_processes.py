@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +12,14 @@ from retrieval.metrics import retrieval_ranks
 pytestmark = pytest.mark.dist
 
 
-def test_three_processes_are_one(tmp_path):
+def test_three_processes_are_one(tmp_path, run_ranks):
     rng = np.random.default_rng(0)
     owner = np.arange(150).repeat(3)
     image = rng.standard_normal((150, 24)).astype(np.float32)
     text = (image[owner] + rng.standard_normal((450, 24))).astype(np.float32)
     text[::4] = text[0]  # ties must be shared, too
     np.savez(tmp_path / "rows.npz", image=image, text=text, owner=owner)
-    worker = Path(__file__).with_name("ranking_worker.py")
-    root = str(worker.parents[2])
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(tmp_path), str(rank), "3"],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    for process in started:
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
+    run_ranks(Path(__file__).with_name("ranking_worker.py"), tmp_path, 3)
     expected = retrieval_ranks(image, text, owner, block=1000)
     assert int((expected[0].level > 0).sum()) > 0
     for rank in range(3):

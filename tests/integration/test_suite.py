@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -253,31 +250,13 @@ def test_rows_from_the_cache_are_those_of_the_encoder(sets, tmp_path, make_pictu
 
 
 @pytest.mark.dist
-def test_processes_share_the_work_and_all_get_the_numbers_of_one(sets, tmp_path, small_encoder):
+def test_processes_share_the_work_and_all_get_the_numbers_of_one(sets, tmp_path, small_encoder, run_ranks):
     encoder = load_encoder(small_encoder(0).save(tmp_path / "model"), device="cpu")
     alone = {
         "pairs": RetrievalEvaluator(str(tmp_path / "pairs"), batch_size=4).run(encoder),
         "suite": SuiteEvaluator(str(sets), quick=False).run(encoder),
     }
-    worker = Path(__file__).with_name("suite_worker.py")
-    root = str(worker.parents[2])
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(tmp_path), str(rank), "2"],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
+    run_ranks(Path(__file__).with_name("suite_worker.py"), tmp_path, 2)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [{name: rank[name] for name in alone} for rank in ranks] == [alone, alone]
     # 15 pictures in three shards, by fours: batches of 4, 3, 4, 3 and 1.
