@@ -48,7 +48,7 @@ from finetune.trainer import Finetuner
 from pairstream.recipe import validate
 from pretrain.encoder import build_encoder
 from pretrain.optim import build_optimizer, learning_rate_factor
-from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
 TOKENS = 30
 WORDS = (

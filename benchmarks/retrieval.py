@@ -186,7 +186,7 @@ def classifier_build(pairs: int, classes: int) -> dict[str, Any]:
     from clip_benchmark.metrics import zeroshot_classification
 
     from pretrain.encoder import build_encoder
-    from pretrain.recipe import TextTransformer, TowersModel, ViT
+    from pretrain.recipe_model import TextTransformer, TowersModel, ViT
     from retrieval.classifier import build_classifier
     from retrieval.prompts import named_classes, named_templates
 

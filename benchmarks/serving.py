@@ -46,7 +46,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from pretrain.encoder import Encoder, build_encoder, load_encoder  # noqa: E402
-from pretrain.recipe import OpenClipModel, PretrainRecipe  # noqa: E402
+from pretrain.recipe import PretrainRecipe  # noqa: E402
+from pretrain.recipe_model import OpenClipModel  # noqa: E402
 
 CLIENTS = 32
 ROUTES = ("text", "image")

@@ -24,7 +24,7 @@ from finetune.samples import TextRow, TrainCollate, TrainLoad
 from finetune.saved import task_folder
 from finetune.text import train_tokenizer, wrap_tokenizer
 from pretrain.encoder import Encoder, build_encoder
-from pretrain.recipe import OpenClipModel
+from pretrain.recipe_model import OpenClipModel
 
 
 class Family(Protocol):

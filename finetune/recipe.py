@@ -9,16 +9,9 @@ from pydantic import Field, field_validator, model_validator
 
 from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask, check_heads
 from pairstream.recipe import Config
-from pretrain.recipe import (
-    AdamW,
-    Checkpoints,
-    Cosine,
-    Model,
-    OpenClipModel,
-    Optimizer,
-    Schedule,
-    check_schedule,
-)
+from pretrain.recipe import Checkpoints
+from pretrain.recipe_model import Model, OpenClipModel
+from pretrain.recipe_optim import AdamW, Cosine, Optimizer, Schedule, check_schedule
 
 
 class Linear(Config):

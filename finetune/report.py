@@ -10,7 +10,7 @@ from finetune.recipe import FinetuneRecipe
 from finetune.tasks import Row, TaskKind
 from pairstream.report import Card, Report
 from pairstream.run import RunFolder
-from pretrain.recipe import TowersModel
+from pretrain.recipe_model import TowersModel
 
 TITLES = {
     "caption": ("Captions", "Captions written for held-out pictures"),

@@ -23,7 +23,7 @@ from data.transforms import EvalTransform, decode_image
 from pairstream.atomic import new_folder, write_text
 from pretrain.adapters import plain_state
 from pretrain.checkpoint import save_tensors
-from pretrain.recipe import Model, OpenClipModel, TowersModel
+from pretrain.recipe_model import Model, OpenClipModel, TowersModel
 from pretrain.resolution import as_size, resize_image_tower
 from pretrain.short_texts import text_features
 from pretrain.towers import CONFIG, WEIGHTS, Built, build_named, build_towers, read_checkpoint

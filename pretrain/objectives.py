@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pretrain.encoder import Encoder, load_encoder
 from pretrain.losses import distributed_info_nce, distributed_sigmoid_loss, smoothing_term
-from pretrain.recipe import (
+from pretrain.recipe_loss import (
     DistillationConfig,
     HardNegativesConfig,
     InfoNCEConfig,

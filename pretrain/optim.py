@@ -12,7 +12,7 @@ from timm.optim.lion import Lion
 from torch import nn
 
 from pretrain.muon import EMBEDDINGS, Muon
-from pretrain.recipe import WSD, AdafactorConfig, AdamW, Cosine, LionConfig, MuonConfig, Rsqrt
+from pretrain.recipe_optim import WSD, AdafactorConfig, AdamW, Cosine, LionConfig, MuonConfig, Rsqrt
 
 
 def build_optimizer(

@@ -14,7 +14,9 @@ from pretrain.flops import Count, count_flops, loss_flops
 from pretrain.locks import apply_lock
 from pretrain.network import DualEncoder
 from pretrain.objectives import build_objective
-from pretrain.recipe import DistillationConfig, OpenClipModel, Phase, PretrainRecipe
+from pretrain.recipe import Phase, PretrainRecipe
+from pretrain.recipe_loss import DistillationConfig
+from pretrain.recipe_model import OpenClipModel
 from pretrain.resolution import as_size, set_patch_dropout
 
 MFU = 0.2

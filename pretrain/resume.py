@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain.checkpoint import complete_checkpoints, read_trained_weights, read_training_state
 from pretrain.collectives import gather_counts
 from pretrain.copies import fetch_newest
-from pretrain.recipe import Model, OpenClipModel, TimmTower, TransformersText
+from pretrain.recipe_model import Model, OpenClipModel, TimmTower, TransformersText
 from pretrain.resolution import as_size
 from pretrain.towers import read_checkpoint
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pairstream.errors import nearest, require
-from pretrain.recipe import OpenClipModel, TimmTower, TowersModel, TransformersText
+from pretrain.recipe_model import OpenClipModel, TimmTower, TowersModel, TransformersText
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"

@@ -144,7 +144,7 @@ def small_encoder():
         import torch
 
         from pretrain.encoder import build_encoder
-        from pretrain.recipe import TextTransformer, TowersModel, ViT
+        from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)

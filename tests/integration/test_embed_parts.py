@@ -17,7 +17,7 @@ import torch
 from data.shards import Sample, ShardWriter
 from pairstream.cli import main as pairstream
 from pretrain.encoder import build_encoder, load_encoder
-from pretrain.recipe import TowersModel
+from pretrain.recipe_model import TowersModel
 from retrieval.embed import Embeddings, embed_shards
 from retrieval.job import Launch, finish_job, make_parts, plan_job, start_job
 from retrieval.parts import EmbeddingSet, part_folder

@@ -25,7 +25,7 @@ from pairstream.cli import run_stage
 from pairstream.recipe import load_recipe, recipe_names, validate
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.encoder import build_encoder, load_encoder
-from pretrain.recipe import OpenClipModel, TextTransformer, TowersModel, ViT
+from pretrain.recipe_model import OpenClipModel, TextTransformer, TowersModel, ViT
 
 COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (245, 245, 245)}
 

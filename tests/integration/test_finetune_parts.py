@@ -22,7 +22,7 @@ from finetune.text import train_tokenizer
 from finetune.trainer import Finetuner
 from pairstream.recipe import validate
 from pretrain.encoder import build_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
 COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (245, 245, 245)}
 SMALL = {"kind": "config", "width": 32, "layers": 1, "heads": 2, "context": 64, "vocabulary": 300}

@@ -20,7 +20,7 @@ from finetune.trainer import Finetuner
 from finetune.wise import Interpolation, wise
 from pairstream.recipe import validate
 from pretrain.encoder import build_encoder, load_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
 MOODS = {"bad": (220, 30, 30), "good": (30, 220, 40)}
 

@@ -19,7 +19,8 @@ from pairstream.cli import run_stage
 from pretrain.checkpoint import complete_checkpoints, read_training_state
 from pretrain.cli import main
 from pretrain.encoder import build_encoder, load_encoder
-from pretrain.recipe import PretrainRecipe, TowersModel
+from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_model import TowersModel
 from pretrain.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -46,7 +46,7 @@ def ask(port, path, content=None, headers=None, timeout=60):
 @pytest.mark.dist
 def test_replicas_answer_as_the_library_does_and_grow_under_load(tiny_models, tmp_path):
     from pretrain.encoder import build_encoder
-    from pretrain.recipe import TowersModel
+    from pretrain.recipe_model import TowersModel
 
     model = build_encoder(TowersModel.model_validate(tiny_models["vit"]), device="cpu").save(
         tmp_path / "model"

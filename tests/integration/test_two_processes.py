@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from pretrain.encoder import build_encoder
 from pretrain.locks import set_training_mode
 from pretrain.losses import info_nce
-from pretrain.recipe import PretrainRecipe, TowersModel
+from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_model import TowersModel
 from pretrain.trainer import DualEncoder, Trainer
 
 pytestmark = pytest.mark.dist

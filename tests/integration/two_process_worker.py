@@ -21,7 +21,8 @@ from pretrain.encoder import build_encoder
 from pretrain.locks import set_training_mode
 from pretrain.losses import distributed_info_nce
 from pretrain.norm import use_global_batch_norm
-from pretrain.recipe import PretrainRecipe, TowersModel
+from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_model import TowersModel
 from pretrain.trainer import DualEncoder, Trainer
 
 

@@ -14,7 +14,8 @@ from open_clip.loss import ClipLoss
 from pairstream.recipe import load_recipe
 from pretrain.encoder import Encoder, build_encoder, load_encoder
 from pretrain.losses import info_nce
-from pretrain.recipe import OpenClipModel, PretrainRecipe, TowersModel
+from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_model import OpenClipModel, TowersModel
 
 pytestmark = pytest.mark.parity
 TEXTS = ["a red thing", "nothing of the kind", "a photograph of a cat on a mat"]

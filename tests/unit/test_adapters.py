@@ -11,7 +11,8 @@ import torch
 from pretrain.adapters import add_adapters, merge_adapters, plain_state
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.encoder import build_encoder
-from pretrain.recipe import LoRA, PretrainRecipe, TowersModel
+from pretrain.recipe import LoRA, PretrainRecipe
+from pretrain.recipe_model import TowersModel
 from pretrain.trainer import Trainer
 
 

@@ -20,7 +20,7 @@ from pretrain.checkpoint import (
     save_checkpoint,
 )
 from pretrain.optim import build_optimizer
-from pretrain.recipe import AdamW
+from pretrain.recipe_optim import AdamW
 
 
 def made(seed: int = 0) -> tuple[nn.Module, torch.optim.AdamW]:

@@ -12,7 +12,7 @@ from finetune.model import VisionLanguageModel, load_task_model, small_language_
 from finetune.recipe import CaptionTask, CrossAttention, Decoding, Mlp, Resampler, SmallLanguageModel, VqaTask
 from finetune.text import make_pair, pack, token_ids, train_tokenizer
 from pretrain.encoder import build_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
 WORDS = ["a red cat on the left", "two blue dogs", "Is there a dog?", "how many cats are there?", "yes", "no"]
 CONNECTORS = {

@@ -11,7 +11,7 @@ from pairstream.cli import run_stage
 from pretrain.cli import main
 from pretrain.convert import from_transformers, require_expressible, save_transformers, to_transformers
 from pretrain.encoder import Encoder, build_encoder, load_encoder
-from pretrain.recipe import TowersModel
+from pretrain.recipe_model import TowersModel
 from pretrain.towers import instantiate
 
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.faults import Fault
 from pretrain.encoder import Encoder, Normalize, build_encoder, checkpoint_folder, load_encoder
-from pretrain.recipe import TowersModel
+from pretrain.recipe_model import TowersModel
 
 
 @pytest.fixture(scope="module")

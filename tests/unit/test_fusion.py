@@ -21,7 +21,7 @@ from finetune.recipe import FinetuneRecipe
 from pairstream.cli import run_stage
 from pairstream.recipe import validate
 from pretrain.encoder import build_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
 FUSIONS = [
     {"kind": "tanh", "width": 16},

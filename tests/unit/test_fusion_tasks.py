@@ -24,7 +24,7 @@ from finetune.trainer import Finetuner
 from finetune.vqa_accuracy import question_accuracy
 from pairstream.recipe import validate
 from pretrain.encoder import build_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 210, 40), "blue": (40, 40, 220)}
 

@@ -10,7 +10,8 @@ from pairstream.cli import run_stage
 from pretrain.cli import main
 from pretrain.encoder import build_encoder, load_encoder
 from pretrain.hub import stage
-from pretrain.recipe import PretrainRecipe, TowersModel
+from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_model import TowersModel
 from pretrain.report import model_card
 
 

@@ -9,7 +9,7 @@ import torch
 from pairstream.cli import main as pairstream
 from pretrain.encoder import Encoder, build_encoder, load_encoder
 from pretrain.interpolate import interpolate
-from pretrain.recipe import TowersModel
+from pretrain.recipe_model import TowersModel
 
 
 def make(model: dict, seed: int) -> Encoder:

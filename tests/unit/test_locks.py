@@ -15,7 +15,8 @@ from pretrain.locks import (
     set_training_mode,
     text_groups,
 )
-from pretrain.recipe import Phase, TowersModel
+from pretrain.recipe import Phase
+from pretrain.recipe_model import TowersModel
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ from pretrain.checkpoint import complete_checkpoints
 from pretrain.encoder import build_encoder, load_encoder
 from pretrain.losses import info_nce, sigmoid_loss, smoothing_term
 from pretrain.objectives import PROBES, build_objective, text_ids
-from pretrain.recipe import (
+from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_loss import (
     DistillationConfig,
     HardNegativesConfig,
     InfoNCEConfig,
     MultiPositiveConfig,
-    PretrainRecipe,
     SigmoidConfig,
-    TowersModel,
 )
+from pretrain.recipe_model import TowersModel
 from pretrain.soft_targets import Teacher, distillation_loss, hard_negative_info_nce, multi_positive_info_nce
 from pretrain.trainer import DualEncoder, Trainer
 

@@ -12,16 +12,8 @@ from torch import nn
 from pretrain.checkpoint import load_optimizer_state, optimizer_state, save_tensors
 from pretrain.muon import orthogonalise
 from pretrain.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from pretrain.recipe import (
-    WSD,
-    AdafactorConfig,
-    AdamW,
-    Cosine,
-    LionConfig,
-    MuonConfig,
-    PretrainRecipe,
-    Rsqrt,
-)
+from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_optim import WSD, AdafactorConfig, AdamW, Cosine, LionConfig, MuonConfig, Rsqrt
 from pretrain.trainer import DualEncoder
 
 

@@ -15,7 +15,7 @@ from finetune.cli import main
 from finetune.own_data import OwnData, read_table, split
 from pairstream.cli import run_stage
 from pretrain.encoder import build_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
 
 def plain(colour: str, seed: int) -> bytes:

@@ -14,7 +14,8 @@ from pretrain.cli import main
 from pretrain.encoder import build_encoder
 from pretrain.flops import count_flops, loss_flops
 from pretrain.plan import KINDS, describe, expect, make_plan, read_fleet
-from pretrain.recipe import PretrainRecipe, TowersModel
+from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_model import TowersModel
 from pretrain.trainer import DualEncoder, Trainer
 
 

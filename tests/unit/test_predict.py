@@ -16,7 +16,7 @@ from finetune.recipe import CaptionTask, Decoding, Linear, SmallLanguageModel, V
 from finetune.text import train_tokenizer
 from pairstream.cli import run_stage
 from pretrain.encoder import build_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
 
 @pytest.fixture(scope="module")

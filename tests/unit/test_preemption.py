@@ -14,7 +14,8 @@ import torch
 import pretrain.objectives as module
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.preemption import SIGNALS, Preempted, StopRequest
-from pretrain.recipe import OpenClipModel, PretrainRecipe, TimmTower, TowersModel
+from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_model import OpenClipModel, TimmTower, TowersModel
 from pretrain.resume import beginning
 from pretrain.trainer import Trainer
 

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from pretrain.encoder import build_encoder
-from pretrain.recipe import TowersModel
+from pretrain.recipe_model import TowersModel
 from retrieval.probes import (
     COARSE,
     few_shot_probe,

@@ -10,19 +10,10 @@ import pytest
 import yaml
 
 from pairstream.recipe import dump_recipe, find_recipe, load_recipe
-from pretrain.recipe import (
-    EMA,
-    WSD,
-    AdamW,
-    LionConfig,
-    MuonConfig,
-    OpenClipModel,
-    Phase,
-    PretrainRecipe,
-    ResNet,
-    SigmoidConfig,
-    TimmTower,
-)
+from pretrain.recipe import EMA, Phase, PretrainRecipe
+from pretrain.recipe_loss import SigmoidConfig
+from pretrain.recipe_model import OpenClipModel, ResNet, TimmTower
+from pretrain.recipe_optim import WSD, AdamW, LionConfig, MuonConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 # Those of training runs; the suites of retrieval are tested in test_suite.py.

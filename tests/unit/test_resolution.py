@@ -13,7 +13,8 @@ from torch import nn
 
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.encoder import Encoder, build_encoder, load_encoder
-from pretrain.recipe import PretrainRecipe, TowersModel
+from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_model import TowersModel
 from pretrain.resolution import require_image_size, resize_image_tower, set_patch_dropout
 from pretrain.trainer import Trainer
 

@@ -17,7 +17,9 @@ from pretrain.checkpoint import complete_checkpoints, read_training_state
 from pretrain.copies import copy_checkpoint, fetch_newest, open_place, whole_copies
 from pretrain.encoder import build_encoder, load_encoder
 from pretrain.optim import build_optimizer
-from pretrain.recipe import AdamW, PretrainCheckpoints, PretrainRecipe, TowersModel
+from pretrain.recipe import PretrainCheckpoints, PretrainRecipe
+from pretrain.recipe_model import TowersModel
+from pretrain.recipe_optim import AdamW
 from pretrain.saver import Saver, snapshot
 from pretrain.trainer import Trainer
 

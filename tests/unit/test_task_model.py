@@ -18,7 +18,7 @@ from finetune.model import (
 from finetune.recipe import CaptionTask, Decoding, Linear, Mlp, SmallLanguageModel, VqaTask
 from finetune.text import END, IGNORED, Pair, make_pair, pack, require_end_and_pad, train_tokenizer
 from pretrain.encoder import build_encoder
-from pretrain.recipe import ResNet, TextTransformer, TowersModel, ViT
+from pretrain.recipe_model import ResNet, TextTransformer, TowersModel, ViT
 
 WORDS = ["a red cat on the left", "two blue dogs", "Is there a dog?", "how many cats are there?", "yes", "no"]
 TEXT = TextTransformer(context_length=16, width=16, heads=2, layers=1)

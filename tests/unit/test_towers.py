@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pretrain.encoder import build_encoder
-from pretrain.recipe import PretrainRecipe, TowersModel
+from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_model import TowersModel
 from pretrain.towers import instantiate, load_tower_weights, package_path, quiet
 from pretrain.trainer import Trainer
 

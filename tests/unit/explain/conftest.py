@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pretrain.encoder import Encoder, build_encoder
-from pretrain.recipe import TowersModel
+from pretrain.recipe_model import TowersModel
 
 VIT = {
     "kind": "towers",

@@ -11,7 +11,7 @@ from torch import nn
 from explain.attention import record_attention
 from explain.relevance import chefer_relevance, rollout
 from pretrain.encoder import build_encoder
-from pretrain.recipe import TowersModel
+from pretrain.recipe_model import TowersModel
 from pretrain.short_texts import text_features
 
 

@@ -7,7 +7,7 @@ import torch
 
 from explain.words import integrated_tokens, merge_tokens, offset_words, token_words, word_relevance
 from pretrain.encoder import build_encoder
-from pretrain.recipe import TowersModel
+from pretrain.recipe_model import TowersModel
 
 TEXT = "Two heart-shaped   unicornballoons, naïve!"
 

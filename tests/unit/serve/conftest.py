@@ -21,7 +21,7 @@ from finetune.model import VisionLanguageModel, small_language_model
 from finetune.recipe import CaptionTask, Decoding, Mlp, SmallLanguageModel, VqaTask
 from finetune.text import train_tokenizer
 from pretrain.encoder import build_encoder, load_encoder
-from pretrain.recipe import TextTransformer, TowersModel, ViT
+from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 from retrieval.embed import embed_shards
 from retrieval.index import Index
 from serve.models import Models, load_models

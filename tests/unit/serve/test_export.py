@@ -15,7 +15,7 @@ from PIL import Image
 
 from pairstream.cli import main as pairstream
 from pretrain.encoder import build_encoder, load_encoder
-from pretrain.recipe import TowersModel
+from pretrain.recipe_model import TowersModel
 from serve.export import export as module
 from serve.export.export import export_model
 from serve.export.parity import check_float, check_int8, compare, compare_on_data, first_pictures, first_rows

@@ -1,0 +1,66 @@
+"""What a recipe says of the objective."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pairstream.recipe import Config
+
+
+class InfoNCEConfig(Config):
+    """CLIP's loss: each image finds its text among all of the batch, and each text its image."""
+
+    kind: Literal["info_nce"] = "info_nce"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each label that is spread evenly over the batch."""
+    tile: int | None = Field(default=None, ge=1)
+    """Side of a block of logits; None chooses."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How texts reach all ranks: all at once, or passed on so that memory does not grow with the ranks."""
+
+
+class SigmoidConfig(Config):
+    """SigLIP's loss: each combination of image and text is a yes-or-no question."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    init_scale: float = Field(default=10.0, gt=0)
+    """First logit scale (exponentiated) of a model without a logit_bias; one that has it keeps its own."""
+    init_bias: float = -10.0
+    """First logit_bias of such a model."""
+    tile: int | None = Field(default=None, ge=1)
+    """Side of a block of logits; None chooses."""
+    exchange: Literal["gather", "ring"] = "ring"
+
+
+class MultiPositiveConfig(Config):
+    """InfoNCE in which all captions of an image, and captions that are equal, are positives."""
+
+    kind: Literal["multi_positive"] = "multi_positive"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each label that is spread evenly over the batch."""
+
+
+class HardNegativesConfig(Config):
+    """InfoNCE in which negatives count the more, the more they look like the positive."""
+
+    kind: Literal["hard_negatives"] = "hard_negatives"
+    beta: float = Field(default=0.2, ge=0)
+    """Sharpness of the weights; 0 is InfoNCE."""
+
+
+class DistillationConfig(Config):
+    """InfoNCE and agreement with the softmax of teachers over the same batch."""
+
+    kind: Literal["distillation"] = "distillation"
+    teachers: tuple[str, ...] = Field(min_length=1)
+    """Checkpoints, run folders or names of open_clip's with the student's image size and tokenizer."""
+    weight: float = Field(default=0.5, gt=0, le=1)
+    """Share of the agreement; the rest is InfoNCE."""
+
+
+Loss = Annotated[
+    InfoNCEConfig | SigmoidConfig | MultiPositiveConfig | HardNegativesConfig | DistillationConfig,
+    Field(discriminator="kind"),
+]
