@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +13,32 @@ import torch
 from data.faults import Fault
 from data.pictures import MAX_PIXELS, Picture
 from data.samples import RawSample
+from data.stored import SUFFIX, Stored, require_same_settings, unpack
 from data.transforms import EvalTransform, TrainTransform, decode_image
 
 CAPTIONS = ("random", "first", "longest", "all")
+
+
+class Told(NamedTuple):
+    """What a stored teacher said of a row: of the view that the student sees, and of its caption."""
+
+    image: torch.Tensor
+    """float32 `(d,)`"""
+    text: torch.Tensor
+    logit_scale: float
+    model: int
+
+
+class Pair(NamedTuple):
+    """One sample as it goes into a batch."""
+
+    image: torch.Tensor
+    """uint8 `(3, h, w)`"""
+    texts: list[str]
+    told: Mapping[str, Told] = MappingProxyType({})
+    """By stored teacher."""
+    views: torch.Tensor | None = None
+    """uint8 `(2, 3, h, w)`"""
 
 
 @dataclass(frozen=True)
@@ -31,10 +55,13 @@ class PairLoad:
         rewritten_key: JSON key of captions that a model wrote anew, a text or a list of texts.
         rewritten_share: Probability with which, each epoch anew, a picture that has such captions takes them in
             place of its own.
+        stored: Teachers whose embeddings lie in the shards (`data.stored`); the picture is then one of the views that
+            they saw, drawn anew each epoch.
+        views: Gives two more views of the whole picture.
 
     Raises:
-        ValueError: `scaled_decode` with an evaluation transform, whose pixels are meant to be exact; or only one of
-            the two that rewritten captions need.
+        ValueError: `scaled_decode` with an evaluation transform, whose pixels are meant to be exact; only one of
+            the two that rewritten captions need; or stored teachers with texts or pictures that they did not see.
     """
 
     transform: EvalTransform | TrainTransform
@@ -45,6 +72,8 @@ class PairLoad:
     captions_per_image: int = 1
     rewritten_key: str | None = None
     rewritten_share: float = 0.0
+    stored: tuple[str, ...] = ()
+    views: TrainTransform | None = None
 
     def __post_init__(self) -> None:
         if self.scaled_decode and not isinstance(self.transform, TrainTransform):
@@ -62,36 +91,95 @@ class PairLoad:
                 f"{self.rewritten_key!r} and rewritten_share {self.rewritten_share}"
             )
 
-    def __call__(self, sample: RawSample, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
-        texts = sample.captions()  # before the picture: a missing caption then costs no decoding
+        if self.stored and (
+            not isinstance(self.transform, TrainTransform)
+            or self.captions == "all"
+            or self.captions_per_image > 1
+            or self.word_dropout
+            or self.rewritten_key
+        ):
+            raise ValueError(
+                f"stored teachers ({', '.join(self.stored)}) saw single whole captions and pictures as TrainTransform "
+                "makes them: leave out word_dropout, captions_per_image, captions 'all' and rewritten captions"
+            )
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Extensions of the files that it needs beside picture and captions."""
+        return tuple(f"{name}.{SUFFIX}" for name in self.stored)
+
+    def __call__(self, sample: RawSample, rng: np.random.Generator) -> Pair:
+        own = texts = sample.captions()  # before the picture: a missing caption then costs no decoding
         if self.rewritten_key and rng.random() < self.rewritten_share:
             texts = sample.captions(self.rewritten_key) or texts
         if not texts:
             raise Fault("missing_caption", "no caption in KEY.json and no text in KEY.txt")
-        if self.captions == "random":
-            texts = draw_captions(texts, self.captions_per_image, rng)
-        elif self.captions == "first":
-            texts = texts[:1]
-        elif self.captions == "longest":
-            texts = [max(texts, key=len)]
+        chosen = self.choose(texts, rng)
+        texts = [texts[number] for number in chosen]
         if self.word_dropout:
             texts = [drop_words(text, self.word_dropout, rng) for text in texts]
-        if self.scaled_decode and isinstance(self.transform, TrainTransform):
-            return self.transform.load(Picture(sample.image, max_pixels=self.max_pixels), rng), texts
-        return self.transform(decode_image(sample.image, max_pixels=self.max_pixels), rng), texts
+        told, source = self.recall(sample, len(own), chosen[0], rng)
+        if self.views is None and self.scaled_decode and isinstance(self.transform, TrainTransform):
+            picture = Picture(sample.image, max_pixels=self.max_pixels)
+            return Pair(self.transform.load(picture, source), texts, told)
+        pixels = decode_image(sample.image, max_pixels=self.max_pixels)
+        image = self.transform(pixels, source)
+        views = None if self.views is None else torch.stack([self.views(pixels, rng) for _ in range(2)])
+        return Pair(image, texts, told, views)
+
+    def choose(self, texts: list[str], rng: np.random.Generator) -> list[int]:
+        """Numbers of the captions that are taken."""
+        if self.captions == "random":
+            return draw_captions(len(texts), self.captions_per_image, rng)
+        if self.captions == "longest":
+            return [max(range(len(texts)), key=lambda number: len(texts[number]))]
+        return [0] if self.captions == "first" else list(range(len(texts)))
+
+    def recall(
+        self, sample: RawSample, captions: int, caption: int, rng: np.random.Generator
+    ) -> tuple[dict[str, Told], np.random.Generator]:
+        """What the stored teachers said, and the random numbers of the view that they said it of.
+
+        Raises:
+            Fault: `bad_teacher`.
+            ValueError: They saw another augmentation.
+        """
+        if not self.stored:
+            return {}, rng
+        found: dict[str, Stored] = {}
+        for name in self.stored:
+            if f"{name}.{SUFFIX}" not in sample.members:
+                raise Fault("bad_teacher", f"no KEY.{name}.{SUFFIX}")
+            found[name] = unpack(sample.members[f"{name}.{SUFFIX}"], name, captions)
+            assert isinstance(self.transform, TrainTransform)
+            require_same_settings(found[name], self.transform, name)
+        seeds = next(iter(found.values())).seeds
+        if any(not np.array_equal(seeds, stored.seeds) for stored in found.values()):
+            raise Fault("bad_teacher", f"{', '.join(found)} saw different views: store them in one go")
+        view = int(rng.integers(len(seeds)))
+        told = {
+            name: Told(
+                torch.from_numpy(stored.images[view].astype(np.float32)),
+                torch.from_numpy(stored.texts[caption].astype(np.float32)),
+                stored.logit_scale,
+                stored.model,
+            )
+            for name, stored in found.items()
+        }
+        return told, np.random.default_rng(int(seeds[view]))
 
 
-def draw_captions(texts: list[str], count: int, rng: np.random.Generator) -> list[str]:
-    """Draw captions of one picture; none comes twice before each has come once.
+def draw_captions(total: int, count: int, rng: np.random.Generator) -> list[int]:
+    """Draw captions of one picture by their numbers; none comes twice before each has come once.
 
     Example:
-        >>> draw_captions(["a dog", "a brown dog"], 3, np.random.default_rng(0))
-        ['a brown dog', 'a dog', 'a brown dog']
+        >>> draw_captions(2, 3, np.random.default_rng(0))
+        [1, 0, 1]
     """
     if count == 1:
-        return [texts[rng.integers(len(texts))]]
-    order = rng.permutation(len(texts))
-    return [texts[int(order[place % len(order)])] for place in range(count)]
+        return [int(rng.integers(total))]
+    order = rng.permutation(total)
+    return [int(order[place % total]) for place in range(count)]
 
 
 def drop_words(text: str, share: float, rng: np.random.Generator) -> str:
@@ -115,17 +203,21 @@ class PairCollate:
         size: (height, width) of the pictures, for a batch that holds none.
         captions: As in `PairLoad`.
         captions_per_image: As in `PairLoad`; tokens of more than one are (b, captions_per_image, context).
+        stored: As in `PairLoad`: `NAME.image` and `NAME.text` float32 (b, d), and `NAME.scale` float32 (b,).
+        views: Whether rows have two more views of their pictures: `views`, uint8 (b, 2, 3, h, w).
     """
 
     tokenize: Callable[[Sequence[str]], torch.Tensor]
     size: tuple[int, int]
     captions: str = "random"
     captions_per_image: int = 1
+    stored: tuple[str, ...] = ()
+    views: bool = False
 
-    def __call__(self, rows: list[tuple[torch.Tensor, list[str]]]) -> dict[str, Any]:
-        texts = [text for _, several in rows for text in several]
+    def __call__(self, rows: list[Pair]) -> dict[str, Any]:
+        texts = [text for row in rows for text in row.texts]
         if rows:
-            images = torch.stack([image for image, _ in rows])  # (b, 3, h, w)
+            images = torch.stack([row.image for row in rows])  # (b, 3, h, w)
             tokens = self.tokenize(texts)
         else:
             images = torch.zeros((0, 3, *self.size), dtype=torch.uint8)
@@ -134,6 +226,37 @@ class PairCollate:
             tokens = tokens.view(len(rows), self.captions_per_image, tokens.shape[-1])
         batch = {"images": images, "tokens": tokens.to(torch.int64), "texts": texts}
         if self.captions == "all":
-            counts = torch.tensor([len(several) for _, several in rows], dtype=torch.int64)
+            counts = torch.tensor([len(row.texts) for row in rows], dtype=torch.int64)
             batch["image_of_text"] = torch.repeat_interleave(torch.arange(len(rows)), counts)  # (n_texts,)
+        if self.views:
+            none = images.new_zeros((0, 2, 3, *self.size))
+            batch["views"] = (
+                torch.stack([row.views for row in rows if row.views is not None]) if rows else none
+            )
+        for name in self.stored:
+            batch |= stack_told(name, [row.told[name] for row in rows])
         return batch
+
+
+def stack_told(name: str, rows: list[Told]) -> dict[str, torch.Tensor]:
+    """A stored teacher's columns of a batch.
+
+    Raises:
+        ValueError: The rows are of different models.
+    """
+    if len({(row.model, len(row.image)) for row in rows}) > 1:
+        raise ValueError(
+            f"the embeddings of the stored teacher {name!r} are of different models in different shards: store those "
+            "of one model under one name"
+        )
+    if not rows:
+        return {
+            f"{name}.image": torch.zeros(0, 1),
+            f"{name}.text": torch.zeros(0, 1),
+            f"{name}.scale": torch.zeros(0),
+        }
+    return {
+        f"{name}.image": torch.stack([row.image for row in rows]),
+        f"{name}.text": torch.stack([row.text for row in rows]),
+        f"{name}.scale": torch.tensor([row.logit_scale for row in rows], dtype=torch.float32),
+    }

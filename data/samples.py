@@ -35,6 +35,7 @@ class RawSample:
         extension: `jpg`, `jpeg`, `png` or `webp`.
         record: The sample's JSON; empty when it has none. `KEY.cls` is its `label` where the JSON has none.
         text: Content of `KEY.txt`; None when there is none.
+        members: Content of the further files that were asked for, by extension.
     """
 
     key: str
@@ -44,6 +45,7 @@ class RawSample:
     extension: str
     record: dict[str, Any] = field(default_factory=dict)
     text: str | None = None
+    members: dict[str, bytes] = field(default_factory=dict)
 
     def captions(self, key: str | None = None) -> list[str]:
         """The texts of the picture: `captions` of the JSON, else its `caption`, else `KEY.txt`; blanks left
@@ -65,7 +67,9 @@ class RawSample:
         return [caption.strip() for caption in captions if caption.strip()]
 
 
-def read_sample(index: ShardIndex, sample: int, number: int, reader: ShardReader) -> RawSample:
+def read_sample(
+    index: ShardIndex, sample: int, number: int, reader: ShardReader, more: Iterable[str] = ()
+) -> RawSample:
     """Read one sample's picture, JSON and text.
 
     Args:
@@ -73,6 +77,7 @@ def read_sample(index: ShardIndex, sample: int, number: int, reader: ShardReader
         sample: Number within the shard.
         number: Global index.
         reader: Keeps shards open.
+        more: Extensions of further files to read, where the sample has them.
 
     Raises:
         Fault: `missing_image`, `bad_json`, `bad_text`, or what `ShardReader.read` raises.
@@ -100,7 +105,8 @@ def read_sample(index: ShardIndex, sample: int, number: int, reader: ShardReader
         written = reader.read(index, *members["cls"]).decode("utf-8", "replace").strip()
         record["label"] = int(written) if written.isdecimal() else written
     image = reader.read(index, *members[extension])
-    return RawSample(index.key(sample), index.name, number, image, extension, record, text)
+    further = {name: reader.read(index, *members[name]) for name in more if name in members}
+    return RawSample(index.key(sample), index.name, number, image, extension, record, text, further)
 
 
 def index_shards(

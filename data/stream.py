@@ -29,6 +29,7 @@ from data.mixture import Mix, Mixture, Rows, Source, Sources, as_sources, whole_
 from data.order import WINDOW, EpochOrder, rank_slice, sample_rng, source_seed
 from data.pairs import CAPTIONS, PairCollate, PairLoad
 from data.samples import RawSample, index_shards, read_sample
+from data.stored import require_members
 from data.tar import ShardIndex, ShardReader
 from data.tokens import batch_tokenizer
 from data.transforms import MAX_PIXELS, EvalTransform, TrainTransform
@@ -99,6 +100,7 @@ class PairStream:
         temperature: Of a mixture whose sources have no weights: they are `samples ** (1 / temperature)`; None
             and 1 go by size.
         mix: `samples` gives every batch its exact share of each source, `batches` takes each from one source.
+        members: Extensions of further files that `load` wants in `RawSample.members`.
 
     Raises:
         ValueError: No shards, no samples, too many faults, or an argument out of range.
@@ -126,6 +128,7 @@ class PairStream:
         cache_limit: int | None = None,
         temperature: float | None = None,
         mix: Mix = "samples",
+        members: Sequence[str] = (),
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is the samples per rank, at least 1, got {batch_size}")
@@ -137,7 +140,7 @@ class PairStream:
             raise ValueError(f"seed must be at least 0, got {seed}")
         if cache_limit is not None and cache_limit < 1:
             raise ValueError(f"cache_limit is a number of bytes, at least 1, got {cache_limit}")
-        self.load, self.collate = load, collate
+        self.load, self.collate, self.members = load, collate, tuple(members)
         self.batch_size, self.rank, self.world_size, self.workers = batch_size, rank, world_size, workers
         self.max_faults = max_faults
         self.cache = ShardCache(Path(cache_dir or cache_folder()), cache_limit)
@@ -323,7 +326,7 @@ class PairStream:
         index, sample = self.locate(number)
         load = self.sources[source].load or self.load
         try:
-            raw = read_sample(index, sample, number, reader)
+            raw = read_sample(index, sample, number, reader, self.members)
             return load(raw, sample_rng(self.seed, epoch, number)), raw.key, number
         except Fault as fault:
             faults.append(FaultRecord(fault.cause, index.name, index.key(sample), fault.detail))
@@ -391,6 +394,8 @@ def pair_stream(
     word_dropout: float = 0.0,
     scaled_decode: bool = False,
     captions_per_image: int = 1,
+    stored: Sequence[str] = (),
+    views: TrainTransform | None = None,
     **options: Any,
 ) -> PairStream:
     """The stream of pictures and tokens that a dual encoder is trained and measured on.
@@ -408,6 +413,8 @@ def pair_stream(
         scaled_decode: Decode large JPEGs at a reduced size, with `TrainTransform` only: 0.6 of the CPU time at 1024 px,
             pixels that differ by up to 2.5 of 255 on average.
         captions_per_image: How many captions `random` draws for a picture.
+        stored: Teachers whose embeddings every sample must have beside it (`data.stored`).
+        views: Gives two more views of each picture.
         options: The other arguments of `PairStream`: seed, shuffle, rank, world_size, workers, max_faults,
             cache_dir, cache_limit, temperature, mix.
 
@@ -415,11 +422,12 @@ def pair_stream(
         A stream whose batches hold `images` uint8 (b, 3, h, w), `tokens` int64 (b, context) and `texts`
         (list of b strings). For `captions_per_image` k above one: `tokens` (b, k, context) and b * k `texts`.
         For `all`: `tokens` (n_texts, context), n_texts `texts`, and `image_of_text`
-        int64 (n_texts,), the position of each text's picture in the batch.
+        int64 (n_texts,), the position of each text's picture in the batch. With `views`: `views` uint8
+        (b, 2, 3, h, w). For each teacher of `stored`: `NAME.image` and `NAME.text` float32 (b, d), `NAME.scale` (b,).
 
     Raises:
         ValueError: An unknown `captions`, several a picture that are not drawn, `scaled_decode` with an
-            `EvalTransform`, or as `PairStream` does.
+            `EvalTransform`, a sample without what a stored teacher said of it, or as `PairStream` does.
 
     Example:
         >>> stream = pair_stream(                                                # doctest: +SKIP
@@ -432,11 +440,25 @@ def pair_stream(
         raise ValueError(f"captions {captions!r}: expected one of {', '.join(CAPTIONS)}")
     if captions_per_image < 1:
         raise ValueError(f"captions_per_image {captions_per_image}: expected at least 1")
-    load = PairLoad(transform, captions, max_pixels, word_dropout, scaled_decode, captions_per_image)
+    stored = tuple(stored)
+    load = PairLoad(
+        transform,
+        captions,
+        max_pixels,
+        word_dropout,
+        scaled_decode,
+        captions_per_image,
+        stored=stored,
+        views=views,
+    )
     if not isinstance(shards, str | Path):
         shards = [own_captions(word, load) if isinstance(word, Source) else word for word in shards]
-    collate = PairCollate(batch_tokenizer(tokenize), transform.size, captions, captions_per_image)
-    return PairStream(shards, load, collate, batch_size=batch_size, **options)
+    collate = PairCollate(
+        batch_tokenizer(tokenize), transform.size, captions, captions_per_image, stored, views is not None
+    )
+    stream = PairStream(shards, load, collate, batch_size=batch_size, members=load.members, **options)
+    require_members(stream.indices, stored)
+    return stream
 
 
 def set_picture_size(stream: PairStream, size: tuple[int, int]) -> None:
@@ -448,7 +470,8 @@ def set_picture_size(stream: PairStream, size: tuple[int, int]) -> None:
     """
 
     def resized(load: Any) -> Any:
-        return load and replace(load, transform=replace(load.transform, size=size))
+        views = load and load.views and replace(load.views, size=size)
+        return load and replace(load, transform=replace(load.transform, size=size), views=views)
 
     stream.load, stream.collate = resized(stream.load), replace(stream.collate, size=size)  # pyright: ignore
     stream.sources = [replace(source, load=resized(source.load)) for source in stream.sources]

@@ -11,6 +11,10 @@ CHECK = "--check-gradients"
 COMMANDS = {
     "plan": ("pretrain.plan:main", "parameters, FLOPs, memory, time and cost of a recipe, before it starts"),
     "scaling": ("pretrain.scaling:main", "a power law through several runs"),
+    "reinforce": (
+        "pretrain.reinforce:main",
+        "keep what teachers say of every sample in its shard, for loss.stored",
+    ),
     "interpolate": ("pretrain.interpolate:main", "the model between two checkpoints of one architecture"),
     "convert": ("pretrain.convert:main", "a checkpoint as transformers' CLIPModel, or one of those as ours"),
     "push": ("pretrain.hub:main", "upload a checkpoint to the Hugging Face hub"),

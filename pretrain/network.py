@@ -19,10 +19,11 @@ class DualEncoder(nn.Module):
         self.model = encoder.model
         self.normalize = encoder.normalize
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Features:
+    def forward(self, images: Tensor, tokens: Tensor, *_: Tensor) -> Features:
         """uint8 `(b, 3, h, w)` and int64 `(b, context)` to two `(b, d)`, the exponentiated scale and any bias.
 
-        Tokens of several captions an image, `(b, k, context)`, give text features `(b, k, d)`.
+        Tokens of several captions an image, `(b, k, context)`, give text features `(b, k, d)`. What else a step
+        takes is the objective's.
         """
         image_features = self.model.encode_image(self.normalize(images), normalize=True)  # (b, d)
         text_features = self.model.encode_text(tokens.flatten(0, -2), normalize=True)

@@ -24,8 +24,10 @@ Features = tuple[Tensor, ...]
 """Image features `(b, d)`, text features `(b, d)`, exponentiated logit_scale, and logit_bias of a model that has it.
 
 Of `data.captions_per_image` k above one, text features are `(b, k, d)`."""
-Objective = Callable[[Features, Tensor, Tensor], Tensor]
-"""`objective(features, images, tokens)`: this rank's loss, whose gradients are exact after their mean over ranks."""
+Objective = Callable[..., Tensor]
+"""`objective(features, images, tokens, *more)`: this rank's loss; its gradients are exact after their mean over ranks.
+
+`more` are the further columns of the batch that `pretrain.inputs.input_names` names."""
 
 # Strings on which two tokenizers must agree before one's tokens are given to the other's model.
 PROBES = ("a photo of a cat", "Zwölf naïve façades — 3.14 €?", "", "two brown dogs running " * 40)
@@ -113,7 +115,7 @@ def text_ids(tokens: Tensor) -> Tensor:
 
 
 class Distillation:
-    """InfoNCE and agreement with teachers that see the same pixels and texts."""
+    """InfoNCE and agreement with teachers that see the same pixels and texts, now or when they were stored."""
 
     def __init__(self, config: DistillationConfig, encoder: Encoder):
         self.config = config
@@ -122,17 +124,19 @@ class Distillation:
             if teacher.image_size != encoder.image_size:
                 raise ValueError(
                     f"loss.teachers: {name} takes pictures of {teacher.image_size} pixels, the student of "
-                    f"{encoder.image_size}: take a teacher of the same size"
+                    f"{encoder.image_size}: take a teacher of the same size, or store what it says "
+                    "(`pairstream pretrain reinforce`), which may be of any"
                 )
             ours, theirs = encoder.tokenize(PROBES), teacher.tokenize(PROBES)
             if ours.shape != theirs.shape or not torch.equal(ours, theirs):
                 raise ValueError(
                     f"loss.teachers: {name} has another tokenizer or context length than the student "
-                    f"({tuple(theirs.shape)} and {tuple(ours.shape)} for the same texts)"
+                    f"({tuple(theirs.shape)} and {tuple(ours.shape)} for the same texts): store what it says "
+                    "(`pairstream pretrain reinforce`), which may have any"
                 )
             teacher.model.requires_grad_(False)
 
-    def __call__(self, features: Features, images: Tensor, tokens: Tensor) -> Tensor:
+    def __call__(self, features: Features, images: Tensor, tokens: Tensor, *stored: Tensor) -> Tensor:
         image_features, text_features, scale = features[:3]
         loss = (1 - self.config.weight) * distributed_info_nce(image_features, text_features, scale)
         said = [
@@ -141,4 +145,8 @@ class Distillation:
             )
             for teacher in self.teachers
         ]
+        # Three columns a teacher; the rows of a batch are of one model, so that one scale speaks for all.
+        said += [Teacher(*stored[at : at + 2], stored[at + 2][0]) for at in range(0, len(stored), 3)]
+        shares = self.config.shares or [1.0] * len(said)
+        said = [teacher._replace(share=share) for teacher, share in zip(said, shares, strict=True)]
         return loss + self.config.weight * distillation_loss(image_features, text_features, scale, said)

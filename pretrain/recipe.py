@@ -199,8 +199,8 @@ class PretrainRecipe(Config):
                     f"phases.{number}.patch_dropout: the image tower is or was locked by groups and runs as in "
                     "evaluation, where no patch is left out; with groups that train, set keep_statistics: false"
                 )
-            if phase.image_size and isinstance(self.loss, DistillationConfig):
+            if phase.image_size and isinstance(self.loss, DistillationConfig) and self.loss.teachers:
                 raise ValueError(
                     f"phases.{number}.image_size: teachers see the student's pictures, and theirs have one size; "
-                    "leave image_size out or take another loss"
+                    "leave image_size out, take stored teachers (loss.stored) or another loss"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pairstream.recipe import Config
 
@@ -54,10 +54,29 @@ class DistillationConfig(Config):
     """InfoNCE and agreement with the softmax of teachers over the same batch."""
 
     kind: Literal["distillation"] = "distillation"
-    teachers: tuple[str, ...] = Field(min_length=1)
+    teachers: tuple[str, ...] = ()
     """Checkpoints, run folders or names of open_clip's with the student's image size and tokenizer."""
+    stored: tuple[str, ...] = ()
+    """Names of teachers whose embeddings lie in the shards, of any size (`pairstream pretrain reinforce`)."""
+    shares: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """What each of `teachers` and then of `stored` counts, in any unit; none counts them equally."""
     weight: float = Field(default=0.5, gt=0, le=1)
     """Share of the agreement; the rest is InfoNCE."""
+
+    @model_validator(mode="after")
+    def complete(self) -> DistillationConfig:
+        names = (*self.teachers, *self.stored)
+        if not names:
+            raise ValueError(
+                "expected a teacher in `teachers` (online) or `stored` (in the shards), got none"
+            )
+        if len(set(names)) < len(names):
+            raise ValueError(f"a teacher is named twice: {', '.join(names)}; give it a larger share instead")
+        if self.shares and len(self.shares) != len(names):
+            raise ValueError(
+                f"expected a share for each of {len(names)} teachers ({', '.join(names)}), got {len(self.shares)}"
+            )
+        return self
 
 
 Loss = Annotated[

@@ -11,7 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.collectives import as_one_process, gather_counts, gather_rows
 from pretrain.encoder import Encoder
+from pretrain.inputs import random_inputs
 from pretrain.objectives import Objective
+from pretrain.recipe import PretrainRecipe
 
 ROWS = 3
 """Pairs of each rank; the first has one more, where there are several."""
@@ -24,6 +26,7 @@ def check_gradients(
     encoder: Encoder,
     objective: Objective,
     accelerator: Accelerator,
+    recipe: PretrainRecipe,
     *,
     tolerance: float = TOLERANCE,
 ) -> dict[str, tuple[float, float]]:
@@ -38,6 +41,7 @@ def check_gradients(
         encoder: For the size of the inputs.
         objective: The recipe's loss.
         accelerator: Of the run.
+        recipe: The run.
         tolerance: Relative difference past which a gradient is wrong.
 
     Returns:
@@ -48,21 +52,21 @@ def check_gradients(
         ValueError: A part's gradient is another one; the message has the numbers.
     """
     network.eval()
-    images, tokens = random_pairs(encoder, accelerator)
+    inputs = random_pairs(encoder, accelerator, recipe)
     wrapped = network
     if accelerator.num_processes > 1:
         # As Accelerate wraps it, but without autocast: bf16 rounds differently for another number of rows.
         device = accelerator.device
         wrapped = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    objective(wrapped(images, tokens), images, tokens).backward()
+    objective(wrapped(*inputs), *inputs).backward()
     came = take_gradients(network)
     if accelerator.num_processes > 1:
-        counts = gather_counts(len(images), images.device)
-        shape = images.shape[1:]
-        images = gather_rows(images.flatten(1), counts).reshape(-1, *shape)
-        tokens = gather_rows(tokens, counts)
+        counts = gather_counts(len(inputs[0]), inputs[0].device)
+        inputs = tuple(
+            gather_rows(rows.reshape(len(rows), -1), counts).reshape(-1, *rows.shape[1:]) for rows in inputs
+        )
     with as_one_process():
-        objective(network(images, tokens), images, tokens).backward()
+        objective(network(*inputs), *inputs).backward()
     expected = take_gradients(network)
     parts = {part: compare(came[part], expected[part]) for part in expected}
     wrong = {
@@ -83,14 +87,12 @@ def check_gradients(
     return parts
 
 
-def random_pairs(encoder: Encoder, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """Noise pictures and token rows that differ from rank to rank."""
+def random_pairs(encoder: Encoder, accelerator: Accelerator, recipe: PretrainRecipe) -> tuple[Tensor, ...]:
+    """Noise pictures, token rows, and what else a step takes, that differ from rank to rank."""
     rank = accelerator.process_index
     generator = torch.Generator().manual_seed(rank)
-    rows = ROWS + (rank == 0)
-    images = torch.randint(0, 256, (rows, 3, *encoder.image_size), dtype=torch.uint8, generator=generator)
-    words = [f"{number} pictures of the rank {rank}" for number in range(rows)]
-    return images.to(accelerator.device), encoder.tokenize(words).to(accelerator.device)
+    inputs = random_inputs(recipe, encoder, ROWS + (rank == 0), generator, f"the rank {rank}")
+    return tuple(column.to(accelerator.device) for column in inputs)
 
 
 def take_gradients(network: nn.Module) -> dict[str, Tensor]:

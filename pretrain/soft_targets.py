@@ -129,6 +129,8 @@ class Teacher(NamedTuple):
     text_features: Tensor
     logit_scale: Tensor
     """Scalar, already exponentiated."""
+    share: float = 1.0
+    """What it counts beside other teachers."""
 
 
 def distillation_loss(
@@ -136,8 +138,9 @@ def distillation_loss(
 ) -> Tensor:
     """How far the student's softmax over all pairs of the batch is from its teachers'.
 
-    Several teachers are one: the mean of their probabilities (the mean of logits would be a product of
-    experts, which one sure and wrong teacher spoils). Their features may have any width, and may be stored ones.
+    Several teachers are one: the mean of their probabilities, weighted by their shares (the mean of logits would be
+    a product of experts, which one sure and wrong teacher spoils). Their features may have any width, and may be
+    stored ones.
 
     Args:
         image_features: This rank's `(b, d)`, rows of length one.
@@ -168,12 +171,13 @@ def distillation_loss(
                 raise ValueError(
                     f"expected a teacher's features for {len(images)} pairs, got {len(teacher.image_features)}"
                 )
-            by_image, by_text, sharp = widen(*teacher)
+            by_image, by_text, sharp = widen(*teacher[:3])
+            share = teacher.share / sum(other.share for other in teachers)
             for target, rows, columns in (
                 (targets[0], by_image, everyone(by_text).rows),
                 (targets[1], by_text, everyone(by_image).rows),
             ):
-                target += (sharp * rows @ columns.T).softmax(1).to(target.dtype) / len(teachers)
+                target += (sharp * rows @ columns.T).softmax(1).to(target.dtype) * share
     total = images.new_zeros(())
     for target, rows, columns in (
         (targets[0], images, all_texts.rows),

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.mixture import Source
-from data.stream import Batch, PairStream, pair_stream, set_picture_size
-from data.transforms import TrainTransform
+from data.stream import Batch, set_picture_size
 from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder
 from pretrain.adapters import add_adapters, lock_all_but_adapters, merge_adapters
@@ -30,6 +28,7 @@ from pretrain.divergence import RollBack, Watch, batch_statistics
 from pretrain.encoder import build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
 from pretrain.gradcache import cached_backward, require_row_by_row
+from pretrain.inputs import input_names, open_stream
 from pretrain.locks import apply_lock, learning_rate_scales, phases_begun, set_training_mode
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.meter import Meter
@@ -108,7 +107,8 @@ class Trainer:
         self.evaluators: list[tuple[int, Evaluator]] = [
             (config.every, load_evaluator(config)) for config in recipe.evaluate
         ]
-        self.stream = self.open_stream()
+        self.stream = open_stream(recipe, self.encoder, self.rank, self.world)
+        self.inputs = input_names(recipe)
         self.saver = Saver(Path(recipe.run) / "checkpoints", recipe.checkpoint)
         # Not before all else has been found good: `overwrite` deletes.
         self.folder = RunFolder(recipe.run, resume=bool(resume), overwrite=overwrite, writes=self.main)
@@ -131,50 +131,6 @@ class Trainer:
             self.restore(resume if isinstance(resume, str) else None)
         if self.step == 0 or not (self.folder.path / "recipe.resolved.yaml").exists():
             self.folder.write_recipe(recipe)
-
-    def open_stream(self) -> PairStream:
-        """The training pairs of this rank."""
-        recipe = self.recipe
-        if recipe.batch_size % self.world:
-            raise ValueError(
-                f"batch_size {recipe.batch_size} (over all ranks) cannot be split over {self.world} processes: "
-                f"take a multiple of {self.world}"
-            )
-        sources = [
-            word if isinstance(word, str) else Source(**word.model_dump())
-            for word in ((recipe.data.train,) if isinstance(recipe.data.train, str) else recipe.data.train)
-        ]
-        stream = pair_stream(
-            sources,
-            transform=TrainTransform(
-                self.encoder.image_size,
-                scale=recipe.data.crop_scale,
-                hflip=recipe.data.hflip,
-                color_jitter=recipe.data.color_jitter,
-            ),
-            tokenize=self.encoder.tokenizer,
-            captions=recipe.data.captions,
-            word_dropout=recipe.data.word_dropout,
-            scaled_decode=recipe.data.scaled_decode,
-            captions_per_image=recipe.data.captions_per_image,
-            batch_size=recipe.batch_size // self.world,
-            seed=recipe.seed,
-            shuffle=recipe.data.shuffle,
-            rank=self.rank,
-            world_size=self.world,
-            workers=recipe.data.workers,
-            max_faults=recipe.data.max_faults,
-            cache_dir=recipe.data.cache_dir,
-            cache_limit=round(recipe.data.cache_gb * 1e9) if recipe.data.cache_gb else None,
-            temperature=recipe.data.temperature,
-            mix=recipe.data.mix,
-        )
-        if stream.samples < recipe.batch_size:
-            raise ValueError(
-                f"batch_size {recipe.batch_size} is larger than the whole set ({stream.samples} samples in "
-                f"{recipe.data.names}): the pairs of a batch must differ. Take a smaller batch or more data."
-            )
-        return stream
 
     def restore(self, given: str | None) -> None:
         """Continue from a checkpoint, if there is one; see `find_checkpoint`."""
@@ -223,7 +179,8 @@ class Trainer:
             ValueError: They differ.
         """
         self.lock(phases_begun(self.recipe.phases, self.step)[-1])
-        parts = check_gradients(DualEncoder(self.encoder), self.encoder, self.objective, self.accelerator)
+        network = DualEncoder(self.encoder)
+        parts = check_gradients(network, self.encoder, self.objective, self.accelerator, self.recipe)
         told = ", ".join(f"{part} {cosine:.6f}, {ratio:.6f}" for part, (cosine, ratio) in parts.items())
         self.say(f"gradients are those of one process (cosine, ratio of lengths): {told}")
 
@@ -377,14 +334,13 @@ class Trainer:
     ) -> int:
         """One optimiser step; returns how many pairs all ranks saw."""
         device = self.accelerator.device
-        images, tokens = batch["images"], batch["tokens"]
-        counts = self.stop.exchange(len(images))
+        counts = self.stop.exchange(len(batch["images"]))
         # One pair has nothing to be contrasted with; a rank whose samples were all bad has nothing to forward.
         if sum(counts) < 2 or min(counts) == 0 or self.step + 1 in self.watch.left_out:
             return 0
         set_training_mode(self.model, phases_begun(self.recipe.phases, self.step))
         statistics = batch_statistics(self.model) if self.recipe.on_divergence.action == "skip" else []
-        inputs = images.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+        inputs = tuple(batch[name].to(device, non_blocking=True) for name in self.inputs)
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
         self.watched = batch.sources if told and len(self.stream.sources) > 1 else None
         loss = self.backward(wrapped, inputs)
@@ -421,7 +377,7 @@ class Trainer:
         )
         raise Preempted(self.step, self.recipe.preempted_exit_code)
 
-    def backward(self, wrapped: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
+    def backward(self, wrapped: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         """Leave the global batch's gradients in the parameters; returns the loss."""
 
         def network(*part: Tensor) -> Features:

@@ -128,8 +128,10 @@ def test_soft_targets_sum_to_one_and_need_a_positive():
         multi_positive_info_nce(rows(4, 0), rows(4, 1), torch.tensor(1.0), torch.arange(4), torch.arange(3))
 
 
-def test_distillation_is_the_loop():
-    """Two teachers of other widths: the mean of their probabilities, not of their logits."""
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (3.0, 1.0)])
+def test_distillation_is_the_loop(shares):
+    """Two teachers of other widths: the weighted mean of their probabilities, not of their logits."""
+    first = shares[0] / sum(shares)
     teachers = [
         (rows(5, 2, 3).detach(), rows(5, 3, 3).detach(), 4.0),
         (rows(5, 4).detach(), rows(5, 5).detach(), 30.0),
@@ -141,15 +143,15 @@ def test_distillation_is_the_loop():
             student = logits(*((a, b) if turn == 0 else (b, a)), scale)
             said = [logits(*((x, y) if turn == 0 else (y, x)), sharp) for x, y, sharp in teachers]
             for i, line in enumerate(student):
-                shares = softmax(line)
-                target = [sum(parts) / 2 for parts in zip(*(softmax(one[i]) for one in said), strict=True)]
-                total += (
-                    sum(p * (math.log(p) - math.log(q)) for p, q in zip(target, shares, strict=True)) / 10
-                )
+                guess = softmax(line)
+                one, other = (softmax(table[i]) for table in said)
+                target = [first * p + (1 - first) * q for p, q in zip(one, other, strict=True)]
+                total += sum(p * (math.log(p) - math.log(q)) for p, q in zip(target, guess, strict=True)) / 10
         return total
 
     made = [
-        Teacher(x.requires_grad_(), y, torch.tensor(sharp, dtype=torch.float64)) for x, y, sharp in teachers
+        Teacher(x.requires_grad_(), y, torch.tensor(sharp, dtype=torch.float64), share)
+        for (x, y, sharp), share in zip(teachers, shares, strict=True)
     ]
     check(lambda a, b, s: distillation_loss(a, b, s, made), loop, rows(5, 0), rows(5, 1))
     assert all(teacher.image_features.grad is None for teacher in made)
