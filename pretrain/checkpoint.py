@@ -17,6 +17,7 @@ from pairstream.atomic import TEMPORARY, aside, new_folder, write_text
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 TRAINED = "weights.safetensors"
+TERMS = "terms.safetensors"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -33,6 +34,7 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
     trained: Mapping[str, torch.Tensor] | None = None,
+    terms: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write one checkpoint, whole or not at all, and drop the oldest ones past `keep`.
 
@@ -46,6 +48,7 @@ def save_checkpoint(
         state: JSON that resuming needs.
         keep: Newest checkpoints that stay.
         trained: The weights that train, where the model written is their average.
+        terms: State of the loss's terms.
 
     Returns:
         The checkpoint's folder.
@@ -61,14 +64,19 @@ def save_checkpoint(
         moments = optimizer if isinstance(optimizer, dict) else optimizer_state(optimizer)
         save_tensors(moments, temporary / "training" / OPTIMIZER)
         if trained is not None:
-            weights = {name: value.detach().cpu().contiguous() for name, value in trained.items()}
-            save_tensors(weights, temporary / "training" / TRAINED)
+            save_tensors(on_cpu(trained), temporary / "training" / TRAINED)
+        if terms:
+            save_tensors(on_cpu(terms), temporary / "training" / TERMS)
         write_text(temporary / "training" / STATE, json.dumps({"step": step, **state}, indent=2) + "\n")
     for old in complete_checkpoints(checkpoints)[keep:]:
         gone = aside(old)
         old.replace(gone)
         shutil.rmtree(gone, ignore_errors=True)
     return folder
+
+
+def on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -119,6 +127,22 @@ def read_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, torch.T
             f"{folder}: the training state is damaged ({error}). Remove this folder to resume from the one before."
         ) from error
     return state, tensors
+
+
+def read_terms(folder: Path) -> dict[str, torch.Tensor]:
+    """State of the loss's terms, of a run whose terms have one.
+
+    Raises:
+        ValueError: The file is missing or cut short.
+    """
+    path = folder / "training" / TERMS
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: the state of the loss's terms cannot be read ({error}). Remove {folder.name} to resume from the "
+            "checkpoint before."
+        ) from error
 
 
 def read_trained_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.collectives import as_one_process
+from pretrain.recipe import PretrainRecipe
 
 # Dense peak of matrix products in bf16 with fp32 sums, 1e12 FLOPs/s, by a part of the name that the driver gives.
 PEAKS = {
@@ -47,6 +48,7 @@ def count_flops(
     image_size: tuple[int, int],
     context: int,
     captions: int = 1,
+    views: int = 0,
     *,
     by_shapes: bool = True,
 ) -> Count:
@@ -61,6 +63,7 @@ def count_flops(
         image_size: Height and width, pixels.
         context: Tokens of a text.
         captions: Texts of an image, k.
+        views: Further views of an image, v: uint8 `(b, v, 3, h, w)` is then a third input.
         by_shapes: False computes a few rows for real. So are networks counted that decide by values (the attention
             masks of some transformers text towers), which shapes do not have.
 
@@ -69,7 +72,7 @@ def count_flops(
     """
     modes = {layer: layer.training for layer in network.modules()}
     device = next(network.parameters()).device
-    counted = partial(run, network, image_size, context, captions)
+    counted = partial(run, network, image_size, context, captions, views)
     network.train()
     try:
         with as_one_process(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -92,6 +95,7 @@ def run(
     image_size: tuple[int, int],
     context: int,
     captions: int,
+    views: int,
     rows: int,
     device: torch.device | None,
 ) -> tuple[int, int, int]:
@@ -110,7 +114,8 @@ def run(
 
     images = torch.zeros(rows, 3, *image_size, dtype=torch.uint8, device=device)
     tokens = torch.ones(rows, captions, context, dtype=torch.int64, device=device)
-    inputs = images, tokens.squeeze(1) if captions == 1 else tokens
+    more = [images[:, None].expand(-1, views, -1, -1, -1)] if views else []
+    inputs = images, tokens.squeeze(1) if captions == 1 else tokens, *more
     counter = FlopCounterMode(display=False)
     with counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
@@ -139,6 +144,12 @@ def storage_of(value: Tensor) -> int:
 def loss_flops(batch_size: int, embed_dim: int) -> float:
     """FLOPs of a contrastive loss per pair: one row of logits, forward, and two products with it, backward."""
     return 6.0 * batch_size * embed_dim
+
+
+def view_flops(recipe: PretrainRecipe) -> float:
+    """FLOPs per pair of the contrast of further views: two rows of logits, each with two views of all pictures."""
+    term = recipe.terms and recipe.terms.self_supervision
+    return 24.0 * recipe.batch_size * term.embed_dim if term else 0.0
 
 
 def peak_flops(device: torch.device) -> float | None:

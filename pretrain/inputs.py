@@ -12,7 +12,7 @@ from data.stream import PairStream, pair_stream
 from data.transforms import TrainTransform
 from pretrain.encoder import Encoder
 from pretrain.recipe import PretrainRecipe
-from pretrain.recipe_loss import DistillationConfig
+from pretrain.recipe_loss import DistillationConfig, TermsConfig
 
 WIDTH = 8  # of a stored teacher's stand-in
 
@@ -23,9 +23,13 @@ def stored_teachers(recipe: PretrainRecipe) -> tuple[str, ...]:
 
 
 def input_names(recipe: PretrainRecipe) -> tuple[str, ...]:
-    """Columns of a batch that a step takes: pictures, tokens, and what the loss needs beside them."""
+    """Columns of a batch that a step takes: pictures, tokens, and what the loss needs beside them.
+
+    Those that the network takes come first.
+    """
     told = [f"{name}.{column}" for name in stored_teachers(recipe) for column in ("image", "text", "scale")]
-    return "images", "tokens", *told
+    views = ["views"] if recipe.views else []
+    return "images", "tokens", *views, *told
 
 
 def random_inputs(
@@ -46,12 +50,28 @@ def random_inputs(
         ),
         "tokens": encoder.tokenize([f"{number} pictures of {word}" for number in range(rows)]),
     }
+    if recipe.views:
+        made["views"] = torch.randint(
+            0, 256, (rows, 2, 3, *encoder.image_size), dtype=torch.uint8, generator=generator
+        )
     for name in stored_teachers(recipe):
         for column in ("image", "text"):
             noise = torch.randn(rows, WIDTH, generator=generator)
             made[f"{name}.{column}"] = torch.nn.functional.normalize(noise, dim=-1)
         made[f"{name}.scale"] = torch.full((rows,), 10.0)
     return tuple(made[name] for name in input_names(recipe))
+
+
+def views_of(terms: TermsConfig | None, size: tuple[int, int]) -> TrainTransform | None:
+    """How the further views of a picture are made; None where no term wants them."""
+    config = terms and terms.self_supervision
+    return config and TrainTransform(
+        size,
+        scale=config.crop_scale,
+        hflip=config.hflip,
+        color_jitter=config.color_jitter,
+        grayscale=config.grayscale,
+    )
 
 
 def open_stream(recipe: PretrainRecipe, encoder: Encoder, rank: int, world: int) -> PairStream:
@@ -82,6 +102,7 @@ def open_stream(recipe: PretrainRecipe, encoder: Encoder, rank: int, world: int)
         scaled_decode=data.scaled_decode,
         captions_per_image=data.captions_per_image,
         stored=stored_teachers(recipe),
+        views=views_of(recipe.terms, encoder.image_size),
         batch_size=recipe.batch_size // world,
         seed=recipe.seed,
         shuffle=data.shuffle,

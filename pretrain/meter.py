@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from pretrain.encoder import Encoder
-from pretrain.flops import count_flops, loss_flops, peak_flops
+from pretrain.flops import count_flops, loss_flops, peak_flops, view_flops
 from pretrain.recipe import PretrainRecipe
 from pretrain.selfcheck import part_of
 
@@ -53,9 +53,10 @@ class Meter:
     def flops_per_pair(self) -> float:
         """FLOPs of a step for each pair."""
         if self.per_pair is None:
-            captions = self.recipe.data.captions_per_image
-            count = count_flops(self.network, self.encoder.image_size, self.context, captions)
+            more = self.recipe.data.captions_per_image, self.recipe.views
+            count = count_flops(self.network, self.encoder.image_size, self.context, *more)
             self.per_pair = count.step + loss_flops(self.recipe.batch_size, self.encoder.embed_dim)
+            self.per_pair += view_flops(self.recipe)
         return self.per_pair
 
     def record(self, samples_per_s: float) -> dict[str, Any]:

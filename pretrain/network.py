@@ -6,28 +6,46 @@ from torch import Tensor, nn
 
 from pretrain.encoder import Encoder
 from pretrain.objectives import Features
+from pretrain.terms import Seen, Terms
 
 
 class DualEncoder(nn.Module):
     """What is wrapped for several processes: pixels and tokens in, unit-norm features and logit_scale out.
 
-    And logit_bias, of a model that has one.
+    And logit_bias, of a model that has one, and the outputs of the recipe's terms.
+
+    Args:
+        encoder: The model.
+        terms: Those of the recipe; None for none.
     """
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: Encoder, terms: Terms | None = None):
         super().__init__()
         self.model = encoder.model
         self.normalize = encoder.normalize
+        self.terms = Terms() if terms is None else terms
 
-    def forward(self, images: Tensor, tokens: Tensor, *_: Tensor) -> Features:
-        """uint8 `(b, 3, h, w)` and int64 `(b, context)` to two `(b, d)`, the exponentiated scale and any bias.
+    def forward(self, images: Tensor, tokens: Tensor, *more: Tensor) -> Features:
+        """uint8 `(b, 3, h, w)` and int64 `(b, context)` to two `(b, d)`, the exponentiated scale, any bias, and terms.
 
-        Tokens of several captions an image, `(b, k, context)`, give text features `(b, k, d)`. What else a step
-        takes is the objective's.
+        Tokens of several captions an image, `(b, k, context)`, give text features `(b, k, d)`. The first of `more` are
+        the pictures' views where a term wants them; the others are the objective's.
         """
-        image_features = self.model.encode_image(self.normalize(images), normalize=True)  # (b, d)
-        text_features = self.model.encode_text(tokens.flatten(0, -2), normalize=True)
+        pixels, texts = self.normalize(images), tokens.flatten(0, -2)
+        image_tokens = text_tokens = None
+        if "captioning" in self.terms:  # CoCa's towers give both at once
+            image_features, image_tokens = self.model._encode_image(pixels, normalize=True)
+            text_features, text_tokens = self.model._encode_text(texts, normalize=True)
+        else:
+            image_features = self.model.encode_image(pixels, normalize=True)  # (b, d)
+            text_features = self.model.encode_text(texts, normalize=True)
         text_features = text_features.unflatten(0, tokens.shape[:-1])  # (b, d) or (b, k, d)
         bias = getattr(self.model, "logit_bias", None)
         scalars = (self.model.logit_scale.exp(), *(() if bias is None else (bias,)))
-        return image_features, text_features, *scalars
+        views = more[0] if "self_supervision" in self.terms else None
+        seen = Seen(image_features, text_features, tokens, self.embed, views, image_tokens, text_tokens)
+        return image_features, text_features, *scalars, *self.terms(seen)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """uint8 `(n, 3, h, w)` to `(n, d)`, not normalised."""
+        return self.model.encode_image(self.normalize(images), normalize=False)

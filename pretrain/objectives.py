@@ -19,6 +19,7 @@ from pretrain.recipe_loss import (
     SigmoidConfig,
 )
 from pretrain.soft_targets import Teacher, distillation_loss, hard_negative_info_nce, multi_positive_info_nce
+from pretrain.terms import Terms
 
 Features = tuple[Tensor, ...]
 """Image features `(b, d)`, text features `(b, d)`, exponentiated logit_scale, and logit_bias of a model that has it.
@@ -33,11 +34,12 @@ Objective = Callable[..., Tensor]
 PROBES = ("a photo of a cat", "Zwölf naïve façades — 3.14 €?", "", "two brown dogs running " * 40)
 
 
-def build_objective(config: Loss, encoder: Encoder) -> Objective:
+def build_objective(config: Loss, encoder: Encoder, terms: Terms | None = None) -> Objective:
     """Make the loss of a recipe, and give the model the parameters that it needs.
 
     Args:
         config: The recipe's `loss`.
+        terms: What is added to it; its outputs are the last of the features.
         encoder: The student. The sigmoid loss gives its model a logit_bias; the others lock one that is there,
             since a shift of all logits means nothing to a softmax.
 
@@ -47,6 +49,20 @@ def build_objective(config: Loss, encoder: Encoder) -> Objective:
     Raises:
         ValueError: A teacher whose input is not the student's.
     """
+    objective = build_contrast(config, encoder)
+    if not terms:
+        return objective
+    count, taken = terms.outputs, int("self_supervision" in terms)
+
+    def with_terms(features: Features, images: Tensor, tokens: Tensor, *more: Tensor) -> Tensor:
+        own, outputs = features[:-count], features[-count:]
+        return objective(own, images, tokens, *more[taken:]) + terms.loss(outputs, own, tokens)
+
+    return with_terms
+
+
+def build_contrast(config: Loss, encoder: Encoder) -> Objective:
+    """`build_objective` without terms."""
     if isinstance(config, SigmoidConfig):
         add_logit_bias(encoder, config)
         return lambda features, images, tokens: sigmoid_of(config, features)

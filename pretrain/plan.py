@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from pairstream.errors import nearest
 from pairstream.recipe import load_recipe, recipe_names
 from pretrain.adapters import add_adapters, lock_all_but_adapters
 from pretrain.encoder import Encoder, build_encoder
-from pretrain.flops import Count, count_flops, loss_flops
+from pretrain.flops import Count, count_flops, loss_flops, view_flops
 from pretrain.locks import apply_lock
 from pretrain.network import DualEncoder
 from pretrain.objectives import build_objective
@@ -18,6 +20,7 @@ from pretrain.recipe import Phase, PretrainRecipe
 from pretrain.recipe_loss import DistillationConfig
 from pretrain.recipe_model import OpenClipModel
 from pretrain.resolution import as_size, set_patch_dropout
+from pretrain.terms import Terms, build_terms
 
 MFU = 0.2
 """Share of the peak that training reaches, where nobody has measured it: between the 0.11 of the 770 pairs a second
@@ -66,7 +69,7 @@ class Plan:
     """What a recipe takes, whatever it runs on.
 
     Attributes:
-        parameters: Of all of the dual encoder.
+        parameters: Of all of the dual encoder, and of the loss's terms.
         towers: The same by part.
         phases: One, or one for each of the recipe's phases.
         teachers: FLOPs of the teachers' forward passes, per pair.
@@ -91,7 +94,12 @@ class Plan:
         networks = sum(
             phase.steps * (phase.count.step + again * phase.count.forward) for phase in self.phases
         )
-        return networks / steps + loss_flops(self.recipe.batch_size, self.embed_dim) + self.teachers
+        return networks / steps + self.loss_flops + self.teachers
+
+    @property
+    def loss_flops(self) -> float:
+        """FLOPs per pair of the loss and its terms."""
+        return loss_flops(self.recipe.batch_size, self.embed_dim) + view_flops(self.recipe)
 
     @property
     def pairs(self) -> int:
@@ -134,6 +142,8 @@ def make_plan(recipe: PretrainRecipe) -> Plan:
     if not isinstance(recipe.loss, DistillationConfig):
         build_objective(recipe.loss, encoder)
     model = encoder.model
+    terms = build_terms(recipe.terms, encoder)
+    own = sum(parameter.numel() for parameter in terms.parameters())
     image = sum(parameter.numel() for parameter in model.visual.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
     if recipe.lora:
@@ -141,25 +151,27 @@ def make_plan(recipe: PretrainRecipe) -> Plan:
     stretches = []
     phases = [phase for phase in recipe.phases if phase.step < recipe.steps] or [Phase()]
     ends = [*(phase.step for phase in phases[1:]), recipe.steps]
-    own, largest = encoder.image_size, 0
+    size, largest = encoder.image_size, 0
     for phase, end in zip(phases, ends, strict=True):
         apply_lock(model, phase)
         if recipe.lora:
             lock_all_but_adapters(model, recipe.lora)
         set_patch_dropout(model.visual, phase.patch_dropout)
-        encoder.set_image_size(as_size(phase.image_size) if phase.image_size else own)
-        largest = max(largest, 3 * math.prod(encoder.image_size))
+        encoder.set_image_size(as_size(phase.image_size) if phase.image_size else size)
+        largest = max(largest, 3 * math.prod(encoder.image_size) * (1 + recipe.views))
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        stretches.append(Stretch(end - phase.step, trained, count_step(encoder, recipe)))
+        stretches.append(Stretch(end - phase.step, trained + own, count_step(encoder, recipe, terms)))
     teachers = 0.0
     if isinstance(recipe.loss, DistillationConfig):
         for name in recipe.loss.teachers:
             teacher = build_encoder(OpenClipModel(name=name), device="cpu")
             teachers += count_step(teacher, recipe).forward
+    decoder = sum(parameter.numel() for parameter in getattr(model, "text_decoder", nn.Module()).parameters())
+    towers = {"image tower": image, "text tower": total - image - decoder, "decoder": decoder, "terms": own}
     return Plan(
         recipe,
-        total,
-        {"image tower": image, "text tower": total - image},
+        total + own,
+        {name: count for name, count in towers.items() if count or "tower" in name},
         encoder.embed_dim,
         largest,
         tuple(stretches),
@@ -167,10 +179,11 @@ def make_plan(recipe: PretrainRecipe) -> Plan:
     )
 
 
-def count_step(encoder: Encoder, recipe: PretrainRecipe) -> Count:
-    """`count_flops` of an encoder as the trainer wraps it."""
-    context = encoder.tokenize(["a"]).shape[1]
-    return count_flops(DualEncoder(encoder), encoder.image_size, context, recipe.data.captions_per_image)
+def count_step(encoder: Encoder, recipe: PretrainRecipe, terms: Terms | None = None) -> Count:
+    """`count_flops` of an encoder as the trainer wraps it; without the terms for a teacher."""
+    context, captions = encoder.tokenize(["a"]).shape[1], recipe.data.captions_per_image
+    views = 0 if terms is None else recipe.views
+    return count_flops(DualEncoder(encoder, terms), encoder.image_size, context, captions, views)
 
 
 @dataclass(frozen=True)
@@ -227,7 +240,7 @@ def describe(plan: Plan, fleets: Sequence[Fleet], mfu: float) -> str:
         + ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan.towers.items())
         + ")",
         f"FLOPs per pair     {plan.step_flops / 1e9:.2f} G in a step (forward {phase.count.forward / 1e9:.2f} G"
-        + f", loss {loss_flops(recipe.batch_size, plan.embed_dim) / 1e9:.3f} G"
+        + f", loss {plan.loss_flops / 1e9:.3f} G"
         + (f", teachers {plan.teachers / 1e9:.2f} G" if plan.teachers else "")
         + "), counted",
         f"FLOPs of the run   {plan.step_flops * plan.pairs:.3g}",

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pairstream.recipe import Config
 from pretrain.recipe_data import Data
-from pretrain.recipe_loss import DistillationConfig, InfoNCEConfig, Loss, MultiPositiveConfig
+from pretrain.recipe_loss import DistillationConfig, InfoNCEConfig, Loss, MultiPositiveConfig, TermsConfig
 from pretrain.recipe_model import Model, TowersModel
 from pretrain.recipe_optim import AdamW, Cosine, Optimizer, Schedule, check_schedule
 
@@ -133,6 +133,8 @@ class PretrainRecipe(Config):
     micro_batch: int | None = Field(default=None, ge=1)
     """Pairs that a rank holds activations of at a time (GradCache); None holds those of its whole batch."""
     loss: Loss = InfoNCEConfig()
+    terms: TermsConfig | None = None
+    """What is added to the loss, each with its weight; None adds nothing."""
     steps: int = Field(ge=1)
     """Optimiser steps."""
     optim: Optimizer = AdamW()
@@ -177,6 +179,11 @@ class PretrainRecipe(Config):
         self.check_phases()
         if self.lora and self.ema:
             raise ValueError("ema averages weights and lora locks them: leave one of them out")
+        if self.views and self.data.scaled_decode:
+            raise ValueError(
+                "terms.self_supervision takes views of the whole picture, data.scaled_decode decodes it for one crop: "
+                "leave scaled_decode out"
+            )
         if self.data.captions_per_image > 1 and not (
             self.data.captions == "random" and isinstance(self.loss, MultiPositiveConfig)
         ):
@@ -185,6 +192,11 @@ class PretrainRecipe(Config):
                 f"loss: {{kind: multi_positive}}, got {self.data.captions} and {self.loss.kind}"
             )
         return self
+
+    @property
+    def views(self) -> int:
+        """Further views of each picture that a step takes."""
+        return 2 if self.terms and self.terms.self_supervision else 0
 
     def check_phases(self) -> None:
         """Refuse phases out of order, and those with keys that would do nothing."""

@@ -83,3 +83,48 @@ Loss = Annotated[
     InfoNCEConfig | SigmoidConfig | MultiPositiveConfig | HardNegativesConfig | DistillationConfig,
     Field(discriminator="kind"),
 ]
+
+
+class AlignmentConfig(Config):
+    """A critic tells pictures' embeddings from texts', and its gradient reaches the towers reversed: the modality gap
+    closes."""
+
+    weight: float = Field(default=0.1, ge=0)
+    """What the reversed gradient counts in the towers; the critic itself always has all of its own. 0 measures only."""
+    hidden: int = Field(default=256, ge=1)
+    """Width of the critic's one hidden layer."""
+
+
+class SelfSupervisionConfig(Config):
+    """SLIP: two more views of each picture find each other among those of the batch (SimCLR)."""
+
+    weight: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=0.1, gt=0)
+    hidden: int = Field(default=1024, ge=1)
+    """Width of the projection MLP's two hidden layers; the paper's 4096 suits large towers."""
+    embed_dim: int = Field(default=256, ge=1)
+    """Width of what is compared."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the area that a view's crop keeps, least and most."""
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of mirroring; no caption is compared with these views."""
+    color_jitter: float = Field(default=0.4, ge=0, le=1)
+    grayscale: float = Field(default=0.2, ge=0, le=1)
+
+
+class CaptioningConfig(Config):
+    """CoCa's second loss: a decoder writes the caption, token by token, from picture and text tower."""
+
+    weight: float = Field(default=2.0, gt=0)
+    """Of the cross-entropy a token; the contrastive loss has 1, as open_clip's and the paper's do."""
+
+
+class TermsConfig(Config):
+    """What is added to the contrastive loss."""
+
+    alignment: AlignmentConfig | None = None
+    """Adversarial modality alignment."""
+    self_supervision: SelfSupervisionConfig | None = None
+    """Image-image contrast (SLIP)."""
+    captioning: CaptioningConfig | None = None
+    """CoCa's captioning; the model needs a decoder."""

@@ -144,6 +144,20 @@ ImageTower = Annotated[ViT | ResNet | TimmTower, Field(discriminator="kind")]
 TextTower = Annotated[TextTransformer | TransformersText, Field(discriminator="kind")]
 
 
+class Decoder(Config):
+    """CoCa's caption decoder: a causal transformer over the text tower's tokens that looks at the picture's.
+
+    The image tower then pools its patches by attention to `queries` tokens for the decoder, one of them the embedding.
+    """
+
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
+    queries: int = Field(default=256, ge=2)
+    """Tokens of a picture that the decoder sees."""
+    pooler_heads: int = Field(default=8, ge=1)
+    """Heads of the image tower's attention pooling."""
+
+
 class TowersModel(Config):
     """A dual encoder from two towers given by their sizes."""
 
@@ -151,6 +165,49 @@ class TowersModel(Config):
     embed_dim: int = Field(default=256, ge=2)
     image_tower: ImageTower = ViT()
     text_tower: TextTower = TextTransformer()
+    decoder: Decoder | None = None
+    """Makes it a CoCa model, for `terms.captioning`; None is a dual encoder alone."""
+
+    @model_validator(mode="after")
+    def fits(self) -> TowersModel:
+        if self.decoder is None:
+            return self
+        if not (isinstance(self.image_tower, ViT) and isinstance(self.text_tower, TextTransformer)):
+            raise ValueError(
+                f"a decoder wants open_clip's own towers, kinds vit and transformer, got {self.image_tower.kind} and "
+                f"{self.text_tower.kind}"
+            )
+        if self.embed_dim != self.text_tower.width:
+            raise ValueError(
+                f"open_clip's decoder has one width for pictures and texts: expected embed_dim to be the text tower's "
+                f"width {self.text_tower.width}, got {self.embed_dim}"
+            )
+        for heads in (self.decoder.heads, self.decoder.pooler_heads):
+            if self.embed_dim % heads:
+                raise ValueError(
+                    f"embed_dim {self.embed_dim} is not a multiple of the decoder's {heads} heads"
+                )
+        return self
+
+    def model_cfg(self) -> dict[str, Any]:
+        """All of it in open_clip's words."""
+        vision, text = self.image_tower.vision_cfg(), self.text_tower.text_cfg()
+        if self.decoder is None:
+            return {"embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": text}
+        shape = {key: text[key] for key in ("context_length", "vocab_size", "width")}
+        return {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": {
+                **vision,
+                "attentional_pool": True,
+                "attn_pooler_queries": self.decoder.queries,
+                "attn_pooler_heads": self.decoder.pooler_heads,
+                "output_tokens": True,
+            },
+            "text_cfg": {**text, "embed_cls": True, "output_tokens": True},
+            "multimodal_cfg": {**shape, "heads": self.decoder.heads, "layers": self.decoder.layers},
+            "custom_text": True,
+        }
 
 
 class OpenClipModel(Config):

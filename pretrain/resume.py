@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from pretrain.checkpoint import complete_checkpoints, read_trained_weights, read_training_state
+from pretrain.checkpoint import complete_checkpoints, read_terms, read_trained_weights, read_training_state
 from pretrain.collectives import gather_counts
 from pretrain.copies import fetch_newest
 from pretrain.recipe_model import Model, OpenClipModel, TimmTower, TransformersText
@@ -33,6 +33,8 @@ class Restored:
     """Of the model that was saved."""
     trained: dict[str, Tensor]
     """Of the model that was trained: the same, unless the run keeps an average or trains adapters."""
+    terms: dict[str, Tensor]
+    """State of the loss's terms."""
     image_size: tuple[int, int]
     """Of its pictures, which a run may change on its way."""
 
@@ -56,7 +58,10 @@ def read_whole(folder: Path) -> Restored:
         if state["identity"].get("ema") or state["identity"].get("lora")
         else weights
     )
-    return Restored(folder, state, optimizer, weights, trained, as_size(built.preprocess_cfg["size"]))
+    size = as_size(built.preprocess_cfg["size"])
+    terms = state["identity"].get("terms") or {}
+    own = read_terms(folder) if terms.get("alignment") or terms.get("self_supervision") else {}
+    return Restored(folder, state, optimizer, weights, trained, own, size)
 
 
 def newest_whole(checkpoints: Path, say: Say, *, until: int | None = None) -> Restored | None:

@@ -58,6 +58,7 @@ class Saver:
         card: str,
         state: dict[str, Any],
         average: Mapping[str, Tensor] | None = None,
+        terms: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Begin to write one checkpoint; it appears under its name when it is whole.
 
@@ -69,6 +70,7 @@ class Saver:
             state: JSON that resuming needs.
             average: The weights that are written as the model, instead of its own. Whenever those that train are
                 not those written, for an average or for adapters that are added, they go to what resuming needs.
+            terms: State of the loss's terms, which is no part of the model.
 
         Raises:
             OSError: This or an earlier save failed; earlier checkpoints are untouched.
@@ -79,9 +81,9 @@ class Saver:
         trained = None if weights.keys() == state_dict.keys() and average is None else state_dict
         moments = optimizer_state(optimizer, copy=self.thread is not None)
         if self.thread is None:
-            self.write(step, encoder, weights, trained, moments, card, state)
+            self.write(step, encoder, weights, trained, terms or {}, moments, card, state)
             return
-        taken = snapshot(weights), None if trained is None else snapshot(trained)
+        taken = snapshot(weights), None if trained is None else snapshot(trained), snapshot(terms or {})
         state = copy.deepcopy(state)
         self.under_way = self.thread.submit(self.write, step, encoder, *taken, moments, card, state)
 
@@ -91,6 +93,7 @@ class Saver:
         encoder: Encoder,
         weights: Mapping[str, Tensor],
         trained: Mapping[str, Tensor] | None,
+        terms: Mapping[str, Tensor],
         moments: dict[str, Tensor],
         card: str,
         state: dict[str, Any],
@@ -105,6 +108,7 @@ class Saver:
             state=state,
             keep=self.config.keep,
             trained=trained,
+            terms=terms,
         )
         if not self.config.copy_to:
             return

@@ -110,6 +110,8 @@ def part_of(name: str) -> str:
     name = name.removeprefix("model.")
     if name in ("logit_scale", "logit_bias"):
         return name
+    if name.startswith(("terms.", "text_decoder.")):
+        return "terms" if name.startswith("terms.") else "decoder"
     return "image tower" if name.startswith("visual.") else "text tower"
 
 

@@ -54,7 +54,7 @@ def build_towers(config: TowersModel) -> Built:
         ImportError: A `package:` of weights is not installed.
     """
     image, text = config.image_tower, config.text_tower
-    model_cfg = {"embed_dim": config.embed_dim, "vision_cfg": image.vision_cfg(), "text_cfg": text.text_cfg()}
+    model_cfg = config.model_cfg()
     preprocess_cfg: dict[str, Any] = {}
     if isinstance(image, TimmTower):
         timm = require("timm", "towers", "a timm image tower")
@@ -68,6 +68,7 @@ def build_towers(config: TowersModel) -> Built:
         folder = package_path(text.name)
         model_cfg["text_cfg"] |= {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
     built = instantiate(model_cfg, preprocess_cfg, assets=folder, text_weights=folder is not None)
+    begin_decoder(built.model)
     if isinstance(image, TimmTower):
         require_native_size(image, built.model)
     if isinstance(image, TimmTower) and image.weights:
@@ -114,9 +115,22 @@ def build_named(config: OpenClipModel) -> Built:
     with nullcontext() if pretrained or name.startswith("hf-hub:") else quiet():
         model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=bool(pretrained))
         tokenizer = open_clip.get_tokenizer(name)
+    if not pretrained and not name.startswith("hf-hub:"):
+        begin_decoder(model)
     model_cfg = open_clip.get_model_config(name)
     assert model_cfg is not None, "open_clip built the model from this configuration"
     return Built(model, tokenizer, model_cfg, dict(model.visual.preprocess_cfg))  # pyright: ignore
+
+
+def begin_decoder(model: Any) -> None:
+    """Give a CoCa model's decoder random first weights where open_clip leaves memory as it finds it.
+
+    Its projection on the vocabulary is made by `torch.empty` and never filled (open_clip 3.3), so that a model from
+    scratch begins with any numbers, NaN among them.
+    """
+    decoder = getattr(model, "text_decoder", None)
+    if decoder is not None and decoder.text_projection is not None:
+        nn.init.normal_(decoder.text_projection, std=len(decoder.text_projection) ** -0.5)
 
 
 def read_checkpoint(folder: Path) -> Built:

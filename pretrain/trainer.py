@@ -52,6 +52,7 @@ from pretrain.resume import (
 from pretrain.saver import Saver
 from pretrain.selfcheck import check_gradients
 from pretrain.source_losses import source_losses, source_records
+from pretrain.terms import build_terms
 
 # What a resumed run may change: where things lie, how fast they come, what is told of them.
 FREE: Any = {
@@ -89,7 +90,8 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.encoder = build_encoder(recipe.model, device=self.accelerator.device)
         self.model: Any = self.encoder.model
-        self.objective = build_objective(recipe.loss, self.encoder)
+        self.terms = build_terms(recipe.terms, self.encoder)
+        self.objective = build_objective(recipe.loss, self.encoder, self.terms)
         if recipe.lora:
             add_adapters(self.model, recipe.lora)
         self.own_size = self.encoder.image_size
@@ -159,6 +161,7 @@ class Trainer:
         if self.recipe.ema:
             self.average = WeightAverage(self.model, self.recipe.ema)
             self.model.load_state_dict(found.trained)
+        self.terms.load_state_dict(found.terms)
         self.saved = found.optimizer
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
         self.stream.load_state_dict(state["stream"])
@@ -179,7 +182,7 @@ class Trainer:
             ValueError: They differ.
         """
         self.lock(phases_begun(self.recipe.phases, self.step)[-1])
-        network = DualEncoder(self.encoder)
+        network = DualEncoder(self.encoder, self.terms)
         parts = check_gradients(network, self.encoder, self.objective, self.accelerator, self.recipe)
         told = ", ".join(f"{part} {cosine:.6f}, {ratio:.6f}" for part, (cosine, ratio) in parts.items())
         self.say(f"gradients are those of one process (cosine, ratio of lengths): {told}")
@@ -247,7 +250,7 @@ class Trainer:
         """Train up to a step, during which the same parameters train on pictures of the same size."""
         recipe = self.recipe
         phase = self.begin_phase()
-        network = DualEncoder(self.encoder)
+        network = DualEncoder(self.encoder, self.terms)
         scales = learning_rate_scales(
             self.model, tower_lr=phase.tower_lr, layer_decay=recipe.optim.layer_decay
         )
@@ -425,6 +428,7 @@ class Trainer:
             "memory_mb": peak_memory_mb(self.accelerator.device),
             "faults": dict(self.stream.faults),
             **self.meter.record(window.samples / elapsed),
+            **self.terms.record(),
         }
         if len(self.stream.sources) > 1:
             record["sources"] = source_records(
@@ -477,6 +481,7 @@ class Trainer:
                     "losses": self.watch.state(),
                 },
                 average=self.average.state if self.average else None,
+                terms=self.terms.state_dict(),
             )
 
     def averaged(self) -> AbstractContextManager[Any]:
