@@ -76,7 +76,7 @@ def adversarial_loss(image_logits: Tensor, text_logits: Tensor) -> Tensor:
     return (mean_of_batch(F.softplus(-image_logits)) + mean_of_batch(F.softplus(text_logits))) / 2
 
 
-def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+def nt_xent(first: Tensor, second: Tensor, temperature: float | Tensor) -> Tensor:
     """SimCLR's loss: each view of a picture finds the other among all other views of all pictures.
 
     Args:
@@ -118,9 +118,8 @@ def caption_entropies(logits: Tensor, tokens: Tensor, pad: int) -> Tensor:
     Returns:
         `(n,)`, in nats.
     """
-    entropies = F.cross_entropy(
-        logits.transpose(1, 2).float(), tokens[:, 1:], ignore_index=pad, reduction="none"
-    )
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    entropies = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], ignore_index=pad, reduction="none")
     return entropies.sum(1)
 
 

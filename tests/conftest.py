@@ -71,13 +71,14 @@ TINY_TOWERS = {
     },
     "text_tower": {"kind": "transformer", "context_length": 8, "width": 16, "heads": 2, "layers": 2},
 }
+TINY_COCA = {**TINY_TOWERS, "decoder": {"layers": 1, "heads": 2, "queries": 4, "pooler_heads": 2}}
 TINY_RESNET = {**TINY_TOWERS, "image_tower": {"kind": "resnet", "image_size": 32, "width": 8}}
 
 
 @pytest.fixture(scope="session")
 def tiny_models() -> dict[str, dict]:
-    """A recipe's `model` for the smallest ViT and ResNet dual encoders."""
-    return {"vit": TINY_TOWERS, "resnet": TINY_RESNET}
+    """A recipe's `model` for the smallest ViT and ResNet dual encoders, and for a ViT with a caption decoder."""
+    return {"vit": TINY_TOWERS, "resnet": TINY_RESNET, "coca": TINY_COCA}
 
 
 @pytest.fixture(scope="session")

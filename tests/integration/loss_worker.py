@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import losses, soft_targets
+from pretrain import losses, soft_targets, term_losses
 from pretrain.exchange import Gather, Ring
 from pretrain.global_contrast import SampleMeans, global_info_nce
 
@@ -71,6 +71,19 @@ def with_means(a: Tensor, b: Tensor, s: Tensor, mine: slice) -> Tensor:
     return global_info_nce(a, b, s, indices, means, gamma=0.5)
 
 
+def read_by_a_critic(a: Tensor, b: Tensor, s: Tensor, _: slice) -> Tensor:
+    """A fixed critic; the towers get its gradient reversed and halved, the scale as it is."""
+    critic = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    sides = [term_losses.reverse_gradient(side, 0.5) @ critic * s for side in (a, b)]
+    return term_losses.adversarial_loss(*sides)
+
+
+def captions(a: Tensor, b: Tensor, s: Tensor, mine: slice) -> Tensor:
+    """A made-up entropy of captions of 1 to 5 tokens after the first."""
+    tokens = (torch.arange(6) < 2 + torch.arange(ROWS)[:, None] % 5).long()
+    return term_losses.caption_loss(s * (a * b).sum(1).square(), tokens[mine], 0)
+
+
 def cases(rank: int, world: int) -> dict[str, tuple[str, Callable]]:
     """Name to the split of the rows and the loss."""
     found = {}
@@ -96,6 +109,9 @@ def cases(rank: int, world: int) -> dict[str, tuple[str, Callable]]:
                 "distillation": lambda a, b, s, mine: soft_targets.distillation_loss(a, b, s, teachers(mine)),
                 "hard": lambda a, b, s, _: soft_targets.hard_negative_info_nce(a, b, s, beta=0.3),
                 "global": with_means,
+                "critic": read_by_a_critic,
+                "views": lambda a, b, s, _: term_losses.nt_xent(a, b, 1 / s),
+                "captions": captions,
             }.items()
         }
     ranks = {"rank": rank, "world_size": world}

@@ -25,7 +25,7 @@ OURS = [
         for way in ("gather", "ring")
         for tile in (None, 3)
     ),
-    *("smoothing", "positives", "distillation", "hard", "global"),
+    *("smoothing", "positives", "distillation", "hard", "global", "critic", "views", "captions"),
 ]
 START = {"t": 2.0, "bias": -3.0}
 

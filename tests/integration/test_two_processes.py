@@ -90,6 +90,15 @@ def trainings(models, odd_shards) -> Callable[[Path], dict[str, dict]]:
                 "loss": {"kind": "sigmoid", "tile": 2},
                 "micro_batch": 2,
             },
+            # A critic, further views of the pictures and a decoder, also in parts.
+            "terms": {
+                **base,
+                "run": str(folder / "terms"),
+                "model": models["coca"],
+                "loss": {"kind": "sigmoid"},
+                "terms": {"alignment": {}, "self_supervision": {"hidden": 32}, "captioning": {}},
+                "micro_batch": 2,
+            },
             "phases": {**base, "run": str(folder / "phases"), "model": models["resnet"], "phases": phases},
         }
 
@@ -123,7 +132,7 @@ def two(tmp_path_factory, models, batches, trainings) -> Path:
         "odd batch": {**recipe, "run": str(folder / "no"), "batch_size": 7},
         "other processes": {**recipe, "run": str(folder / "no"), "processes": 3},
     }
-    checked = {**trainings(folder)["sigmoid"], "run": str(folder / "checked")}
+    checked = {**trainings(folder)["terms"], "run": str(folder / "checked")}
     job = {"cases": cases, "trainings": trainings(folder), "refused": refused, "checked": checked}
     (folder / "job.json").write_text(json.dumps(job))
     for size, batch in batches.items():
@@ -208,7 +217,7 @@ def test_open_clip_with_gathered_gradients_is_what_we_do_by_default(two, models,
     compare(load_file(two / "gathered.safetensors"), expected, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["vit", "phases", "sigmoid"])
+@pytest.mark.parametrize("name", ["vit", "phases", "sigmoid", "terms"])
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_trained_weights_are_those_of_one_process(two, trainings, tmp_path, name):
     """Six real steps over an epoch's end with uneven ranks, augmentation on; within 1e-4 of the distance trained.
@@ -233,6 +242,12 @@ def test_trained_weights_are_those_of_one_process(two, trainings, tmp_path, name
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         assert ours["samples_seen"] == theirs["samples_seen"]
+        told = {
+            key for key in theirs if "caption" in key or "critic" in key or "gap" in key or "super" in key
+        }
+        assert len(told) == (5 if name == "terms" else 0)
+        for key in told:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3)
 
 
 def test_what_does_not_fit_the_number_of_processes_is_refused(two):
@@ -242,5 +257,5 @@ def test_what_does_not_fit_the_number_of_processes_is_refused(two):
         in refused["odd batch"]
     )
     assert "the recipe asks for 3 processes, 2 started" in refused["other processes"]
-    for part in ("image tower", "text tower", "logit_scale", "logit_bias"):
+    for part in ("image tower", "text tower", "logit_scale", "logit_bias", "decoder", "terms"):
         assert f"{part}: cosine 1.0000, length x 0.5000" in refused["halved gradients"]
