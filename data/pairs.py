@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from data.faults import Fault
+from data.labels import LabelTexts
 from data.pictures import MAX_PIXELS, Picture
 from data.samples import RawSample
 from data.transforms import EvalTransform, TrainTransform, decode_image
@@ -31,6 +32,7 @@ class PairLoad:
         rewritten_key: JSON key of captions that a model wrote anew, a text or a list of texts.
         rewritten_share: Probability with which, each epoch anew, a picture that has such captions takes them in
             place of its own.
+        labels: Makes texts of the labels of samples that have one; the others keep their captions.
 
     Raises:
         ValueError: `scaled_decode` with an evaluation transform, whose pixels are meant to be exact; or only one of
@@ -45,6 +47,7 @@ class PairLoad:
     captions_per_image: int = 1
     rewritten_key: str | None = None
     rewritten_share: float = 0.0
+    labels: LabelTexts | None = None
 
     def __post_init__(self) -> None:
         if self.scaled_decode and not isinstance(self.transform, TrainTransform):
@@ -63,11 +66,13 @@ class PairLoad:
             )
 
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
-        texts = sample.captions()  # before the picture: a missing caption then costs no decoding
+        # Before the picture: a missing caption then costs no decoding.
+        texts = (self.labels.texts(sample) if self.labels else []) or sample.captions()
         if self.rewritten_key and rng.random() < self.rewritten_share:
             texts = sample.captions(self.rewritten_key) or texts
         if not texts:
-            raise Fault("missing_caption", "no caption in KEY.json and no text in KEY.txt")
+            label = f"no {self.labels.key} and " if self.labels else ""
+            raise Fault("missing_caption", f"{label}no caption in KEY.json and no text in KEY.txt")
         if self.captions == "random":
             texts = draw_captions(texts, self.captions_per_image, rng)
         elif self.captions == "first":

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data.ahead import Ahead
 from data.faults import Fault, FaultLog, FaultRecord
 from data.fetch import ShardCache, cache_folder, is_remote
+from data.labels import LabelTexts
 from data.mixture import Mix, Mixture, Rows, Source, Sources, as_sources, whole_weights
 from data.order import WINDOW, EpochOrder, rank_slice, sample_rng, source_seed
 from data.pairs import CAPTIONS, PairCollate, PairLoad
@@ -391,6 +392,7 @@ def pair_stream(
     word_dropout: float = 0.0,
     scaled_decode: bool = False,
     captions_per_image: int = 1,
+    labels: LabelTexts | None = None,
     **options: Any,
 ) -> PairStream:
     """The stream of pictures and tokens that a dual encoder is trained and measured on.
@@ -408,6 +410,7 @@ def pair_stream(
         scaled_decode: Decode large JPEGs at a reduced size, with `TrainTransform` only: 0.6 of the CPU time at 1024 px,
             pixels that differ by up to 2.5 of 255 on average.
         captions_per_image: How many captions `random` draws for a picture.
+        labels: Makes texts of the class labels of samples that have one, in place of captions.
         options: The other arguments of `PairStream`: seed, shuffle, rank, world_size, workers, max_faults,
             cache_dir, cache_limit, temperature, mix.
 
@@ -432,7 +435,9 @@ def pair_stream(
         raise ValueError(f"captions {captions!r}: expected one of {', '.join(CAPTIONS)}")
     if captions_per_image < 1:
         raise ValueError(f"captions_per_image {captions_per_image}: expected at least 1")
-    load = PairLoad(transform, captions, max_pixels, word_dropout, scaled_decode, captions_per_image)
+    load = PairLoad(
+        transform, captions, max_pixels, word_dropout, scaled_decode, captions_per_image, labels=labels
+    )
     if not isinstance(shards, str | Path):
         shards = [own_captions(word, load) if isinstance(word, Source) else word for word in shards]
     collate = PairCollate(batch_tokenizer(tokenize), transform.size, captions, captions_per_image)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.labels import LabelTexts
 from data.mixture import Source
 from data.stream import Batch, PairStream, pair_stream, set_picture_size
 from data.transforms import TrainTransform
@@ -157,6 +158,7 @@ class Trainer:
             word_dropout=recipe.data.word_dropout,
             scaled_decode=recipe.data.scaled_decode,
             captions_per_image=recipe.data.captions_per_image,
+            labels=LabelTexts(**recipe.data.labels.model_dump()) if recipe.data.labels else None,
             batch_size=recipe.batch_size // self.world,
             seed=recipe.seed,
             shuffle=recipe.data.shuffle,

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from data.adapters.common import Row
 from finetune.cli import main
-from finetune.own_data import OwnData, read_table, split
+from finetune.own_data import OwnData
+from finetune.own_table import class_names, classes_of, read_table, split
 from pairstream.cli import run_stage
-from pretrain.encoder import build_encoder
+from pretrain.encoder import build_encoder, load_encoder
 from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
 
@@ -138,3 +141,42 @@ def test_no_picture_is_on_both_sides(world):
     assert not {row.name for row in train} & {row.name for row in val}
     assert len(train) + len(val) == 2 * len(rows)
     assert split(list(reversed(rows)), 0.25)[1] == list(reversed(split(rows, 0.25)[1]))
+
+
+def test_towers_for_retrieval_in_one_command(world, tmp_path, fresh_accelerate, capsys):
+    more = ["--steps", "2", "--val-share", "0.2", "--data.workers", "0"]
+    assert run_stage(main, words(world, "retrieval", tmp_path / "run", *more)) == 0
+    assert re.search(r"1[567] pictures to train on, [345] to measure on", capsys.readouterr().err)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert 0 < metrics["text_to_image/recall@10"] <= 1
+    before, after = load_encoder(world / "encoder"), load_encoder(tmp_path / "run")
+    assert before.fingerprint != after.fingerprint
+
+
+def test_towers_for_zero_shot_classes_in_one_command(world, tmp_path, fresh_accelerate):
+    """FLYP: prompts of the labels are learnt, and pictures kept apart are judged by the same prompts."""
+    more = ["--steps", "40", "--optim.lr", "3e-3", "--val-share", "0.3", "--data.workers", "0"]
+    more += ["--data.labels.templates", "the colour {}", "all of it {}"]
+    assert run_stage(main, words(world, "flyp", tmp_path / "run", *more)) == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["classification/acc1"] == 1.0
+    recipe = yaml.safe_load((tmp_path / "run/recipe.resolved.yaml").read_text())
+    assert recipe["data"]["labels"] == {
+        "key": "label",
+        "templates": ["the colour {}", "all of it {}"],
+        "classes": ["blue", "red"],
+    }
+    assert (tmp_path / "run-shards/templates.txt").read_text() == "the colour {}\nall of it {}\n"
+    one = tmp_path / "one.csv"
+    one.write_text("image,label\n1.png,blue\n3.png,blue\n5.png,blue")
+    again = words(world, "flyp", tmp_path / "other", "--data", str(one))
+    assert run_stage(main, again) == 2
+
+
+def test_classes_are_names_on_one_line():
+    assert class_names(["a\n b", 3]) == ["a b", "3"]
+    with pytest.raises(ValueError, match="expected class names, got"):
+        class_names(["a", " "])
+    row = Row("1.png", "1.png", "t:1", meta={"label": "a"})
+    with pytest.raises(ValueError, match="1 different labels: expected at least two classes"):
+        classes_of([row])
