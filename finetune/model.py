@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from transformers.utils import logging
 
 from finetune.connectors import build_connector, token_grid
+from finetune.learning import Learns
 from finetune.recipe import (
     CaptionTask,
     Connector,
@@ -28,13 +28,14 @@ from finetune.recipe import (
     VqaTask,
 )
 from finetune.saved import TaskModel, opened
-from finetune.text import IGNORED, require_end_and_pad
+from finetune.text import make_pair, require_end_and_pad
+from finetune.tower_adapters import train_adapters_alone
 from finetune.writing import Continues, Picture
 from pretrain.checkpoint import save_tensors
 from pretrain.encoder import Encoder, load_encoder
 
 
-class VisionLanguageModel(Continues, TaskModel):
+class VisionLanguageModel(Learns, Continues, TaskModel):
     """Writes captions or answers, given a picture and a prompt.
 
     The sequence is `[image tokens][prompt][answer][end]`. Each picture is encoded once, however many texts there are
@@ -92,6 +93,7 @@ class VisionLanguageModel(Continues, TaskModel):
             language_model=language_model,
         ).to(encoder.device)
         self.image_tower.requires_grad_(not freeze_image_tower)
+        train_adapters_alone(self.image_tower)
         self.lora = lora if lora is not None and lora.rank else None
         self.language_model.requires_grad_(not freeze_language_model)
         if self.lora is not None:
@@ -155,84 +157,19 @@ class VisionLanguageModel(Continues, TaskModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_image_tower):
             return self.encoder.image_tokens(images)
 
-    def forward(
+    def caption(
         self,
-        image_of_text: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        images: Tensor | None = None,
-        tokens: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        """Summed cross-entropy of the answers.
-
-        Args:
-            image_of_text: int64 `(n,)`, each text's picture in the batch.
-            input_ids: int64 `(n, length)`, prompt and answer, padded on the right.
-            attention_mask: int64 `(n, length)`, 0 on padding.
-            labels: int64 `(n, length)`, -100 on prompt and padding.
-            images: uint8 `(b, 3, h, w)`; or
-            tokens: float `(b, n_tokens, token_dim)`, what `image_tokens` made of them earlier.
-            weights: float `(n,)`, what each text counts; 1 for all when None.
-
-        Returns:
-            A scalar: the sum, not the mean, so that the caller can divide by the tokens of all ranks.
-        """
-        if tokens is None:
-            assert images is not None, "give images or their tokens"
-            tokens = self.image_tokens(images)
-        memory = self.connector(tokens)  # (b, p, width)
-        if self.length_groups == 1:
-            return self.loss_of(memory[image_of_text], input_ids, attention_mask, labels, weights)
-        total = memory.new_zeros(())
-        lengths = attention_mask.sum(dim=1)
-        for rows in lengths.argsort(stable=True).chunk(self.length_groups):
-            longest = int(lengths[rows[-1]])
-            ids, mask, own = (part[rows, :longest] for part in (input_ids, attention_mask, labels))
-            counts = None if weights is None else weights[rows]
-            total = total + self.loss_of(memory[image_of_text[rows]], ids, mask, own, counts)
-        return total
-
-    def loss_of(
-        self,
-        memory: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        """Summed cross-entropy of texts, each with its own picture `(n, p, width)`; see `forward`."""
-        prefix = self.connector.prefix(memory)  # (n, length, width)
-        self.connector.look(memory)
-        words = self.language_model.get_input_embeddings()(input_ids)  # (n, length, width)
-        embeddings = torch.cat([prefix.to(words.dtype), words], dim=1)
-        seen = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
-        # A word is predicted one position before it stands. Columns without a label need no (costly) logits.
-        columns = (labels != IGNORED).any(dim=0).nonzero()[:, 0]
-        logits = self.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=seen,
-            logits_to_keep=columns + prefix.shape[1] - 1,
-            use_cache=False,
-        ).logits  # (n, columns, vocabulary)
-        flat, expected = logits.flatten(0, 1).float(), labels[:, columns].flatten()
-        if weights is None:
-            return F.cross_entropy(flat, expected, ignore_index=IGNORED, reduction="sum")
-        each = F.cross_entropy(flat, expected, ignore_index=IGNORED, reduction="none")
-        return (each.view(len(labels), -1).sum(dim=1) * weights).sum()
-
-    @staticmethod
-    def targets(labels: Tensor) -> Tensor:
-        """How many tokens of a batch have to be learnt: what the loss is divided by."""
-        return labels.ne(IGNORED).sum()
-
-    def caption(self, images: Sequence[Picture], decoding: Decoding | None = None) -> list[str]:
+        images: Sequence[Picture],
+        decoding: Decoding | None = None,
+        *,
+        examples: Sequence[tuple[Picture, str]] = (),
+    ) -> list[str]:
         """Write a caption for each picture.
 
         Args:
             images: PIL images, file contents, or uint8 `(3, H, W)`.
             decoding: How; the model's own when None.
+            examples: Pictures with their captions, to stand in front of each (few-shot prompts).
 
         Returns:
             One text a picture.
@@ -245,11 +182,17 @@ class VisionLanguageModel(Continues, TaskModel):
             raise ValueError(f"this model was trained for {self.task.kind}: use answer(images, questions)")
         if len(images) == 0:
             return []
-        prompts = [self.caption_task.prompt] * len(images)
-        return self.write(self.see(images), list(range(len(images))), prompts, decoding)
+        prompt = self.caption_task.prompt
+        shown = [(picture, make_pair(self.tokenizer, prompt, text)) for picture, text in examples]
+        return self.write_after(shown, images, [prompt] * len(images), decoding)
 
     def answer(
-        self, images: Sequence[Picture], questions: Sequence[str], decoding: Decoding | None = None
+        self,
+        images: Sequence[Picture],
+        questions: Sequence[str],
+        decoding: Decoding | None = None,
+        *,
+        examples: Sequence[tuple[Picture, str, str]] = (),
     ) -> list[str]:
         """Answer one question about each picture.
 
@@ -257,6 +200,7 @@ class VisionLanguageModel(Continues, TaskModel):
             images: PIL images, file contents, or uint8 `(3, H, W)`.
             questions: As many.
             decoding: How; the model's own when None.
+            examples: Pictures with a question and its answer, to stand in front of each (few-shot prompts).
 
         Returns:
             One answer a question.
@@ -272,12 +216,12 @@ class VisionLanguageModel(Continues, TaskModel):
             )
         if len(images) == 0:
             return []
-        return self.write(
-            self.see(images),
-            list(range(len(images))),
-            [self.prompt(question) for question in questions],
-            decoding,
-        )
+        prompts = [self.prompt(question) for question in questions]
+        shown = [
+            (picture, make_pair(self.tokenizer, self.prompt(question), answer))
+            for picture, question, answer in examples
+        ]
+        return self.write_after(shown, images, prompts, decoding)
 
     def prompt(self, question: str) -> str:
         """The prompt that asks a question."""

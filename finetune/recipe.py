@@ -137,6 +137,20 @@ class Lora(Config):
     """Names of the layers to adapt, such as `q_proj`; all linear ones but the output when empty."""
 
 
+class TowerLora(Config):
+    """Low-rank adapters in the image tower, whose own weights then stay; they train at `tower_lr`.
+
+    The saved encoder has them added, and opens as any other.
+    """
+
+    rank: int = Field(default=0, ge=0)
+    """Of the adapters; 0 has none."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Adapters count by alpha / rank."""
+    dora: bool = False
+    """Learn size and direction of the weights apart (DoRA)."""
+
+
 class Rates(Config):
     """Learning rates of the parts, as multiples of `optim.lr`; the pretrained towers have `tower_lr`."""
 
@@ -336,6 +350,7 @@ class FinetuneRecipe(Config):
     rates: Rates = Rates()
     waits: Waits = Waits()
     lora: Lora = Lora()
+    tower_lora: TowerLora = TowerLora()
     l2_sp: float = Field(default=0.0, ge=0)
     """Towers that train are pulled to the weights they began with by this share of the learning rate each step, instead
     of wandering off (L2-SP, decoupled as AdamW's decay is); 0.1 to 10."""
@@ -343,6 +358,9 @@ class FinetuneRecipe(Config):
     """Also learn from word embeddings that are moved by so much (Euclidean norm) to where they hurt most (FGM):
     steadier with few texts, for twice the time. The embeddings must train."""
     reward: Reward = Reward()
+    shots: int = Field(default=0, ge=0)
+    """Up to so many pictures of the batch with their texts stand in front of another one in training, so that the model
+    learns to go on from examples (few-shot prompts). Each text is learnt once, with none to `shots` in front."""
     length_groups: int = Field(default=1, ge=1)
     """Texts of a step are sorted by length into so many groups, each padded only to its own longest: the same loss with
     less padding, for one call of the language model each. For texts of very unequal length."""
@@ -392,6 +410,16 @@ class FinetuneRecipe(Config):
             raise ValueError(
                 "lora.rank adapts a pretrained or continued language model, this one is new: train it"
             )
+        if self.tower_lora.rank and self.freeze_image_tower:
+            raise ValueError(
+                "tower_lora.rank trains adapters of the image tower: set freeze_image_tower: false"
+            )
+        if self.shots and self.task.kind not in ("caption", "vqa", "mixed"):
+            raise ValueError(
+                f"shots are for models that write, this task is {self.task.kind}: leave them out"
+            )
+        if self.shots and self.reward.after is not None:
+            raise ValueError("reward learns from one picture at a time: leave shots or reward.after out")
         if self.reward.after is not None and self.task.kind != "caption":
             raise ValueError(f"reward is for captions (CIDEr-D), this task is {self.task.kind}: leave it out")
         if self.reward.after is not None and self.reward.after >= self.steps:
