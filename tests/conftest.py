@@ -138,26 +138,48 @@ def fresh_accelerate():
 
 @pytest.fixture(scope="session")
 def small_encoder():
-    """`small_encoder(seed=0) -> Encoder`: one-layer towers for pictures of 16 px, on the CPU."""
+    """`small_encoder(seed=0, image_size=16, ...) -> Encoder`: one-layer towers, by default for 16 px, on the CPU."""
 
-    def build(seed: int = 0):
+    def build(
+        seed: int = 0, *, image_size: int = 16, patch_size: int = 8, width: int = 32, context: int = 32
+    ):
         import torch
 
         from pretrain.encoder import build_encoder
         from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
+        image = ViT(
+            image_size=image_size, patch_size=patch_size, width=width, layers=1, head_width=width // 2
+        )
+        text = TextTransformer(context_length=context, width=width, heads=2, layers=1)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return build_encoder(
-                TowersModel(
-                    embed_dim=16,
-                    image_tower=ViT(image_size=16, patch_size=8, width=32, layers=1, head_width=16),
-                    text_tower=TextTransformer(context_length=32, width=32, heads=2, layers=1),
-                ),
-                device="cpu",
-            )
+            return build_encoder(TowersModel(embed_dim=16, image_tower=image, text_tower=text), device="cpu")
 
     return build
+
+
+COLOURS = {
+    "red": (230, 30, 30),
+    "green": (30, 200, 40),
+    "blue": (40, 60, 230),
+    "white": (245, 245, 245),
+    "grey": (128, 128, 128),
+}
+
+
+@pytest.fixture(scope="session")
+def coloured():
+    """`coloured("red", seed, side=16) -> bytes`: a PNG of one colour, a little different for each seed."""
+
+    def make(colour: str, seed: int, side: int = 16) -> bytes:
+        noise = np.random.default_rng(seed).integers(-12, 12, (side, side, 3))
+        pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    return make
 
 
 def small_llama(tokenizer):

@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from data.adapters.common import Row
 from finetune.cli import main
 from finetune.own_data import OwnData
 from finetune.own_table import class_names, classes_of, read_table, split
 from pairstream.cli import run_stage
-from pretrain.encoder import build_encoder, load_encoder
-from pretrain.recipe_model import TextTransformer, TowersModel, ViT
-
-
-def plain(colour: str, seed: int) -> bytes:
-    noise = np.random.default_rng(seed).integers(0, 20, (16, 16, 3))
-    file = io.BytesIO()
-    Image.fromarray((noise + {"red": [220, 30, 30], "blue": [40, 40, 220]}[colour]).astype(np.uint8)).save(
-        file, "PNG"
-    )
-    return file.getvalue()
+from pretrain.encoder import load_encoder
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory, small_encoder, coloured) -> Path:
     root = tmp_path_factory.mktemp("own")
     (root / "pictures").mkdir()
     rows = ["image,caption,label,question,answer"]
     for number in range(20):
         colour = ("red", "blue")[number % 2]
-        (root / f"pictures/{number}.png").write_bytes(plain(colour, number))
+        (root / f"pictures/{number}.png").write_bytes(coloured(colour, number))
         rows.append(f"{number}.png,all {colour} é,{colour},what colour?,{colour}")
     rows.insert(5, "3.png,too,few")
     rows.insert(9, "missing.png,a text,red,what?,x")
     rows.append("4.png,  ,,,")
     (root / "broken.png").write_bytes(b"x")
     (root / "my.csv").write_text("\n".join(rows), encoding="utf-8")
-    tower = ViT(image_size=16, patch_size=8, width=16, layers=1, head_width=8)
-    text = TextTransformer(context_length=8, width=16, heads=2, layers=1)
-    towers = TowersModel(embed_dim=16, image_tower=tower, text_tower=text)
-    build_encoder(towers, device="cpu").save(root / "encoder")
+    small_encoder(width=16, context=8).save(root / "encoder")
     return root
 
 
