@@ -12,13 +12,8 @@ from data.transforms import EvalTransform, TrainTransform
 from finetune.fusion.model import FusionClassifier, load_classifier
 from finetune.fusion.recipe import MatchTask
 from finetune.fusion.samples import FusionCollate, make_load
-from finetune.model import (
-    VisionLanguageModel,
-    build_task_model,
-    load_task_model,
-    pretrained_language_model,
-    small_language_model,
-)
+from finetune.language_models import pretrained_language_model, small_language_model
+from finetune.model import VisionLanguageModel, build_task_model, load_task_model
 from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLanguageModel, Task
 from finetune.rows import Rows
 from finetune.samples import TextRow, TrainCollate, TrainLoad
@@ -80,7 +75,9 @@ class Writing:
             return self.reopen(run, task_folder(recipe.model.name))
         encoder = begin(recipe, run.accelerator.device)
         if isinstance(config, PretrainedLanguageModel):
-            language_model, tokenizer = pretrained_language_model(config.name)
+            language_model, tokenizer = pretrained_language_model(
+                config.name, bits=config.bits, device=run.accelerator.device
+            )
         else:
             corpus = (text for row in texts for text in (*run.task.corpus(row.judged_by), *row.others))
             made = [train_tokenizer(corpus, config.vocabulary).backend_tokenizer.to_str() if run.main else ""]

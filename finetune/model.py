@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.connectors import build_connector, token_grid
+from finetune.language_models import no_bars
 from finetune.learning import Learns
+from finetune.lora import add_lora, has_lora, load_adapter, save_adapter, without_adapters
 from finetune.recipe import (
     CaptionTask,
     Connector,
@@ -23,12 +24,11 @@ from finetune.recipe import (
     FinetuneRecipe,
     Lora,
     MixedTask,
-    SmallLanguageModel,
     Task,
     VqaTask,
 )
 from finetune.saved import TaskModel, opened
-from finetune.text import make_pair, require_end_and_pad
+from finetune.text import make_pair
 from finetune.tower_adapters import train_adapters_alone
 from finetune.writing import Continues, Picture
 from pretrain.checkpoint import save_tensors
@@ -95,10 +95,11 @@ class VisionLanguageModel(Learns, Continues, TaskModel):
         self.image_tower.requires_grad_(not freeze_image_tower)
         train_adapters_alone(self.image_tower)
         self.lora = lora if lora is not None and lora.rank else None
-        self.language_model.requires_grad_(not freeze_language_model)
+        for (
+            parameter
+        ) in self.language_model.parameters():  # those of few bits are whole numbers and cannot train
+            parameter.requires_grad_(parameter.is_floating_point() and not freeze_language_model)
         if self.lora is not None:
-            from finetune.lora import add_lora, has_lora
-
             if not has_lora(self.language_model):
                 add_lora(self.language_model, self.lora)
             for name, parameter in self.language_model.named_parameters():
@@ -248,14 +249,10 @@ class VisionLanguageModel(Learns, Continues, TaskModel):
             name: value.detach().cpu().contiguous() for name, value in self.connector.state_dict().items()
         }
         save_tensors(state, folder / "connector.safetensors")
-        base: dict[str, Any] = {}
+        with no_bars(), nullcontext() if self.lora is None else without_adapters(self.language_model):
+            self.language_model.save_pretrained(folder / "language_model")
         if self.lora is not None:
-            from finetune.lora import base_state, save_adapter
-
             save_adapter(self.language_model, folder)
-            base = {"state_dict": base_state(self.language_model)}
-        with no_bars():
-            self.language_model.save_pretrained(folder / "language_model", **base)
         self.tokenizer.save_pretrained(folder / "tokenizer")
         return {
             "task": self.task.model_dump(),
@@ -284,65 +281,6 @@ def build_task_model(
     return model
 
 
-def small_language_model(config: SmallLanguageModel, tokenizer: Any) -> GPT2LMHeadModel:
-    """A GPT-2-shaped language model with random weights."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=config.context,
-            n_embd=config.width,
-            n_layer=config.layers,
-            n_head=config.heads,
-            # GPT-2's own 0.02 suits its width of 768; narrow models then learn to see only after many hundred steps.
-            initializer_range=config.width**-0.5,
-            activation_function="gelu_pytorch_tanh",  # GPT-2's own function in one kernel instead of eight
-            resid_pdrop=config.dropout,
-            embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def pretrained_language_model(name: str) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, by hub name or folder.
-
-    Raises:
-        ValueError: No such model, or a tokenizer that cannot end a text.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        with no_bars():
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"language_model.name {name!r}: expected a folder or hub name of a causal language model with its "
-            f"tokenizer: {error}"
-        ) from error
-    return model, require_end_and_pad(tokenizer, name)
-
-
-def recompute_activations(language_model: Any) -> None:
-    """Keep no activations of a language model's layers for the backward pass: they are computed again there."""
-    # Later versions of transformers gave the method another name.
-    enable = getattr(language_model, "activation_checkpointing_enable", None)
-    (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Hold back transformers' own progress bars: ours show the work, and stay quiet outside a terminal."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def load_task_model(folder: str | Path, *, device: str = "auto") -> VisionLanguageModel:
     """Open a saved captioner or VQA model; nothing is downloaded.
 
@@ -369,8 +307,6 @@ def load_task_model(folder: str | Path, *, device: str = "auto") -> VisionLangua
         state = load_file(place / "connector.safetensors")
         lora = Lora(**content["lora"]) if "lora" in content else None
         if lora is not None:
-            from finetune.lora import add_lora, load_adapter
-
             load_adapter(add_lora(language_model, lora), place)
     encoder = load_encoder(place / "encoder", device=device)
     model = VisionLanguageModel(encoder, connector, language_model, tokenizer, task, decoding, lora=lora)

@@ -106,6 +106,9 @@ class PretrainedLanguageModel(Config):
     """A hub name such as `openai-community/gpt2`, or a folder (config.json, model.safetensors, tokenizer files)."""
     freeze: bool = False
     """Train only the connector (and the image tower, unless it is frozen as well)."""
+    bits: Literal[32, 8, 4] = 32
+    """Of its matrices: 8 or 4 (bitsandbytes, on a CUDA GPU) take a quarter or an eighth of the memory, cannot train,
+    and want `lora` on top (QLoRA) or `freeze`."""
 
 
 class ContinuedLanguageModel(Config):
@@ -420,6 +423,13 @@ class FinetuneRecipe(Config):
             )
         if self.shots and self.reward.after is not None:
             raise ValueError("reward learns from one picture at a time: leave shots or reward.after out")
+        language = self.language_model
+        bits = language.bits if isinstance(language, PretrainedLanguageModel) and not language.freeze else 32
+        if bits < 32 and not self.lora.rank:
+            raise ValueError(
+                f"language_model.bits {bits}: matrices of so few bits cannot train: set lora.rank (QLoRA), or "
+                "language_model.freeze"
+            )
         if self.reward.after is not None and self.task.kind != "caption":
             raise ValueError(f"reward is for captions (CIDEr-D), this task is {self.task.kind}: leave it out")
         if self.reward.after is not None and self.reward.after >= self.steps:

@@ -225,7 +225,8 @@ def make_writer():
     def make(connector, task=None, kind: str = "gpt2", *, unsettled: bool = False, **options):
         import torch
 
-        from finetune.model import VisionLanguageModel, small_language_model
+        from finetune.language_models import small_language_model
+        from finetune.model import VisionLanguageModel
         from finetune.recipe import Decoding, SmallLanguageModel, VqaTask
         from finetune.text import train_tokenizer
         from pretrain.encoder import build_encoder

@@ -13,8 +13,9 @@ from torch import nn
 
 from data.shards import Sample, ShardWriter
 from finetune.guard import FirstStep
-from finetune.lora import add_lora, base_state, has_lora, load_adapter
-from finetune.model import build_task_model, load_task_model, pretrained_language_model, small_language_model
+from finetune.language_models import pretrained_language_model, small_language_model
+from finetune.lora import add_lora, has_lora, load_adapter, without_adapters
+from finetune.model import build_task_model, load_task_model
 from finetune.recipe import FinetuneRecipe, Lora, SmallLanguageModel
 from finetune.text import train_tokenizer
 from finetune.trainer import Finetuner
@@ -210,9 +211,11 @@ def test_adapters_of_a_wrong_name_or_shape_are_refused(world, tmp_path):
     plain = pretrained_language_model(str(world / "lm"))[0]
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     adapted = add_lora(plain, Lora(rank=2))
-    after = base_state(adapted)
+    with without_adapters(adapted):
+        after = {name: value.clone() for name, value in adapted.state_dict().items()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert has_lora(adapted)  # they are back
     save_file({"other": torch.zeros(2)}, tmp_path / "adapter.safetensors")
     with pytest.raises(ValueError, match=r"adapter\.safetensors does not fit"):
         load_adapter(adapted, tmp_path)
@@ -359,3 +362,27 @@ def test_one_model_predicts_captions_and_answers(world, tmp_path):
         lines = [json.loads(line) for line in out.read_text().splitlines()]
         assert len(lines) == 12
         assert all(key in line for line in lines)
+
+
+def test_few_bits_need_a_gpu_and_adapters(world, tmp_path):
+    language_model = {"kind": "pretrained", "name": str(world / "lm"), "bits": 4}
+    with pytest.raises(ValueError, match=r"bits 4: matrices of so few bits cannot train: set lora\.rank"):
+        recipe(world, tmp_path / "run", language_model=language_model)
+    chosen = recipe(world, tmp_path / "run", language_model=language_model, lora={"rank": 2})
+    if not torch.cuda.is_available():
+        with pytest.raises(
+            ValueError, match=r"language_model\.bits 4 needs a CUDA GPU .* this run is on cpu"
+        ):
+            Finetuner(chosen)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_over_few_bits_train_and_come_back(world, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    language_model = {"kind": "pretrained", "name": str(world / "lm"), "bits": bits}
+    Finetuner(recipe(world, tmp_path / "run", language_model=language_model, lora={"rank": 2})).train()
+    model = load_task_model(tmp_path / "run")
+    layers = {type(layer).__name__ for layer in model.language_model.modules()}
+    assert layers & {"Linear4bit", "Linear8bitLt"}
