@@ -41,7 +41,8 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from data.shards import Sample, ShardWriter
-from finetune.model import VisionLanguageModel, small_language_model
+from finetune.language_models import small_language_model
+from finetune.model import VisionLanguageModel
 from finetune.recipe import CaptionTask, Decoding, FinetuneRecipe, Mlp, SmallLanguageModel
 from finetune.text import IGNORED, train_tokenizer
 from finetune.trainer import Finetuner

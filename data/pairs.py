@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from data.faults import Fault
+from data.labels import LabelTexts
 from data.pictures import MAX_PIXELS, Picture
 from data.samples import RawSample
 from data.stored import SUFFIX, Stored, require_same_settings, unpack
@@ -58,6 +59,7 @@ class PairLoad:
         stored: Teachers whose embeddings lie in the shards (`data.stored`); the picture is then one of the views that
             they saw, drawn anew each epoch.
         views: Gives two more views of the whole picture.
+        labels: Makes texts of the labels of samples that have one; the others keep their captions.
 
     Raises:
         ValueError: `scaled_decode` with an evaluation transform, whose pixels are meant to be exact; only one of
@@ -74,6 +76,7 @@ class PairLoad:
     rewritten_share: float = 0.0
     stored: tuple[str, ...] = ()
     views: TrainTransform | None = None
+    labels: LabelTexts | None = None
 
     def __post_init__(self) -> None:
         if self.scaled_decode and not isinstance(self.transform, TrainTransform):
@@ -97,10 +100,11 @@ class PairLoad:
             or self.captions_per_image > 1
             or self.word_dropout
             or self.rewritten_key
+            or self.labels
         ):
             raise ValueError(
                 f"stored teachers ({', '.join(self.stored)}) saw single whole captions and pictures as TrainTransform "
-                "makes them: leave out word_dropout, captions_per_image, captions 'all' and rewritten captions"
+                "makes them: leave out word_dropout, captions_per_image, captions 'all', rewritten captions and labels"
             )
 
     @property
@@ -109,11 +113,13 @@ class PairLoad:
         return tuple(f"{name}.{SUFFIX}" for name in self.stored)
 
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> Pair:
-        own = texts = sample.captions()  # before the picture: a missing caption then costs no decoding
+        # Before the picture: a missing caption then costs no decoding.
+        own = texts = (self.labels.texts(sample) if self.labels else []) or sample.captions()
         if self.rewritten_key and rng.random() < self.rewritten_share:
             texts = sample.captions(self.rewritten_key) or texts
         if not texts:
-            raise Fault("missing_caption", "no caption in KEY.json and no text in KEY.txt")
+            label = f"no {self.labels.key} and " if self.labels else ""
+            raise Fault("missing_caption", f"{label}no caption in KEY.json and no text in KEY.txt")
         chosen = self.choose(texts, rng)
         texts = [texts[number] for number in chosen]
         if self.word_dropout:

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data.ahead import Ahead
 from data.faults import Fault, FaultLog, FaultRecord
 from data.fetch import ShardCache, cache_folder, is_remote
+from data.labels import LabelTexts
 from data.mixture import Mix, Mixture, Rows, Source, Sources, as_sources, whole_weights
 from data.order import WINDOW, EpochOrder, rank_slice, sample_rng, source_seed
 from data.pairs import CAPTIONS, PairCollate, PairLoad
@@ -396,6 +397,7 @@ def pair_stream(
     captions_per_image: int = 1,
     stored: Sequence[str] = (),
     views: TrainTransform | None = None,
+    labels: LabelTexts | None = None,
     **options: Any,
 ) -> PairStream:
     """The stream of pictures and tokens that a dual encoder is trained and measured on.
@@ -415,6 +417,7 @@ def pair_stream(
         captions_per_image: How many captions `random` draws for a picture.
         stored: Teachers whose embeddings every sample must have beside it (`data.stored`).
         views: Gives two more views of each picture.
+        labels: Makes texts of the class labels of samples that have one, in place of captions.
         options: The other arguments of `PairStream`: seed, shuffle, rank, world_size, workers, max_faults,
             cache_dir, cache_limit, temperature, mix.
 
@@ -450,6 +453,7 @@ def pair_stream(
         captions_per_image,
         stored=stored,
         views=views,
+        labels=labels,
     )
     if not isinstance(shards, str | Path):
         shards = [own_captions(word, load) if isinstance(word, Source) else word for word in shards]

@@ -16,6 +16,8 @@ OWN = {
     "caption": "a captioner from a table of your own: --data my.csv --images DIR --model ENCODER",
     "classify": "a classifier, in the same way",
     "vqa": "a model that answers questions, in the same way",
+    "retrieval": "both towers for finding pictures by text and back, in the same way",
+    "flyp": "both towers for zero-shot classification of labelled pictures (FLYP), in the same way",
 }
 
 

@@ -12,17 +12,14 @@ from data.transforms import EvalTransform, TrainTransform
 from finetune.fusion.model import FusionClassifier, load_classifier
 from finetune.fusion.recipe import MatchTask
 from finetune.fusion.samples import FusionCollate, make_load
-from finetune.model import (
-    VisionLanguageModel,
-    build_task_model,
-    load_task_model,
-    pretrained_language_model,
-    small_language_model,
-)
+from finetune.language_models import pretrained_language_model, small_language_model
+from finetune.model import VisionLanguageModel, build_task_model, load_task_model
 from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLanguageModel, Task
+from finetune.rows import Rows
 from finetune.samples import TextRow, TrainCollate, TrainLoad
 from finetune.saved import task_folder
 from finetune.text import train_tokenizer, wrap_tokenizer
+from finetune.tower_adapters import adapt_image_tower
 from pretrain.encoder import Encoder, build_encoder
 from pretrain.recipe_model import OpenClipModel
 
@@ -78,7 +75,9 @@ class Writing:
             return self.reopen(run, task_folder(recipe.model.name))
         encoder = begin(recipe, run.accelerator.device)
         if isinstance(config, PretrainedLanguageModel):
-            language_model, tokenizer = pretrained_language_model(config.name)
+            language_model, tokenizer = pretrained_language_model(
+                config.name, bits=config.bits, device=run.accelerator.device
+            )
         else:
             corpus = (text for row in texts for text in (*run.task.corpus(row.judged_by), *row.others))
             made = [train_tokenizer(corpus, config.vocabulary).backend_tokenizer.to_str() if run.main else ""]
@@ -107,17 +106,21 @@ class Writing:
                 "that goes on keeps its own, so give them as `lora`"
             )
         parts.connector.detach()
+        adapt_image_tower(parts.encoder, recipe.tower_lora, folder)
         model = build_task_model(recipe, parts.encoder, parts.language_model, parts.tokenizer)
         model.connector.load_state_dict(parts.connector.state_dict())
         return model
 
     def reading(self, run: Any, transform: EvalTransform | TrainTransform | None) -> tuple[Any, Any]:
         model: VisionLanguageModel = run.model
-        room = model.context - model.prefix_length
+        room, shots = model.context - model.prefix_length, run.recipe.shots
         return (
             TrainLoad(run.recipe.task, model.tokenizer, room=room, transform=transform),
             TrainCollate(
-                model.tokenizer.pad_token_id, model.encoder.image_size, pictures=transform is not None
+                model.tokenizer.pad_token_id,
+                model.encoder.image_size,
+                pictures=transform is not None,
+                rows=Rows(shots, model.prefix_length, model.context) if shots else None,
             ),
         )
 
@@ -144,8 +147,14 @@ class Fusing:
         )
 
     def reopen(self, run: Any, folder: Path) -> FusionClassifier:
-        device, frozen = str(run.accelerator.device), run.recipe.freeze_image_tower
-        return weighted(load_classifier(folder, device=device, freeze_image_tower=frozen), run)
+        recipe: FinetuneRecipe = run.recipe
+        model = load_classifier(
+            folder,
+            device=str(run.accelerator.device),
+            freeze_image_tower=recipe.freeze_image_tower,
+            tower_lora=recipe.tower_lora,
+        )
+        return weighted(model, run)
 
     def reading(self, run: Any, transform: EvalTransform | TrainTransform | None) -> tuple[Any, Any]:
         task, encoder = run.recipe.task, run.model.encoder
@@ -164,6 +173,7 @@ def begin(recipe: FinetuneRecipe, device: torch.device | str) -> Encoder:
     torch.manual_seed(recipe.seed)
     encoder = build_encoder(recipe.model, device=device)
     torch.manual_seed(recipe.seed)
+    adapt_image_tower(encoder, recipe.tower_lora)
     return encoder
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.recipe import Lora
 from pairstream.errors import require
@@ -55,13 +57,24 @@ def has_lora(model: nn.Module) -> bool:
     return any("lora_" in name for name, _ in model.named_parameters())
 
 
-def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model as if it had no adapters."""
-    return {
-        name.replace(".base_layer.", "."): value
-        for name, value in model.state_dict().items()
-        if "lora_" not in name
-    }
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """For a block, a model as it was before its adapters, so that it is saved as any other (of 8 or 4 bits, too)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    for parent, name, layer in adapted:
+        setattr(parent, name, layer.get_base_layer())
+    try:
+        yield
+    finally:
+        for parent, name, layer in adapted:
+            setattr(parent, name, layer)
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:

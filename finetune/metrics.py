@@ -70,7 +70,7 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], most: i
         0.8
     """
     check_rows(candidates, references)
-    return bleu_of(bleu_sums(read_corpus(candidates, references, most)).sum(axis=0))
+    return bleu_of(bleu_sums(read_corpus(candidates, references, most, shared=True)).sum(axis=0))
 
 
 def bleu_sums(corpus: Corpus) -> np.ndarray:

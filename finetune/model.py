@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.connectors import build_connector, token_grid
+from finetune.language_models import no_bars
+from finetune.learning import Learns
+from finetune.lora import add_lora, has_lora, load_adapter, save_adapter, without_adapters
 from finetune.recipe import (
     CaptionTask,
     Connector,
@@ -23,18 +24,18 @@ from finetune.recipe import (
     FinetuneRecipe,
     Lora,
     MixedTask,
-    SmallLanguageModel,
     Task,
     VqaTask,
 )
 from finetune.saved import TaskModel, opened
-from finetune.text import IGNORED, require_end_and_pad
+from finetune.text import make_pair
+from finetune.tower_adapters import train_adapters_alone
 from finetune.writing import Continues, Picture
 from pretrain.checkpoint import save_tensors
 from pretrain.encoder import Encoder, load_encoder
 
 
-class VisionLanguageModel(Continues, TaskModel):
+class VisionLanguageModel(Learns, Continues, TaskModel):
     """Writes captions or answers, given a picture and a prompt.
 
     The sequence is `[image tokens][prompt][answer][end]`. Each picture is encoded once, however many texts there are
@@ -92,11 +93,13 @@ class VisionLanguageModel(Continues, TaskModel):
             language_model=language_model,
         ).to(encoder.device)
         self.image_tower.requires_grad_(not freeze_image_tower)
+        train_adapters_alone(self.image_tower)
         self.lora = lora if lora is not None and lora.rank else None
-        self.language_model.requires_grad_(not freeze_language_model)
+        for (
+            parameter
+        ) in self.language_model.parameters():  # those of few bits are whole numbers and cannot train
+            parameter.requires_grad_(parameter.is_floating_point() and not freeze_language_model)
         if self.lora is not None:
-            from finetune.lora import add_lora, has_lora
-
             if not has_lora(self.language_model):
                 add_lora(self.language_model, self.lora)
             for name, parameter in self.language_model.named_parameters():
@@ -155,84 +158,19 @@ class VisionLanguageModel(Continues, TaskModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_image_tower):
             return self.encoder.image_tokens(images)
 
-    def forward(
+    def caption(
         self,
-        image_of_text: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        images: Tensor | None = None,
-        tokens: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        """Summed cross-entropy of the answers.
-
-        Args:
-            image_of_text: int64 `(n,)`, each text's picture in the batch.
-            input_ids: int64 `(n, length)`, prompt and answer, padded on the right.
-            attention_mask: int64 `(n, length)`, 0 on padding.
-            labels: int64 `(n, length)`, -100 on prompt and padding.
-            images: uint8 `(b, 3, h, w)`; or
-            tokens: float `(b, n_tokens, token_dim)`, what `image_tokens` made of them earlier.
-            weights: float `(n,)`, what each text counts; 1 for all when None.
-
-        Returns:
-            A scalar: the sum, not the mean, so that the caller can divide by the tokens of all ranks.
-        """
-        if tokens is None:
-            assert images is not None, "give images or their tokens"
-            tokens = self.image_tokens(images)
-        memory = self.connector(tokens)  # (b, p, width)
-        if self.length_groups == 1:
-            return self.loss_of(memory[image_of_text], input_ids, attention_mask, labels, weights)
-        total = memory.new_zeros(())
-        lengths = attention_mask.sum(dim=1)
-        for rows in lengths.argsort(stable=True).chunk(self.length_groups):
-            longest = int(lengths[rows[-1]])
-            ids, mask, own = (part[rows, :longest] for part in (input_ids, attention_mask, labels))
-            counts = None if weights is None else weights[rows]
-            total = total + self.loss_of(memory[image_of_text[rows]], ids, mask, own, counts)
-        return total
-
-    def loss_of(
-        self,
-        memory: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        """Summed cross-entropy of texts, each with its own picture `(n, p, width)`; see `forward`."""
-        prefix = self.connector.prefix(memory)  # (n, length, width)
-        self.connector.look(memory)
-        words = self.language_model.get_input_embeddings()(input_ids)  # (n, length, width)
-        embeddings = torch.cat([prefix.to(words.dtype), words], dim=1)
-        seen = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], dim=1)
-        # A word is predicted one position before it stands. Columns without a label need no (costly) logits.
-        columns = (labels != IGNORED).any(dim=0).nonzero()[:, 0]
-        logits = self.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=seen,
-            logits_to_keep=columns + prefix.shape[1] - 1,
-            use_cache=False,
-        ).logits  # (n, columns, vocabulary)
-        flat, expected = logits.flatten(0, 1).float(), labels[:, columns].flatten()
-        if weights is None:
-            return F.cross_entropy(flat, expected, ignore_index=IGNORED, reduction="sum")
-        each = F.cross_entropy(flat, expected, ignore_index=IGNORED, reduction="none")
-        return (each.view(len(labels), -1).sum(dim=1) * weights).sum()
-
-    @staticmethod
-    def targets(labels: Tensor) -> Tensor:
-        """How many tokens of a batch have to be learnt: what the loss is divided by."""
-        return labels.ne(IGNORED).sum()
-
-    def caption(self, images: Sequence[Picture], decoding: Decoding | None = None) -> list[str]:
+        images: Sequence[Picture],
+        decoding: Decoding | None = None,
+        *,
+        examples: Sequence[tuple[Picture, str]] = (),
+    ) -> list[str]:
         """Write a caption for each picture.
 
         Args:
             images: PIL images, file contents, or uint8 `(3, H, W)`.
             decoding: How; the model's own when None.
+            examples: Pictures with their captions, to stand in front of each (few-shot prompts).
 
         Returns:
             One text a picture.
@@ -245,11 +183,17 @@ class VisionLanguageModel(Continues, TaskModel):
             raise ValueError(f"this model was trained for {self.task.kind}: use answer(images, questions)")
         if len(images) == 0:
             return []
-        prompts = [self.caption_task.prompt] * len(images)
-        return self.write(self.see(images), list(range(len(images))), prompts, decoding)
+        prompt = self.caption_task.prompt
+        shown = [(picture, make_pair(self.tokenizer, prompt, text)) for picture, text in examples]
+        return self.write_after(shown, images, [prompt] * len(images), decoding)
 
     def answer(
-        self, images: Sequence[Picture], questions: Sequence[str], decoding: Decoding | None = None
+        self,
+        images: Sequence[Picture],
+        questions: Sequence[str],
+        decoding: Decoding | None = None,
+        *,
+        examples: Sequence[tuple[Picture, str, str]] = (),
     ) -> list[str]:
         """Answer one question about each picture.
 
@@ -257,6 +201,7 @@ class VisionLanguageModel(Continues, TaskModel):
             images: PIL images, file contents, or uint8 `(3, H, W)`.
             questions: As many.
             decoding: How; the model's own when None.
+            examples: Pictures with a question and its answer, to stand in front of each (few-shot prompts).
 
         Returns:
             One answer a question.
@@ -272,12 +217,12 @@ class VisionLanguageModel(Continues, TaskModel):
             )
         if len(images) == 0:
             return []
-        return self.write(
-            self.see(images),
-            list(range(len(images))),
-            [self.prompt(question) for question in questions],
-            decoding,
-        )
+        prompts = [self.prompt(question) for question in questions]
+        shown = [
+            (picture, make_pair(self.tokenizer, self.prompt(question), answer))
+            for picture, question, answer in examples
+        ]
+        return self.write_after(shown, images, prompts, decoding)
 
     def prompt(self, question: str) -> str:
         """The prompt that asks a question."""
@@ -304,14 +249,10 @@ class VisionLanguageModel(Continues, TaskModel):
             name: value.detach().cpu().contiguous() for name, value in self.connector.state_dict().items()
         }
         save_tensors(state, folder / "connector.safetensors")
-        base: dict[str, Any] = {}
+        with no_bars(), nullcontext() if self.lora is None else without_adapters(self.language_model):
+            self.language_model.save_pretrained(folder / "language_model")
         if self.lora is not None:
-            from finetune.lora import base_state, save_adapter
-
             save_adapter(self.language_model, folder)
-            base = {"state_dict": base_state(self.language_model)}
-        with no_bars():
-            self.language_model.save_pretrained(folder / "language_model", **base)
         self.tokenizer.save_pretrained(folder / "tokenizer")
         return {
             "task": self.task.model_dump(),
@@ -340,65 +281,6 @@ def build_task_model(
     return model
 
 
-def small_language_model(config: SmallLanguageModel, tokenizer: Any) -> GPT2LMHeadModel:
-    """A GPT-2-shaped language model with random weights."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=config.context,
-            n_embd=config.width,
-            n_layer=config.layers,
-            n_head=config.heads,
-            # GPT-2's own 0.02 suits its width of 768; narrow models then learn to see only after many hundred steps.
-            initializer_range=config.width**-0.5,
-            activation_function="gelu_pytorch_tanh",  # GPT-2's own function in one kernel instead of eight
-            resid_pdrop=config.dropout,
-            embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def pretrained_language_model(name: str) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, by hub name or folder.
-
-    Raises:
-        ValueError: No such model, or a tokenizer that cannot end a text.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        with no_bars():
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"language_model.name {name!r}: expected a folder or hub name of a causal language model with its "
-            f"tokenizer: {error}"
-        ) from error
-    return model, require_end_and_pad(tokenizer, name)
-
-
-def recompute_activations(language_model: Any) -> None:
-    """Keep no activations of a language model's layers for the backward pass: they are computed again there."""
-    # Later versions of transformers gave the method another name.
-    enable = getattr(language_model, "activation_checkpointing_enable", None)
-    (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Hold back transformers' own progress bars: ours show the work, and stay quiet outside a terminal."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def load_task_model(folder: str | Path, *, device: str = "auto") -> VisionLanguageModel:
     """Open a saved captioner or VQA model; nothing is downloaded.
 
@@ -425,8 +307,6 @@ def load_task_model(folder: str | Path, *, device: str = "auto") -> VisionLangua
         state = load_file(place / "connector.safetensors")
         lora = Lora(**content["lora"]) if "lora" in content else None
         if lora is not None:
-            from finetune.lora import add_lora, load_adapter
-
             load_adapter(add_lora(language_model, lora), place)
     encoder = load_encoder(place / "encoder", device=device)
     model = VisionLanguageModel(encoder, connector, language_model, tokenizer, task, decoding, lora=lora)

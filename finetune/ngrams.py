@@ -60,13 +60,17 @@ class Corpus:
         return tuple(self.vocabulary[word] for word in self.words[start : start + n])
 
 
-def read_corpus(candidates: Sequence[str], references: Sequence[Sequence[str]], most: int = 4) -> Corpus:
+def read_corpus(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], most: int = 4, *, shared: bool = False
+) -> Corpus:
     """Count the n-grams of tokenised texts.
 
     Args:
         candidates: One text for each image.
         references: The references of each image.
         most: The longest n-gram.
+        shared: Of the references, count only n-grams that their image's candidate has, too: all that BLEU asks for, and
+            a small part of the work from pairs of words on.
     """
     images = len(candidates)
     texts = [text.split() for text in candidates]
@@ -84,7 +88,15 @@ def read_corpus(candidates: Sequence[str], references: Sequence[Sequence[str]], 
         # An n-gram is the (n-1)-gram that starts at the same word, and one word more.
         kept = left[start] >= n
         start, gram = start[kept], gram[kept]
-        _, first, gram = unique(gram * len(number) + words[start + n - 1])
+        gram = gram * len(number) + words[start + n - 1]
+        if shared:
+            # What a reference shares with n words, it shares with the first n - 1 of them: others never come back.
+            own = text[start] < images
+            keys = image[text[start]] * (gram.max(initial=0) + 1) + gram
+            kept = own.copy()
+            kept[~own] = find(np.unique(keys[own]), keys[~own])[0]
+            start, gram = start[kept], gram[kept]
+        _, first, gram = unique(gram)
         counts.append(count_grams(text[start], gram, start[first]))
     return Corpus(list(number), words, lengths, image, images, counts)
 

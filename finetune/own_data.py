@@ -1,44 +1,37 @@
-"""`pairstream finetune caption|classify|vqa --data my.csv --images DIR`: from a table of one's own to a task model."""
+"""`pairstream finetune caption|classify|vqa|retrieval|flyp --data my.csv --images DIR`: from a table to a model."""
 
 from __future__ import annotations
 
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
-from data.adapters.common import Row, Skipped, read_rows
-from data.adapters.csv import IMAGE_COLUMNS, pick, read_csv, read_jsonl, source
+from data.adapters.common import Skipped, read_rows
 from data.prepare import fit
 from data.shards import Sample, ShardWriter
+from finetune.own_table import Kind, classes_of, read_table, split
 from finetune.recipe import FinetuneRecipe
-from pairstream.atomic import new_folder
+from pairstream.atomic import new_folder, write_text
 from pairstream.progress import ProgressBar
 from pairstream.recipe import load_recipe, validate
+from pretrain.recipe import PretrainRecipe
 
-Kind = Literal["caption", "classify", "vqa"]
-COLUMNS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "caption": (("text", ("caption", "captions", "text", "title", "description")),),
-    "classify": (
-        ("text", ("text", "caption", "title", "post", "description")),
-        ("label", ("label", "labels", "class", "category", "sentiment", "attribute")),
-    ),
-    "vqa": (("text", ("question", "text")), ("label", ("answer", "answers", "label"))),
-}
-WHAT = {"caption": "captions", "classify": "texts", "vqa": "questions"}
+CONTRASTIVE = ("retrieval", "flyp")  # both towers train as in pretraining, from a recipe of `pretrain`
+CLASSES, TEMPLATES = "classes.txt", "templates.txt"  # beside the shards of `flyp`, for its evaluation
 NAMED = 20  # bad rows that are named; the others are counted
 
 
 @dataclass(frozen=True)
 class OwnData:
-    """Fine-tune a task model on a table of your own: no recipe and no Python to write.
+    """Fine-tune on a table of your own: no recipe and no Python to write.
 
     Further options are keys of the recipe: --steps 500, --language-model.width 512, --model.pretrained
-    laion2b_s34b_b79k; all keys are listed by `pairstream finetune own_caption --help` (own_classify, own_vqa).
+    laion2b_s34b_b79k; all keys are listed by `pairstream finetune own_caption --help` (own_classify, own_vqa) and
+    `pairstream pretrain own_retrieval --help` (own_flyp).
     """
 
     data: Path
@@ -58,7 +51,7 @@ class OwnData:
     text_column: str | None = None
     """Captions, texts or questions; the usual names are found. classify takes a table without texts, too."""
     label_column: str | None = None
-    """Labels (classify) or answers (vqa); the usual names are found."""
+    """Labels (classify, flyp) or answers (vqa); the usual names are found."""
     epochs: float = 10.0
     """Passes over the training pictures, unless --steps says otherwise."""
     max_faults: float = 0.05
@@ -83,17 +76,14 @@ def run(kind: Kind, words: Sequence[str]) -> int:
     name = f"own_{kind}"
     out = own.out or Path("runs") / name
     shards = out.with_name(f"{out.name}-shards")
-    usual = load_recipe(FinetuneRecipe, "finetune", name).schedule.warmup
+    stage, recipe_of = ("pretrain", PretrainRecipe) if kind in CONTRASTIVE else ("finetune", FinetuneRecipe)
+    usual = load_recipe(recipe_of, stage, name).schedule.warmup
     given = {word.split("=")[0] for word in further}
     # A fault in an option is told before any work; the warm-up is fitted to the steps below.
     short = [] if "--schedule.warmup" in given else ["--schedule.warmup", "0"]
-    recipe = load_recipe(FinetuneRecipe, "finetune", name, [*short, *further])
+    recipe = load_recipe(recipe_of, stage, name, [*short, *further])
     if not (own.resume and (shards / "val").is_dir()):
         write_shards(kind, own, shards)
-    from finetune.trainer import Finetuner
-    from pairstream.errors import require
-
-    require("transformers", "finetune", "fine-tuning")
     pictures = count(shards / "train")
     batch = recipe.batch_size if "--batch-size" in given else min(recipe.batch_size, pictures)
     steps = recipe.steps if "--steps" in given else max(2, round(own.epochs * pictures / batch))
@@ -101,10 +91,36 @@ def run(kind: Kind, words: Sequence[str]) -> int:
     content = recipe.model_dump(mode="json")
     content |= {"run": str(out), "batch_size": batch, "steps": steps}
     content["model"] |= {"name": own.model}
-    content["data"] |= {"train": str(shards / "train"), "val": str(shards / "val")}
     content["schedule"] |= {"warmup": warmup}
+    content["data"] |= {"train": str(shards / "train")}
+    if kind in CONTRASTIVE:
+        from pretrain.trainer import Trainer
+
+        measure_on(kind, content, shards)
+        Trainer(validate(PretrainRecipe, content, name), resume=own.resume, overwrite=own.overwrite).train()
+        return 0
+    from finetune.trainer import Finetuner
+    from pairstream.errors import require
+
+    require("transformers", "finetune", "fine-tuning")
+    content["data"] |= {"val": str(shards / "val")}
     Finetuner(validate(FinetuneRecipe, content, name), resume=own.resume, overwrite=own.overwrite).train()
     return 0
+
+
+def measure_on(kind: Kind, content: dict[str, Any], shards: Path) -> None:
+    """Fill the pictures that were kept apart into a recipe of `pretrain`; of `flyp`, the classes and prompts too."""
+    if kind == "retrieval":
+        content["evaluate"][0]["options"] |= {"shards": str(shards / "val")}
+        return
+    labels = content["data"]["labels"]
+    labels["classes"] = (shards / CLASSES).read_text(encoding="utf-8").splitlines()
+    write_text(shards / TEMPLATES, "\n".join(labels["templates"]) + "\n")
+    content["evaluate"][0]["options"] |= {
+        "data": str(shards / "val"),
+        "classes": str(shards / CLASSES),
+        "templates": str(shards / TEMPLATES),
+    }
 
 
 def count(folder: Path) -> int:
@@ -148,6 +164,9 @@ def write_shards(kind: Kind, own: OwnData, shards: Path) -> None:
                     else:
                         faults.append(item)
                     bar.advance()
+        if kind == "flyp":
+            names = classes_of([row for chosen in parts.values() for row in chosen])
+            write_text(folder / CLASSES, "\n".join(names) + "\n")
         tell(own, faults, total, written)
 
 
@@ -175,93 +194,3 @@ def tell(own: OwnData, faults: Sequence[Skipped], total: int, written: dict[str,
         f"{len(faults):,} bad rows{said if faults else ''}",
         file=sys.stderr,
     )
-
-
-def read_table(kind: Kind, own: OwnData, table: Path, faults: list[Skipped]) -> list[Row]:
-    """The pictures of a table with their texts; what is wrong with a row goes to `faults`, by line.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: No such column, or a broken file.
-    """
-    if not table.is_file():
-        raise FileNotFoundError(f"no table {table}: expected a .csv, .tsv or .jsonl file")
-    base = own.images or table.parent
-    if not base.is_dir():
-        raise FileNotFoundError(f"no folder {base}: expected --images to be where the pictures lie")
-    columns, content = read_jsonl(table) if table.suffix in (".jsonl", ".ndjson") else read_csv(table, False)
-    image = pick(table, columns, own.image_column, IMAGE_COLUMNS, "pictures", "--image-column")
-    found: dict[str, str | None] = {}
-    given = {"text": own.text_column, "label": own.label_column}
-    for role, usual in COLUMNS[kind]:
-        what = WHAT[kind] if role == "text" else {"classify": "labels", "vqa": "answers"}[kind]
-        usual = tuple(name for name in usual if name not in (image, found.get("text")))
-        absent = not any(name.lower() in usual for name in columns)
-        if kind == "classify" and role == "text" and given[role] is None and absent:
-            found[role] = None  # pictures with labels alone
-            continue
-        found[role] = pick(table, columns, given[role], usual, what, f"--{role}-column")
-    rows: dict[str, Row] = {}
-    for line, row in content:
-        where = f"{table.name}:{line}"
-        try:
-            if isinstance(row, str):
-                raise ValueError(row)
-            name = row.get(image)
-            if not isinstance(name, str) or not name.strip():
-                raise ValueError(f"no picture in the column {image!r}")
-            name = name.strip()
-            meta, captions = values(kind, row, found)
-        except ValueError as error:
-            faults.append(Skipped("bad_row", where, str(error)))
-            continue
-        key = name if kind != "classify" else f"{line}/{name}"  # each post is a sample of its own
-        before = rows.get(key)
-        if before is None:
-            rows[key] = Row(name, source(name, base), where, captions, meta, f"{len(rows):09d}")
-            continue
-        if "questions" in meta:
-            meta = {"questions": [*before.meta["questions"], *meta["questions"]]}
-        captions = [*before.captions, *(text for text in captions if text not in before.captions)]
-        rows[key] = Row(name, before.source, before.where, captions, meta, before.key)
-    return list(rows.values())
-
-
-def values(kind: Kind, row: dict[str, Any], found: dict[str, str | None]) -> tuple[dict[str, Any], list[str]]:
-    """What a row says: JSON keys of its sample, and captions."""
-    column = found["text"]
-    text = row.get(column) if column else None
-    if isinstance(text, list) and kind == "caption" and all(isinstance(entry, str) for entry in text):
-        captions = [entry.strip() for entry in text if entry.strip()]
-    elif text is not None and not isinstance(text, str):
-        raise ValueError(f"expected text in the column {column!r}, got {text!r}")
-    else:
-        captions = [text.strip()] if text and text.strip() else []
-    if kind != "classify" and not captions:
-        raise ValueError(f"nothing in the column {column!r}")
-    if kind == "caption":
-        return {}, captions
-    label = row.get(str(found["label"]))
-    if label in (None, "", []) or (isinstance(label, str) and not label.strip()):
-        raise ValueError(f"nothing in the column {found['label']!r}")
-    label = label.strip() if isinstance(label, str) else label
-    if kind == "classify":
-        return {"label": label, **({"text": captions[0]} if captions else {})}, []
-    # One answer, written ten times: VQA accuracy, which is defined on ten people's answers, is exact match then.
-    answers = label if isinstance(label, list) else [str(label)] * 10
-    return {"questions": [{"question": captions[0], "answers": answers}]}, []
-
-
-def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
-    """Rows to train and to measure on; no picture is on both sides, and the same table is always split the same.
-
-    Raises:
-        ValueError: Fewer than two pictures.
-    """
-    names = sorted({row.name for row in rows}, key=lambda name: (zlib.crc32(name.encode()), name))
-    if len(names) < 2:
-        raise ValueError(
-            f"{len(names)} good pictures: expected at least two, one to train and one to measure on"
-        )
-    held = set(names[: min(max(1, round(share * len(names))), len(names) - 1)])
-    return [row for row in rows if row.name not in held], [row for row in rows if row.name in held]

@@ -6,7 +6,7 @@ import glob
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ def predict(
     images: tuple[str, ...],
     out: Path,
     question: str | None = None,
+    examples: Path | None = None,
     batch_size: int = 32,
     device: str = "auto",
     max_faults: float = 0.01,
@@ -65,11 +66,14 @@ def predict(
         images: Picture files, folders or globs of them; or shards (folders, files, globs, braces, URLs of .tar).
         out: The .jsonl file. Each line has image, and caption; or question and answer; or label and probabilities.
         question: Asked about every picture. Shards may bring their own (`questions` in the JSON) instead.
+        examples: A table of a few pictures with captions (or questions and answers) that stand in front of every
+            picture; for models trained with `shots`, or with a language model that can go on from examples.
         batch_size: Texts written at a time.
         device: auto, cpu, cuda or cuda:N.
         max_faults: Share of unusable pictures past which the work stops; each is left out and counted.
         overwrite: Begin anew, whatever --out holds.
     """
+    from finetune.examples import read_examples
     from finetune.saved import task_folder
 
     if batch_size < 1:
@@ -87,9 +91,11 @@ def predict(
         kind = "caption" if question is None else "vqa"
         task = {**task, "kind": kind}
     check_question(kind, question, source)
+    shown = [] if examples is None else read_examples(examples, kind)
     settings = {"model": str(folder.resolve()), "question": question}
+    settings |= {"examples": examples and str(examples.resolve())}
     done = resume(out, settings, overwrite=overwrite)
-    writer = Writer(open_model(folder, kind, device), kind)
+    writer = Writer(open_model(folder, kind, device), kind, shown)
     log, written = FaultLog(max_faults), 0
     with out.open("a", encoding="utf-8") as file, ProgressBar("predict", source.count) as bar:
         for jobs in batches(source.jobs(task, question, done, log, bar), batch_size):
@@ -117,8 +123,9 @@ def open_model(folder: Path, kind: str, device: str) -> Any:
 class Writer:
     """A task model behind one method, for all kinds of tasks."""
 
-    def __init__(self, model: Any, kind: str):
+    def __init__(self, model: Any, kind: str, examples: Sequence[tuple[Any, ...]] = ()):
         self.model, self.kind = model, kind
+        self.after = {"examples": examples} if examples else {}
 
     def write(self, jobs: list[Job], log: FaultLog) -> Iterator[dict[str, Any]]:
         """The lines of a batch; pictures that cannot be decoded are left out and counted."""
@@ -134,11 +141,11 @@ class Writer:
         if not good:
             return
         if self.kind == "caption":
-            for job, caption in zip(good, self.model.caption(inputs), strict=True):
+            for job, caption in zip(good, self.model.caption(inputs, **self.after), strict=True):
                 yield {**job.identity, "caption": caption}
         elif self.kind in QUESTIONS:
             questions = [job.question or "" for job in good]
-            answers = self.model.answer(inputs, questions)
+            answers = self.model.answer(inputs, questions, **self.after)
             for job, asked, answer in zip(good, questions, answers, strict=True):
                 yield {**job.identity, "question": asked, "answer": answer}
         else:

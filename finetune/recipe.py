@@ -106,6 +106,9 @@ class PretrainedLanguageModel(Config):
     """A hub name such as `openai-community/gpt2`, or a folder (config.json, model.safetensors, tokenizer files)."""
     freeze: bool = False
     """Train only the connector (and the image tower, unless it is frozen as well)."""
+    bits: Literal[32, 8, 4] = 32
+    """Of its matrices: 8 or 4 (bitsandbytes, on a CUDA GPU) take a quarter or an eighth of the memory, cannot train,
+    and want `lora` on top (QLoRA) or `freeze`."""
 
 
 class ContinuedLanguageModel(Config):
@@ -135,6 +138,20 @@ class Lora(Config):
     """Learn size and direction of the weights apart (DoRA): a little better at low ranks, a third more time."""
     targets: tuple[str, ...] = ()
     """Names of the layers to adapt, such as `q_proj`; all linear ones but the output when empty."""
+
+
+class TowerLora(Config):
+    """Low-rank adapters in the image tower, whose own weights then stay; they train at `tower_lr`.
+
+    The saved encoder has them added, and opens as any other.
+    """
+
+    rank: int = Field(default=0, ge=0)
+    """Of the adapters; 0 has none."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Adapters count by alpha / rank."""
+    dora: bool = False
+    """Learn size and direction of the weights apart (DoRA)."""
 
 
 class Rates(Config):
@@ -336,6 +353,7 @@ class FinetuneRecipe(Config):
     rates: Rates = Rates()
     waits: Waits = Waits()
     lora: Lora = Lora()
+    tower_lora: TowerLora = TowerLora()
     l2_sp: float = Field(default=0.0, ge=0)
     """Towers that train are pulled to the weights they began with by this share of the learning rate each step, instead
     of wandering off (L2-SP, decoupled as AdamW's decay is); 0.1 to 10."""
@@ -343,6 +361,9 @@ class FinetuneRecipe(Config):
     """Also learn from word embeddings that are moved by so much (Euclidean norm) to where they hurt most (FGM):
     steadier with few texts, for twice the time. The embeddings must train."""
     reward: Reward = Reward()
+    shots: int = Field(default=0, ge=0)
+    """Up to so many pictures of the batch with their texts stand in front of another one in training, so that the model
+    learns to go on from examples (few-shot prompts). Each text is learnt once, with none to `shots` in front."""
     length_groups: int = Field(default=1, ge=1)
     """Texts of a step are sorted by length into so many groups, each padded only to its own longest: the same loss with
     less padding, for one call of the language model each. For texts of very unequal length."""
@@ -391,6 +412,23 @@ class FinetuneRecipe(Config):
         if self.lora.rank and isinstance(self.language_model, SmallLanguageModel):
             raise ValueError(
                 "lora.rank adapts a pretrained or continued language model, this one is new: train it"
+            )
+        if self.tower_lora.rank and self.freeze_image_tower:
+            raise ValueError(
+                "tower_lora.rank trains adapters of the image tower: set freeze_image_tower: false"
+            )
+        if self.shots and self.task.kind not in ("caption", "vqa", "mixed"):
+            raise ValueError(
+                f"shots are for models that write, this task is {self.task.kind}: leave them out"
+            )
+        if self.shots and self.reward.after is not None:
+            raise ValueError("reward learns from one picture at a time: leave shots or reward.after out")
+        language = self.language_model
+        bits = language.bits if isinstance(language, PretrainedLanguageModel) and not language.freeze else 32
+        if bits < 32 and not self.lora.rank:
+            raise ValueError(
+                f"language_model.bits {bits}: matrices of so few bits cannot train: set lora.rank (QLoRA), or "
+                "language_model.freeze"
             )
         if self.reward.after is not None and self.task.kind != "caption":
             raise ValueError(f"reward is for captions (CIDEr-D), this task is {self.task.kind}: leave it out")

@@ -16,6 +16,7 @@ from data.samples import RawSample
 from data.transforms import EvalTransform, TrainTransform, decode_image
 from finetune.fusion.recipe import ChooseTask, MatchTask
 from finetune.recipe import CaptionTask, MixedTask, Task, VqaTask
+from finetune.rows import Rows, Turn
 from finetune.text import Pair, make_pair, pack
 
 
@@ -186,18 +187,22 @@ class TrainLoad:
 class TrainCollate:
     """Stack pictures and pack the texts of a batch.
 
-    The batch: `images` uint8 `(b, 3, h, w)` (absent where the tokens are kept), `image_of_text` int64 `(n,)`, and what
-    `finetune.text.pack` makes.
+    The batch: `images` uint8 `(b, 3, h, w)` (absent where the tokens are kept), and `image_of_text` int64 `(n,)` with
+    what `finetune.text.pack` makes; or, with `rows`, what `Rows.pack` makes.
     """
 
     pad: int
     size: tuple[int, int]
     pictures: bool = True
+    rows: Rows | None = None
 
     def __call__(self, rows: list[tuple[Tensor | None, list[Pair]]]) -> dict[str, Any]:
-        counts = torch.tensor([len(pairs) for _, pairs in rows], dtype=torch.int64)
-        batch: dict[str, Any] = pack([pair for _, pairs in rows for pair in pairs], self.pad)
-        batch["image_of_text"] = torch.repeat_interleave(torch.arange(len(rows)), counts)  # (n,)
+        turns = [Turn(picture, pair) for picture, (_, pairs) in enumerate(rows) for pair in pairs]
+        if self.rows is not None:
+            batch: dict[str, Any] = self.rows.pack(turns, self.pad)
+        else:
+            batch = {**pack([turn.pair for turn in turns], self.pad)}
+            batch["image_of_text"] = torch.tensor([turn.picture for turn in turns], dtype=torch.int64)  # (n,)
         if self.pictures:
             batch["images"] = stack([image for image, _ in rows if image is not None], self.size)
         return batch

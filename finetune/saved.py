@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from finetune.tower_adapters import save_tower_adapters
 from pairstream.atomic import new_folder, write_text
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.encoder import Encoder
@@ -45,6 +46,7 @@ class TaskModel(nn.Module, ABC):
         """Write all parts into an existing folder that will be known as `final`."""
         (folder / "encoder").mkdir()
         self.encoder.write_into(folder / "encoder", final=final / "encoder")
+        save_tower_adapters(self.encoder, folder)
         content = {"format": FORMAT, **self.write_parts(folder)}
         write_text(folder / TASK, json.dumps(content, indent=2) + "\n")
 

@@ -18,7 +18,7 @@ from data.transforms import TrainTransform
 from finetune.evaluation import judge, open_val, text_batches
 from finetune.families import make_family
 from finetune.guard import FirstStep
-from finetune.model import recompute_activations
+from finetune.language_models import recompute_activations
 from finetune.recipe import FinetuneRecipe
 from finetune.regularize import perturbed, pull_back, starting_weights
 from finetune.report import write_report
@@ -149,7 +149,9 @@ class Finetuner:
             "rates",
             "waits",
             "lora",
+            "tower_lora",
             "reward",
+            "shots",
             "l2_sp",
             "adversarial",
             "batch_size",

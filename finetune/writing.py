@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from finetune.recipe import Decoding
-from finetune.text import token_ids
+from finetune.text import Pair, token_ids
 
 Picture = Image.Image | bytes | Tensor
 
@@ -64,6 +64,34 @@ class Continues:
             for picture, prompt in zip(image_of_text, prompts, strict=True)
         ]
         return self.continue_rows(seen, rows, decoding, use_cache=use_cache)
+
+    def write_after(
+        self,
+        examples: Sequence[tuple[Picture, Pair]],
+        images: Sequence[Picture],
+        prompts: Sequence[str],
+        decoding: Decoding | None = None,
+    ) -> list[str]:
+        """Continue a prompt after each picture, with the same examples in front of all; see `continue_rows`.
+
+        Args:
+            examples: Pictures with prompt and answer, which stand there as in training (`shots`).
+            images: Pictures.
+            prompts: As many texts, possibly empty.
+            decoding: How; the model's own when None.
+        """
+        seen = self.see(images)
+        if not examples:
+            return self.write(seen, range(len(images)), prompts, decoding)
+        first: list[int | list[int]] = []
+        for place, (_, (prompt, answer)) in enumerate(examples):
+            first += [place, [*prompt, *answer]]
+        rows = [
+            [*first, len(examples) + place, token_ids(self.tokenizer, prompt)]
+            for place, prompt in enumerate(prompts)
+        ]
+        both = torch.cat([self.see([picture for picture, _ in examples]), seen])
+        return self.continue_rows(both, rows, decoding)
 
     def complete(
         self, rows: Sequence[Sequence[Picture | str]], decoding: Decoding | None = None

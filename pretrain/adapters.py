@@ -26,23 +26,32 @@ class LowRank(nn.Module):
         weight: Float `(rows, columns)`.
         rank: Columns of `up` and rows of `down`.
         alpha: The adapter counts alpha / rank times.
+        dora: Learn the length of each row apart from its direction.
 
     Reference:
-        Hu et al. 2021, LoRA (arXiv 2106.09685), section 4.1.
+        Hu et al. 2021, LoRA (arXiv 2106.09685), section 4.1. Liu et al. 2024, DoRA (arXiv 2402.09353), equation 5, with
+        no gradient through the norm (section 4.3).
     """
 
-    def __init__(self, weight: Tensor, rank: int, alpha: float):
+    def __init__(self, weight: Tensor, rank: int, alpha: float, dora: bool = False):
         super().__init__()
         rows, columns = weight.shape
         options: Any = {"device": weight.device, "dtype": weight.dtype}
         self.down = nn.Parameter(torch.empty(rank, columns, **options))
         self.up = nn.Parameter(torch.zeros(rows, rank, **options))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.length = nn.Parameter(row_lengths(weight)) if dora else None
         self.scale = alpha / rank
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight with its adapter, `(rows, columns)`."""
-        return torch.addmm(weight, self.up, self.down, alpha=self.scale)
+        adapted = torch.addmm(weight, self.up, self.down, alpha=self.scale)
+        return adapted if self.length is None else adapted * (self.length / row_lengths(adapted))
+
+
+def row_lengths(weight: Tensor) -> Tensor:
+    """Euclidean length of each row, `(rows, 1)`, without a gradient."""
+    return torch.linalg.vector_norm(weight.detach(), dim=1, keepdim=True)
 
 
 def add_adapters(model: Any, config: LoRA) -> int:
@@ -67,7 +76,7 @@ def add_adapters(model: Any, config: LoRA) -> int:
         layers = [layer for part in tower_parts(model, f"{tower}_groups") for layer in inside(part)]
         for layer in layers:
             for name in matrices(layer) if id(layer) not in apart else ():
-                adapter = LowRank(getattr(layer, name), config.rank, config.alpha)
+                adapter = LowRank(getattr(layer, name), config.rank, config.alpha, config.dora)
                 parametrize.register_parametrization(layer, name, adapter)
                 found += 1
         if not found:

@@ -52,6 +52,8 @@ class LoRA(Config):
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)
     """The adapters' product counts alpha / rank times."""
+    dora: bool = False
+    """Learn the length of each row of a matrix apart from its direction (DoRA)."""
     towers: tuple[Literal["image", "text"], ...] = Field(default=("image", "text"), min_length=1)
     """Those that are adapted; another one trains as the phases say."""
 

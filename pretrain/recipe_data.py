@@ -34,6 +34,26 @@ class DataSource(Config):
         return self
 
 
+class LabelPrompts(Config):
+    """Texts made of class labels (FLYP): fine-tuning as zero-shot classification will ask."""
+
+    key: str = "label"
+    """JSON key of the label: a name, a number, or a list of either. Samples without one keep their captions, so that
+    pairs can be mixed in."""
+    templates: tuple[str, ...] = Field(default=("a photo of a {}.",), min_length=1)
+    """Texts with {} for the class name; `captions: random` draws among them."""
+    classes: tuple[str, ...] = ()
+    """Names of numbered classes, from 0; where they are given, labels must be among them."""
+
+    @field_validator("templates")
+    @classmethod
+    def has_place(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for template in value:
+            if "{}" not in template:
+                raise ValueError(f"the template {template!r} has no {{}} for the class name")
+        return value
+
+
 def train_kind(value: Any) -> str:
     """Which of the ways to name training data this is."""
     if isinstance(value, list | tuple) and not all(isinstance(word, str) for word in value):
@@ -70,6 +90,8 @@ class Data(Config):
     """Which caption of an image with several a step takes."""
     captions_per_image: int = Field(default=1, ge=1)
     """How many captions of an image a step takes; more than one want `loss: {kind: multi_positive}`."""
+    labels: LabelPrompts | None = None
+    """Train on prompts of the samples' class labels instead of captions; None takes captions."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Share of the area that the random crop keeps, least and most."""
     hflip: float = Field(default=0.0, ge=0, le=1)

@@ -8,7 +8,7 @@ from pairstream.recipe import load_recipe
 from pretrain.encoder import Encoder
 from retrieval.embed import embed_shards
 from retrieval.metrics import checked_cutoffs, retrieval_metrics
-from retrieval.recipe import SuiteRecipe
+from retrieval.recipe import ClassificationTask, SuiteRecipe
 from retrieval.share import Share
 
 
@@ -74,6 +74,64 @@ class RetrievalEvaluator:
             for direction, numbers in metrics.items()
             for name, value in numbers.items()
             if name.startswith(("recall", "median", "mean"))
+        }
+
+
+class ClassificationEvaluator:
+    """Zero-shot accuracy on labelled pictures; a recipe names it `retrieval.evaluator:ClassificationEvaluator`.
+
+    Give it twice for the target set and a shifted one, with a `name` each. Several processes share the work, and all
+    get its numbers.
+
+    Args:
+        data: A folder of class folders, or shards with labels.
+        classes: imagenet, cifar10, cifar100 or a file; the folders' names when None.
+        templates: imagenet, simple, cifar, plain or a file.
+        name: Put in front of the numbers.
+        limit: Only the first so many pictures; sets that are sorted by class need all of them.
+        batch_size: Pictures at a time.
+        workers: Loader processes.
+        max_faults: Share of bad pictures past which it stops.
+
+    Raises:
+        ValueError: A number out of range.
+
+    Example:
+        >>> ClassificationEvaluator("sets/pets", templates="simple").run(encoder)       # doctest: +SKIP
+        {'classification/acc1': 0.89, 'classification/acc5': 0.99, 'classification/mean_per_class_recall': 0.88}
+    """
+
+    over_ranks = True
+
+    def __init__(
+        self,
+        data: str | list[str],
+        *,
+        classes: str | None = None,
+        templates: str = "plain",
+        name: str = "classification",
+        limit: int | None = None,
+        batch_size: int = 64,
+        workers: int = 0,
+        max_faults: float = 0.01,
+    ):
+        task = ClassificationTask(name=name, data=data, classes=classes, templates=templates, limit=limit)
+        self.task = task
+        self.recipe = SuiteRecipe(
+            out="", tasks=[task], batch_size=batch_size, workers=workers, max_faults=max_faults
+        )
+
+    def run(self, encoder: Encoder) -> dict[str, float]:
+        """Measure.
+
+        Returns:
+            `NAME/acc1` and its like.
+        """
+        from retrieval.suite import headline, run_task
+
+        metrics = run_task(encoder, self.task, self.recipe, share=Share.of_processes()).metrics
+        return {
+            f"{self.task.name}/{name.replace(' ', '_')}": value for name, value in headline(metrics).items()
         }
 
 

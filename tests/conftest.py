@@ -139,26 +139,123 @@ def fresh_accelerate():
 
 @pytest.fixture(scope="session")
 def small_encoder():
-    """`small_encoder(seed=0) -> Encoder`: one-layer towers for pictures of 16 px, on the CPU."""
+    """`small_encoder(seed=0, image_size=16, ...) -> Encoder`: one-layer towers, by default for 16 px, on the CPU."""
 
-    def build(seed: int = 0):
+    def build(
+        seed: int = 0, *, image_size: int = 16, patch_size: int = 8, width: int = 32, context: int = 32
+    ):
         import torch
 
         from pretrain.encoder import build_encoder
         from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
+        image = ViT(
+            image_size=image_size, patch_size=patch_size, width=width, layers=1, head_width=width // 2
+        )
+        text = TextTransformer(context_length=context, width=width, heads=2, layers=1)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return build_encoder(
-                TowersModel(
-                    embed_dim=16,
-                    image_tower=ViT(image_size=16, patch_size=8, width=32, layers=1, head_width=16),
-                    text_tower=TextTransformer(context_length=32, width=32, heads=2, layers=1),
-                ),
-                device="cpu",
-            )
+            return build_encoder(TowersModel(embed_dim=16, image_tower=image, text_tower=text), device="cpu")
 
     return build
+
+
+COLOURS = {
+    "red": (230, 30, 30),
+    "green": (30, 200, 40),
+    "blue": (40, 60, 230),
+    "white": (245, 245, 245),
+    "grey": (128, 128, 128),
+}
+
+
+@pytest.fixture(scope="session")
+def coloured():
+    """`coloured("red", seed, side=16) -> bytes`: a PNG of one colour, a little different for each seed."""
+
+    def make(colour: str, seed: int, side: int = 16) -> bytes:
+        noise = np.random.default_rng(seed).integers(-12, 12, (side, side, 3))
+        pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    return make
+
+
+def small_llama(tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=96,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def unsettle(model) -> None:
+    """Weights so large, and an output layer of its own, that the text depends on every position and never repeats."""
+    import torch
+
+    torch.manual_seed(2)
+    language = model.language_model
+    language.config.tie_word_embeddings = False
+    language.lm_head.weight = torch.nn.Parameter(torch.randn_like(language.lm_head.weight))
+    with torch.no_grad():
+        for name, parameter in language.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.5 if ".h." in name or ".layers." in name else 1.0)
+        for block in getattr(model.connector, "blocks", ()):
+            block.output.weight.normal_(std=1.0)  # the picture should count in such a din
+
+
+@pytest.fixture(scope="session")
+def make_writer():
+    """`make_writer(connector, task=None, kind="gpt2", unsettled=False, **options)`: a model that writes, untrained.
+
+    Its gates are open, or no picture would be seen; `unsettled`, its text depends on every position and never repeats.
+    """
+
+    def make(connector, task=None, kind: str = "gpt2", *, unsettled: bool = False, **options):
+        import torch
+
+        from finetune.language_models import small_language_model
+        from finetune.model import VisionLanguageModel
+        from finetune.recipe import Decoding, SmallLanguageModel, VqaTask
+        from finetune.text import train_tokenizer
+        from pretrain.encoder import build_encoder
+        from pretrain.recipe_model import TextTransformer, TowersModel, ViT
+
+        torch.manual_seed(0)
+        tower = ViT(image_size=32, patch_size=8, width=32, layers=1, head_width=16)
+        text = TextTransformer(context_length=16, width=16, heads=2, layers=1)
+        encoder = build_encoder(TowersModel(embed_dim=16, image_tower=tower, text_tower=text), device="cpu")
+        words = ["a red cat on the left", "two blue dogs", "Is there a dog?", "how many cats are there?"]
+        tokenizer = train_tokenizer([*words, "yes", "no"], 300)
+        torch.manual_seed(1)
+        small = SmallLanguageModel(width=32, layers=2, heads=2, context=96, dropout=0.0, vocabulary=300)
+        language = small_llama(tokenizer) if kind == "llama" else small_language_model(small, tokenizer)
+        # Random embeddings this large make random text that depends on every position.
+        torch.nn.init.normal_(language.get_input_embeddings().weight, std=1.0)
+        decoding = Decoding(max_new_tokens=10)
+        model = VisionLanguageModel(
+            encoder, connector, language, tokenizer, task or VqaTask(), decoding, **options
+        )
+        for name, parameter in model.connector.named_parameters():
+            if name.endswith("gates"):
+                torch.nn.init.constant_(parameter, 1.0)
+        if unsettled:
+            unsettle(model)
+        return model.eval()
+
+    return make
 
 
 @pytest.fixture(scope="session")

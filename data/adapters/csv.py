@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data.adapters.common import Counted, Row, Skipped, read_lines, read_rows
 from pairstream.errors import nearest
@@ -27,6 +27,7 @@ CAPTION_COLUMNS = ("caption", "captions", "title", "text")
 DELIMITERS = ",\t;|"
 NUMBERS = {"width": int, "height": int, "similarity": float, "punsafe": float, "pwatermark": float}
 
+T = TypeVar("T")
 Table = Iterator[tuple[int, dict[str, Any] | str]]  # line, and the row's values by column or what is wrong
 
 
@@ -61,12 +62,10 @@ def samples(
         ValueError: No such column, or a file that is not UTF-8, not CSV or empty.
     """
     path = Path(table)
-    if not path.is_file():
-        raise FileNotFoundError(f"no table {path}: expected a .csv, .tsv or .jsonl file")
     base = Path(root) if root else path.parent
     given = [column for column in (image_column, *(caption_columns or ())) if column]
     unnamed = bool(given) and all(column.isdecimal() for column in given)
-    columns, content = read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else read_csv(path, unnamed)
+    columns, content = open_table(path, unnamed)
     image = pick(path, columns, image_column, IMAGE_COLUMNS, "pictures", "--image-column")
     texts = [
         pick(path, columns, column, CAPTION_COLUMNS, "captions", "--caption-columns")
@@ -74,9 +73,52 @@ def samples(
     ]
     kept = [pick(path, columns, column, (), "kept values", "--keep-columns") for column in keep_columns or ()]
 
+    def values(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+        found = captions_of(row, texts)
+        meta = {column: number(column, row[column]) for column in kept if row.get(column) not in (None, "")}
+        return found, meta
+
     captions: dict[str, list[str]] = {}
     first: dict[str, tuple[str, dict[str, Any]]] = {}
     faults: list[Skipped] = []
+    for where, name, (found, meta) in good_rows(path, content, image, values, faults):
+        first.setdefault(name, (where, meta))
+        captions[name] = list(dict.fromkeys([*captions.get(name, ()), *found]))
+    rows = [
+        Row(name, source(name, base), where, captions[name], meta, f"{count:09d}")
+        for count, (name, (where, meta)) in enumerate(first.items())
+    ]
+    return read_rows(rows, faults)
+
+
+def open_table(path: Path, unnamed: bool = False) -> tuple[list[str], Table]:
+    """Columns and rows of a table, by its file's suffix.
+
+    Args:
+        path: `.jsonl` or `.ndjson`, or a delimited file.
+        unnamed: See `read_csv`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not UTF-8, or empty.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no table {path}: expected a .csv, .tsv or .jsonl file")
+    return read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else read_csv(path, unnamed)
+
+
+def good_rows(
+    path: Path, content: Table, image: str, values: Callable[[dict[str, Any]], T], faults: list[Skipped]
+) -> Iterator[tuple[str, str, T]]:
+    """The rows of a table that can be used: place, picture, and what `values` makes of them.
+
+    Args:
+        path: The table.
+        content: Of `open_table`.
+        image: The column of pictures.
+        values: Reads the rest of a row; its ValueError says what is wrong.
+        faults: Gets the other rows.
+    """
     for line, row in content:
         where = f"{path.name}:{line}"
         try:
@@ -85,21 +127,11 @@ def samples(
             name = row.get(image)
             if not isinstance(name, str) or not name.strip():
                 raise ValueError(f"no picture in the column {image!r}")
-            name = name.strip()
-            found = captions_of(row, texts)
-            meta = {
-                column: number(column, row[column]) for column in kept if row.get(column) not in (None, "")
-            }
+            found = values(row)
         except ValueError as error:
             faults.append(Skipped("bad_row", where, str(error)))
             continue
-        first.setdefault(name, (where, meta))
-        captions[name] = list(dict.fromkeys([*captions.get(name, ()), *found]))
-    rows = [
-        Row(name, source(name, base), where, captions[name], meta, f"{count:09d}")
-        for count, (name, (where, meta)) in enumerate(first.items())
-    ]
-    return read_rows(rows, faults)
+        yield where, name.strip(), found
 
 
 def source(name: str, base: Path) -> Path | str:

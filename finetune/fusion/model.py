@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from finetune.fusion.heads import build_head
 from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask, Pooled
 from finetune.fusion.samples import MATCHES
+from finetune.recipe import TowerLora
 from finetune.saved import TASK, TaskModel, opened
 from finetune.text import IGNORED
+from finetune.tower_adapters import adapt_image_tower, train_adapters_alone
 from pretrain.checkpoint import save_tensors
 from pretrain.encoder import Encoder, load_encoder
 
@@ -86,6 +88,7 @@ class FusionClassifier(TaskModel):
         for parameter in self.towers.parameters():
             frozen = self.freeze_image_tower if parameter in image_tower else self.task.freeze_text_tower
             parameter.requires_grad_(not frozen)
+        train_adapters_alone(self.towers.visual)
         if not (self.freeze_image_tower and self.task.freeze_text_tower):
             with torch.enable_grad():
                 features = self.image_features(blank), self.text_features(words)
@@ -296,7 +299,11 @@ class FusionClassifier(TaskModel):
 
 
 def load_classifier(
-    folder: str | Path, *, device: str = "auto", freeze_image_tower: bool = True
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    freeze_image_tower: bool = True,
+    tower_lora: TowerLora | None = None,
 ) -> FusionClassifier:
     """Open a saved classifier, chooser of answers or matcher; nothing is downloaded.
 
@@ -304,6 +311,7 @@ def load_classifier(
         folder: What `TaskModel.save` wrote, or a run folder of `pairstream finetune`.
         device: A torch device, or `auto`.
         freeze_image_tower: For a model that goes on training.
+        tower_lora: Adapters of its image tower, likewise.
 
     Returns:
         The model, in evaluation mode.
@@ -318,9 +326,9 @@ def load_classifier(
             raise ValueError(f"a model for {kind}, not for classify")
         task, labels = TASKS[kind].model_validate(content["task"]), content["labels"]
         state = load_file(place / WEIGHTS)
-    model = FusionClassifier(
-        load_encoder(place / "encoder", device=device), task, labels, freeze_image_tower=freeze_image_tower
-    )
+    encoder = load_encoder(place / "encoder", device=device)
+    adapt_image_tower(encoder, tower_lora or TowerLora(), place)
+    model = FusionClassifier(encoder, task, labels, freeze_image_tower=freeze_image_tower)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:

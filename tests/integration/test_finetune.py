@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -11,10 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from data.shards import Sample, ShardWriter
@@ -24,29 +21,20 @@ from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, Linear
 from pairstream.cli import run_stage
 from pairstream.recipe import load_recipe, recipe_names, validate
 from pretrain.checkpoint import complete_checkpoints
-from pretrain.encoder import build_encoder, load_encoder
-from pretrain.recipe_model import OpenClipModel, TextTransformer, TowersModel, ViT
+from pretrain.encoder import load_encoder
+from pretrain.recipe_model import OpenClipModel
 
-COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (245, 245, 245)}
-
-
-def coloured(colour: str, seed: int) -> bytes:
-    """A plain picture of a colour, a little different each time."""
-    rng = np.random.default_rng(seed)
-    pixels = np.clip(np.array(COLOURS[colour]) + rng.integers(-12, 12, (32, 32, 3)), 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+COLOURS = ("red", "green", "blue", "white")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory, small_encoder, coloured) -> Path:
     """Shards of coloured pictures with captions and questions, and a tiny encoder with random weights."""
     root = tmp_path_factory.mktemp("finetune")
     for split, count in (("train", 32), ("val", 12)):
         with ShardWriter(root / split, samples_per_shard=10) as writer:
             for number in range(count):
-                colour = list(COLOURS)[number % 4]
+                colour = COLOURS[number % 4]
                 questions = [
                     {
                         "question_id": 10 * number,
@@ -66,12 +54,7 @@ def world(tmp_path_factory) -> Path:
                 writer.write(
                     Sample(f"{split}{number:03d}", picture, "png", captions, {"questions": questions})
                 )
-    torch.manual_seed(0)
-    tower = ViT(image_size=32, patch_size=16, width=32, layers=1, head_width=16)
-    text = TextTransformer(context_length=16, width=16, heads=2, layers=1)
-    build_encoder(TowersModel(embed_dim=16, image_tower=tower, text_tower=text), device="cpu").save(
-        root / "encoder"
-    )
+    small_encoder(image_size=32, patch_size=16, context=16).save(root / "encoder")
     return root
 
 
@@ -100,7 +83,7 @@ def finetune(recipe: FinetuneRecipe, **options) -> dict:
     return Finetuner(recipe, **options).train()
 
 
-def test_vqa_learns_colours_and_beats_what_never_looks(world, tmp_path):
+def test_vqa_learns_colours_and_beats_what_never_looks(world, tmp_path, coloured):
     metrics = finetune(recipe(world, tmp_path / "run", {"kind": "vqa"}, steps=60))
     assert metrics["accuracy"] > 0.9
     # Half the questions are "is it red?", "no" three times of four; the other half has four equally likely answers.
@@ -249,7 +232,7 @@ def test_nothing_is_kept_of_a_run_that_has_diverged(world, tmp_path, monkeypatch
     )
 
 
-def test_fault_counts_are_carried_over_a_resume(world, tmp_path):
+def test_fault_counts_are_carried_over_a_resume(world, tmp_path, coloured):
     with ShardWriter(tmp_path / "faulty") as writer:
         for number in range(16):
             picture = b"no picture" if number == 3 else coloured("red", number)
@@ -345,7 +328,7 @@ def test_bad_recipes(changes, message):
         validate(FinetuneRecipe, {**content, "steps": 8, "schedule": {"warmup": 2}, **changes}, "test")
 
 
-def test_bad_shards(world, tmp_path):
+def test_bad_shards(world, tmp_path, coloured):
     with pytest.raises(ValueError, match="no shards"):
         finetune(recipe(world, tmp_path / "a", {"kind": "caption"}, data={"train": str(tmp_path / "none")}))
     with ShardWriter(tmp_path / "silent") as writer:

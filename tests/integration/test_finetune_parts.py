@@ -2,61 +2,43 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.shards import Sample, ShardWriter
 from finetune.guard import FirstStep
-from finetune.lora import add_lora, base_state, has_lora, load_adapter
-from finetune.model import build_task_model, load_task_model, pretrained_language_model, small_language_model
+from finetune.language_models import pretrained_language_model, small_language_model
+from finetune.lora import add_lora, has_lora, load_adapter, without_adapters
+from finetune.model import build_task_model, load_task_model
 from finetune.recipe import FinetuneRecipe, Lora, SmallLanguageModel
 from finetune.text import train_tokenizer
 from finetune.trainer import Finetuner
 from pairstream.recipe import validate
-from pretrain.encoder import build_encoder
-from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
-COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "white": (245, 245, 245)}
+COLOURS = ("red", "green", "blue", "white")
 SMALL = {"kind": "config", "width": 32, "layers": 1, "heads": 2, "context": 64, "vocabulary": 300}
 
 
-def make_encoder():
-    torch.manual_seed(0)
-    tower = ViT(image_size=32, patch_size=16, width=32, layers=1, head_width=16)
-    text = TextTransformer(context_length=16, width=16, heads=2, layers=1)
-    return build_encoder(TowersModel(embed_dim=16, image_tower=tower, text_tower=text), device="cpu")
-
-
-def coloured(colour: str, seed: int) -> bytes:
-    rng = np.random.default_rng(seed)
-    pixels = np.clip(np.array(COLOURS[colour]) + rng.integers(-12, 12, (32, 32, 3)), 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory, small_encoder, coloured) -> Path:
     """Coloured pictures, some with a caption, some with questions; an encoder and a small pretrained language model."""
     root = tmp_path_factory.mktemp("parts")
     for split, count in (("train", 32), ("val", 12)):
         with ShardWriter(root / split, samples_per_shard=10) as writer:
             for number in range(count):
-                colour = list(COLOURS)[number % 4]
+                colour = COLOURS[number % 4]
                 question = {"question": "what colour is it?", "answers": [colour] * 10}
                 record = {} if number % 3 == 0 else {"questions": [question]}
                 captions = [] if number % 3 == 1 else [f"a {colour} picture"]
                 picture = coloured(colour, number + 1000 * (split == "val"))
                 writer.write(Sample(f"{number:03d}", picture, "png", captions, record))
-    make_encoder().save(root / "encoder")
+    small_encoder(image_size=32, patch_size=16, context=16).save(root / "encoder")
     texts = [f"a {colour} picture what colour is it?" for colour in COLOURS]
     tokenizer = train_tokenizer(texts, 300)
     torch.manual_seed(1)
@@ -111,7 +93,7 @@ def killed_and_resumed(chosen: FinetuneRecipe, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_twenty_steps_with_adapters_are_ten_and_ten(world, tmp_path, monkeypatch, dora):
+def test_twenty_steps_with_adapters_are_ten_and_ten(world, tmp_path, monkeypatch, dora, coloured):
     changes = {
         "language_model": {"kind": "pretrained", "name": str(world / "lm")},
         "lora": {"rank": 4, "dropout": 0.1, "dora": dora},
@@ -182,9 +164,9 @@ def test_parts_wait_and_have_their_own_rates(world, tmp_path):
         recipe(world, tmp_path / "r", lora={"rank": 2})
 
 
-def test_dead_and_moving_parameters_are_named():
+def test_dead_and_moving_parameters_are_named(small_encoder):
     """LoRA on `out_proj` of open_clip's attention never runs: its parent hands the weight on instead."""
-    encoder = make_encoder()
+    encoder = small_encoder(image_size=32, patch_size=16, context=16)
     encoder.model.visual.requires_grad_(False)
     encoder.model.visual.conv1.requires_grad_(True)
     add_lora(encoder.model.visual.transformer, Lora(rank=2, targets=("out_proj",)))
@@ -195,7 +177,7 @@ def test_dead_and_moving_parameters_are_named():
         ValueError, match=r"2 tensors \(.*out_proj\.lora_A.*\) should train and got no gradient"
     ):
         guard.after_backward()
-    alive = make_encoder()
+    alive = small_encoder(image_size=32, patch_size=16, context=16)
     add_lora(alive.model.visual.transformer, Lora(rank=2, targets=("c_fc", "c_proj")))
     for name, parameter in alive.model.visual.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -229,9 +211,11 @@ def test_adapters_of_a_wrong_name_or_shape_are_refused(world, tmp_path):
     plain = pretrained_language_model(str(world / "lm"))[0]
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     adapted = add_lora(plain, Lora(rank=2))
-    after = base_state(adapted)
+    with without_adapters(adapted):
+        after = {name: value.clone() for name, value in adapted.state_dict().items()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert has_lora(adapted)  # they are back
     save_file({"other": torch.zeros(2)}, tmp_path / "adapter.safetensors")
     with pytest.raises(ValueError, match=r"adapter\.safetensors does not fit"):
         load_adapter(adapted, tmp_path)
@@ -269,7 +253,7 @@ def test_the_best_model_is_kept_and_a_run_without_progress_stops(world, tmp_path
         recipe(world, tmp_path / "r", evaluate={"patience": 2})
 
 
-def test_captions_and_questions_in_one_run(world, tmp_path):
+def test_captions_and_questions_in_one_run(world, tmp_path, coloured):
     metrics = Finetuner(recipe(world, tmp_path / "run", steps=60)).train()
     assert metrics["caption"]["cider"] > 2 * metrics["caption"]["baseline_cider"]
     assert metrics["vqa"]["accuracy"] > 0.9
@@ -378,3 +362,27 @@ def test_one_model_predicts_captions_and_answers(world, tmp_path):
         lines = [json.loads(line) for line in out.read_text().splitlines()]
         assert len(lines) == 12
         assert all(key in line for line in lines)
+
+
+def test_few_bits_need_a_gpu_and_adapters(world, tmp_path):
+    language_model = {"kind": "pretrained", "name": str(world / "lm"), "bits": 4}
+    with pytest.raises(ValueError, match=r"bits 4: matrices of so few bits cannot train: set lora\.rank"):
+        recipe(world, tmp_path / "run", language_model=language_model)
+    chosen = recipe(world, tmp_path / "run", language_model=language_model, lora={"rank": 2})
+    if not torch.cuda.is_available():
+        with pytest.raises(
+            ValueError, match=r"language_model\.bits 4 needs a CUDA GPU .* this run is on cpu"
+        ):
+            Finetuner(chosen)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_over_few_bits_train_and_come_back(world, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    language_model = {"kind": "pretrained", "name": str(world / "lm"), "bits": bits}
+    Finetuner(recipe(world, tmp_path / "run", language_model=language_model, lora={"rank": 2})).train()
+    model = load_task_model(tmp_path / "run")
+    layers = {type(layer).__name__ for layer in model.language_model.modules()}
+    assert layers & {"Linear4bit", "Linear8bitLt"}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,21 +16,13 @@ from finetune.regularize import perturbed, pull_back
 from finetune.trainer import Finetuner
 from finetune.wise import Interpolation, wise
 from pairstream.recipe import validate
-from pretrain.encoder import build_encoder, load_encoder
-from pretrain.recipe_model import TextTransformer, TowersModel, ViT
+from pretrain.encoder import load_encoder
 
-MOODS = {"bad": (220, 30, 30), "good": (30, 220, 40)}
-
-
-def make_encoder(width: int = 16):
-    torch.manual_seed(0)
-    tower = ViT(image_size=16, patch_size=8, width=width, layers=1, head_width=8)
-    text = TextTransformer(context_length=8, width=16, heads=2, layers=1)
-    return build_encoder(TowersModel(embed_dim=16, image_tower=tower, text_tower=text), device="cpu")
+MOODS = {"bad": "red", "good": "green"}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory, small_encoder, coloured) -> Path:
     """Posts whose words and pictures tell the mood; in `other` the words say the contrary."""
     root = tmp_path_factory.mktemp("keeping")
     for split, count in (("train", 32), ("val", 16), ("other", 16)):
@@ -41,14 +30,9 @@ def world(tmp_path_factory) -> Path:
             for number in range(count):
                 mood = list(MOODS)[number % 2]
                 said = mood if split != "other" else list(MOODS)[(number + 1) % 2]
-                pixels = np.clip(
-                    np.array(MOODS[mood]) + np.random.default_rng(number).integers(-9, 9, (16, 16, 3)), 0, 255
-                )
-                file = io.BytesIO()
-                Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
                 record = {"text": f"so {said}", "label": mood}
-                writer.write(Sample(f"{number:03d}", file.getvalue(), "png", ["x"], record))
-    make_encoder().save(root / "encoder")
+                writer.write(Sample(f"{number:03d}", coloured(MOODS[mood], number), "png", ["x"], record))
+    small_encoder(width=16, context=8).save(root / "encoder")
     return root
 
 
@@ -105,8 +89,8 @@ def test_the_curve_between_the_towers(world, tmp_path):
         wise(model=tmp_path, out=tmp_path / "x")
 
 
-def test_ends_of_the_interpolation_are_exact_and_others_are_refused(world):
-    ours, theirs = make_encoder(), make_encoder()
+def test_ends_of_the_interpolation_are_exact_and_others_are_refused(world, small_encoder):
+    ours, theirs = small_encoder(width=16, context=8), small_encoder(width=16, context=8)
     with torch.no_grad():
         for parameter in ours.model.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -116,9 +100,9 @@ def test_ends_of_the_interpolation_are_exact_and_others_are_refused(world):
         towers.set(alpha)
         assert all(torch.equal(value, wanted[name]) for name, value in ours.model.state_dict().items())
     with pytest.raises(ValueError, match="start is another encoder"):
-        Interpolation(ours, make_encoder(24), "start")
+        Interpolation(ours, small_encoder(width=24, context=8), "start")
     with pytest.raises(ValueError, match="none of them was fine-tuned"):
-        Interpolation(make_encoder(), make_encoder(), "start")
+        Interpolation(small_encoder(width=16, context=8), small_encoder(width=16, context=8), "start")
 
 
 def test_the_pull_is_its_formula_and_resumes_exactly(world, tmp_path, monkeypatch):

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.connectors import build_connector
 from finetune.cross_attention import decoder_layers
-from finetune.model import VisionLanguageModel, load_task_model, small_language_model
-from finetune.recipe import CaptionTask, CrossAttention, Decoding, Mlp, Resampler, SmallLanguageModel, VqaTask
-from finetune.text import make_pair, pack, token_ids, train_tokenizer
-from pretrain.encoder import build_encoder
-from pretrain.recipe_model import TextTransformer, TowersModel, ViT
+from finetune.model import VisionLanguageModel, load_task_model
+from finetune.recipe import CaptionTask, CrossAttention, Decoding, Mlp, Resampler
+from finetune.text import make_pair, pack, token_ids
 
-WORDS = ["a red cat on the left", "two blue dogs", "Is there a dog?", "how many cats are there?", "yes", "no"]
 CONNECTORS = {
     "mlp": Mlp(merge=2),
     "resampler": Resampler(queries=3, width=16, layers=2, heads=2),
@@ -24,69 +20,10 @@ CONNECTORS = {
 }
 
 
-def language_model(tokenizer, kind: str = "gpt2"):
-    torch.manual_seed(1)
-    if kind == "llama":
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=96,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = LlamaForCausalLM(config).eval()
-    else:
-        small = SmallLanguageModel(width=32, layers=2, heads=2, context=96, dropout=0.0, vocabulary=300)
-        model = small_language_model(small, tokenizer)
-    # Random embeddings this large make random text that depends on every position.
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
-    return model
-
-
-def make_model(connector, task=None, kind: str = "gpt2", **options) -> VisionLanguageModel:
-    torch.manual_seed(0)
-    tower = ViT(image_size=32, patch_size=8, width=32, layers=1, head_width=16)
-    text = TextTransformer(context_length=16, width=16, heads=2, layers=1)
-    encoder = build_encoder(TowersModel(embed_dim=16, image_tower=tower, text_tower=text), device="cpu")
-    tokenizer = train_tokenizer(WORDS, 300)
-    model = VisionLanguageModel(
-        encoder,
-        connector,
-        language_model(tokenizer, kind),
-        tokenizer,
-        task or VqaTask(),
-        Decoding(max_new_tokens=10),
-        **options,
-    ).eval()
-    for name, parameter in model.connector.named_parameters():
-        if name.endswith("gates"):
-            torch.nn.init.constant_(parameter, 1.0)  # open them, or no picture would be seen
-    return model
-
-
-def unsettle(model: VisionLanguageModel) -> VisionLanguageModel:
-    """Weights so large, and an output layer of its own, that the text depends on every position and never repeats."""
-    torch.manual_seed(2)
-    language = model.language_model
-    language.config.tie_word_embeddings = False
-    language.lm_head.weight = torch.nn.Parameter(torch.randn_like(language.lm_head.weight))
-    with torch.no_grad():
-        for name, parameter in language.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.5 if ".h." in name or ".layers." in name else 1.0)
-        for block in getattr(model.connector, "blocks", ()):
-            block.output.weight.normal_(std=1.0)  # the picture should count in such a din
-    return model
-
-
 @pytest.fixture(scope="module")
-def models() -> dict[str, VisionLanguageModel]:
+def models(make_writer) -> dict[str, VisionLanguageModel]:
     return {
-        name: unsettle(make_model(config, kind="llama" if name == "resampled" else "gpt2"))
+        name: make_writer(config, kind="llama" if name == "resampled" else "gpt2", unsettled=True)
         for name, config in CONNECTORS.items()
     }
 
@@ -140,12 +77,11 @@ def test_the_loss_is_that_of_one_word_at_a_time(models, files, name):
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
-def test_closed_gates_leave_the_language_model_as_it_was(files):
-    tokenizer = train_tokenizer(WORDS, 300)
-    plain = language_model(tokenizer).eval()
+def test_closed_gates_leave_the_language_model_as_it_was(files, make_writer):
+    plain = make_writer(Mlp()).language_model
     ids = torch.tensor([[5, 9, 30, 7]])
     expected = plain(ids).logits
-    model = make_model(CrossAttention(heads=2))
+    model = make_writer(CrossAttention(heads=2))
     for parameter in model.connector.parameters():
         if parameter.shape == (2,):
             torch.nn.init.zeros_(parameter)
@@ -194,9 +130,11 @@ def test_a_text_sees_the_picture_in_front_of_it_and_no_other(models, files):
 
 
 @pytest.mark.parametrize("name", ["resampler", "gated", "resampled"])
-def test_they_learn_before_a_frozen_language_model_and_come_back_from_disk(files, tmp_path, name):
+def test_they_learn_before_a_frozen_language_model_and_come_back_from_disk(
+    files, tmp_path, name, make_writer
+):
     captions = ["a red cat", "two blue dogs", "no", "yes"]
-    model = make_model(CONNECTORS[name], CaptionTask(), freeze_language_model=True)
+    model = make_writer(CONNECTORS[name], CaptionTask(), freeze_language_model=True)
     frozen = {key: value.clone() for key, value in model.language_model.state_dict().items()}
     images = torch.stack([model.encoder.preprocess(file) for file in files[:4]])
     batch = pack([make_pair(model.tokenizer, "", text) for text in captions], model.tokenizer.pad_token_id)
@@ -220,9 +158,8 @@ def test_they_learn_before_a_frozen_language_model_and_come_back_from_disk(files
     assert opened.caption(files) == written
 
 
-def test_what_does_not_fit_is_refused():
-    tokenizer = train_tokenizer(WORDS, 300)
-    model = language_model(tokenizer)
+def test_what_does_not_fit_is_refused(make_writer):
+    model = make_writer(Mlp()).language_model
     size = {"grid": (4, 4), "token_dim": 8, "width": 32, "language_model": model}
     with pytest.raises(ValueError, match="heads 5 does not divide the language model's width 32"):
         build_connector(CrossAttention(heads=5), **size)

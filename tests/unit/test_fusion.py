@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,8 +19,6 @@ from finetune.predict import predict
 from finetune.recipe import FinetuneRecipe
 from pairstream.cli import run_stage
 from pairstream.recipe import validate
-from pretrain.encoder import build_encoder
-from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
 FUSIONS = [
     {"kind": "tanh", "width": 16},
@@ -34,46 +31,32 @@ FUSIONS = [
 MOODS = ("bad", "fine", "good")
 
 
-def make_encoder():
-    torch.manual_seed(0)
-    tower = ViT(image_size=16, patch_size=8, width=16, layers=1, head_width=8)
-    text = TextTransformer(context_length=8, width=16, heads=2, layers=1)
-    return build_encoder(TowersModel(embed_dim=16, image_tower=tower, text_tower=text), device="cpu")
+@pytest.fixture(scope="module")
+def make_model(small_encoder):
+    def make(fusion: dict, **options) -> FusionClassifier:
+        torch.manual_seed(1)
+        task = ClassifyTask.model_validate({"fusion": fusion, "labels": MOODS, **options})
+        return FusionClassifier(small_encoder(width=16, context=8), task, MOODS).eval()
 
-
-def make_model(fusion: dict, **options) -> FusionClassifier:
-    torch.manual_seed(1)
-    task = ClassifyTask.model_validate({"fusion": fusion, "labels": MOODS, **options})
-    return FusionClassifier(make_encoder(), task, MOODS).eval()
-
-
-def plain(colour: tuple[int, int, int], seed: int) -> bytes:
-    import io
-
-    from PIL import Image
-
-    noise = np.random.default_rng(seed).integers(-10, 10, (16, 16, 3))
-    file = io.BytesIO()
-    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
+    return make
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory, small_encoder, coloured) -> Path:
     """Posts whose words tell the mood in one half, and whose picture does in the other; some have no label."""
     root = tmp_path_factory.mktemp("fusion")
-    colours = {"bad": (220, 30, 30), "fine": (128, 128, 128), "good": (30, 220, 40)}
+    colours = {"bad": "red", "fine": "grey", "good": "green"}
     for split, count in (("train", 60), ("val", 24)):
         with ShardWriter(root / split, samples_per_shard=30) as writer:
             for number in range(count):
                 mood = MOODS[number % 3]
                 told = (number // 3) % 2 == 0
                 text = f"this is {mood}" if told else "look at this"
-                colour = (128, 128, 128) if told else colours[mood]
+                colour = "grey" if told else colours[mood]
                 record = {} if number % 10 == 9 else {"text": text, "label": mood}
-                picture = plain(colour, number + 1000 * (split == "val"))
+                picture = coloured(colour, number + 1000 * (split == "val"))
                 writer.write(Sample(f"{number:03d}", picture, "png", ["x"], record))
-    make_encoder().save(root / "encoder")
+    small_encoder(width=16, context=8).save(root / "encoder")
     return root
 
 
@@ -135,7 +118,9 @@ def test_token_heads_do_not_see_padding(config):
 
 
 @pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: fusion["kind"])
-def test_every_head_answers_with_a_modality_missing_and_comes_back_from_disk(fusion, tmp_path, make_picture):
+def test_every_head_answers_with_a_modality_missing_and_comes_back_from_disk(
+    fusion, tmp_path, make_picture, make_model
+):
     model = make_model(fusion)
     files = [make_picture(seed) for seed in range(3)]
     found = model.classify([files[0], None, files[2]], ["a day", "bad day", None])
@@ -161,7 +146,9 @@ def test_every_head_answers_with_a_modality_missing_and_comes_back_from_disk(fus
 
 
 @pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: fusion["kind"])
-def test_the_loss_is_a_weighted_sum_and_every_parameter_that_trains_has_a_gradient(fusion, make_picture):
+def test_the_loss_is_a_weighted_sum_and_every_parameter_that_trains_has_a_gradient(
+    fusion, make_picture, make_model
+):
     model = make_model(fusion, modality_dropout=0.0, dropout=0.0)
     model.class_weights.copy_(torch.tensor([2.0, 1.0, 0.5]))
     images = torch.stack([model.encoder.preprocess(make_picture(seed)) for seed in range(4)])
@@ -188,7 +175,7 @@ def test_the_loss_is_a_weighted_sum_and_every_parameter_that_trains_has_a_gradie
     assert not model.towers.training
 
 
-def test_modality_dropout_takes_one_or_the_other_but_never_both(monkeypatch):
+def test_modality_dropout_takes_one_or_the_other_but_never_both(monkeypatch, make_model):
     model = make_model(FUSIONS[0], modality_dropout=0.3).train()
     seen = []
 
@@ -269,14 +256,14 @@ def test_balanced_weights_are_one_on_average():
     assert (6 * task.class_weights[0] + 2 * task.class_weights[1]) / 8 == pytest.approx(1)
 
 
-def test_bad_input(world, tmp_path, make_picture):
+def test_bad_input(world, tmp_path, make_picture, make_model, small_encoder):
     model = make_model(FUSIONS[0])
     with pytest.raises(ValueError, match="neither a picture nor a text"):
         model.classify([None], [" "])
     with pytest.raises(ValueError, match="expected one text"):
         model.classify([None], "a post")
     with pytest.raises(ValueError, match="at least two labels"):
-        FusionClassifier(make_encoder(), ClassifyTask(), ["one"])
+        FusionClassifier(small_encoder(width=16, context=8), ClassifyTask(), ["one"])
     assert model.classify([], []) == []
     for task, message in (
         ({"labels": ["bad", "bad"]}, "two or more different names"),
@@ -309,7 +296,7 @@ def test_bad_input(world, tmp_path, make_picture):
         train(recipe(world, tmp_path / "f", steps=3, data={"val": str(tmp_path / "none")}))
 
 
-def test_damaged_models_are_refused(tmp_path):
+def test_damaged_models_are_refused(tmp_path, make_model):
     folder = make_model(FUSIONS[0]).save(tmp_path / "model")
     task = json.loads((folder / "task.json").read_text())
     (folder / "task.json").write_text(json.dumps({**task, "format": 9}))
@@ -329,8 +316,8 @@ def test_damaged_models_are_refused(tmp_path):
         load_classifier(tmp_path / "nowhere")
 
 
-def test_a_text_tower_without_tokens_is_refused_by_name(monkeypatch):
-    encoder = make_encoder()
+def test_a_text_tower_without_tokens_is_refused_by_name(monkeypatch, small_encoder):
+    encoder = small_encoder(width=16, context=8)
     monkeypatch.setattr(
         type(encoder.model), "forward_intermediates", property(lambda self: self.none), raising=False
     )

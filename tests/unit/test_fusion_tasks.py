@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from data.shards import Sample, ShardWriter
 from finetune.fusion.answers import Choosing
@@ -23,32 +20,15 @@ from finetune.samples import Question
 from finetune.trainer import Finetuner
 from finetune.vqa_accuracy import question_accuracy
 from pairstream.recipe import validate
-from pretrain.encoder import build_encoder
-from pretrain.recipe_model import TextTransformer, TowersModel, ViT
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 210, 40), "blue": (40, 40, 220)}
-
-
-def make_encoder():
-    torch.manual_seed(0)
-    tower = ViT(image_size=16, patch_size=8, width=16, layers=1, head_width=8)
-    text = TextTransformer(context_length=8, width=16, heads=2, layers=1)
-    return build_encoder(TowersModel(embed_dim=16, image_tower=tower, text_tower=text), device="cpu")
-
-
-def plain(colour: str, seed: int) -> bytes:
-    noise = np.random.default_rng(seed).integers(-10, 10, (16, 16, 3))
-    pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+COLOURS = ("red", "green", "blue")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory, small_encoder, coloured) -> Path:
     """Coloured pictures with a caption, two questions, and labels of which there may be several."""
     root = tmp_path_factory.mktemp("fusion_tasks")
-    names = list(COLOURS)
+    names = COLOURS
     for split, count in (("train", 48), ("val", 18)):
         with ShardWriter(root / split, samples_per_shard=24) as writer:
             for number in range(count):
@@ -64,9 +44,9 @@ def world(tmp_path_factory) -> Path:
                     "tags": labels if number % 4 else "|".join(labels),
                     "text": "so warm" if warm else "so cold",
                 }
-                picture = plain(colour, number + 1000 * (split == "val"))
+                picture = coloured(colour, number + 1000 * (split == "val"))
                 writer.write(Sample(f"{number:03d}", picture, "png", [f"all {colour}"], record))
-    make_encoder().save(root / "encoder")
+    small_encoder(width=16, context=8).save(root / "encoder")
     return root
 
 
@@ -111,9 +91,11 @@ def test_the_list_has_the_most_frequent_answers_and_says_how_far_they_reach():
         Choosing(ChooseTask(occurrences=3)).learn([*rows[:2], *rows[:1], rows[2], rows[4]])
 
 
-def test_the_loss_of_soft_targets_is_a_plain_loop(make_picture):
+def test_the_loss_of_soft_targets_is_a_plain_loop(make_picture, small_encoder):
     torch.manual_seed(1)
-    model = FusionClassifier(make_encoder(), ChooseTask(dropout=0.0), ["x", "y", "z"]).eval()
+    model = FusionClassifier(
+        small_encoder(width=16, context=8), ChooseTask(dropout=0.0), ["x", "y", "z"]
+    ).eval()
     images = torch.stack([model.encoder.preprocess(make_picture(seed)) for seed in range(2)])
     text, no = model.encoder.tokenize(["a", "b", "c"]), torch.zeros(3).bool()
     labels = torch.tensor([[0.3, 1.0, 0.0], [-100.0] * 3, [0.0, 0.6, 0.9]])
@@ -146,7 +128,7 @@ def test_wrong_captions_are_never_right_ones():
     assert len(empty["labels"]) == len(empty["text"]) == len(empty["images"]) == 0
 
 
-def test_answers_are_learnt_resumed_and_predicted(world, tmp_path, monkeypatch):
+def test_answers_are_learnt_resumed_and_predicted(world, tmp_path, monkeypatch, coloured):
     task = {"kind": "choose", "questions": 2}
     changes = {"steps": 60, "checkpoint": {"every": 30}, "data": {"cache_image_tokens": True}}
     metrics = Finetuner(recipe(world, tmp_path / "run", task, **changes)).train()
@@ -155,7 +137,7 @@ def test_answers_are_learnt_resumed_and_predicted(world, tmp_path, monkeypatch):
     assert metrics["text_only"] < 0.8
     assert (metrics["answers"], metrics["reachable"]) == (5, 1.0)
     model = load_classifier(tmp_path / "run", device="cpu")
-    pictures = [plain("blue", 7), plain("red", 8)]
+    pictures = [coloured("blue", 7), coloured("red", 8)]
     assert model.answer(pictures, ["what colour", "is it red"]) == ["blue", "yes"]
     with pytest.raises(ValueError, match="empty question"):
         model.answer(pictures, ["what colour", " "])
@@ -192,24 +174,24 @@ def test_answers_are_learnt_resumed_and_predicted(world, tmp_path, monkeypatch):
         assert straight == resumed, name
 
 
-def test_matching_is_learnt(world, tmp_path):
+def test_matching_is_learnt(world, tmp_path, coloured):
     task = {"kind": "match", "negatives": 2, "fusion": {"kind": "product", "width": 32}}
     metrics = Finetuner(recipe(world, tmp_path / "run", task, steps=60)).train()
     assert metrics["accuracy"] > 0.9
     assert metrics["majority_baseline"] == pytest.approx(0.5)
     assert metrics["samples"] == 36
     model = load_classifier(tmp_path / "run", device="cpu")
-    right, wrong = model.match([plain("red", 1), plain("red", 1)], ["all red", "all blue"])
+    right, wrong = model.match([coloured("red", 1), coloured("red", 1)], ["all red", "all blue"])
     assert wrong < 0.5 < right
     with pytest.raises(ValueError, match="tells whether texts match"):
         predict(model=tmp_path / "run", images=(str(world / "val"),), out=tmp_path / "F.jsonl")
     with pytest.raises(ValueError, match="trained for match: use classify"):
-        model.answer([plain("red", 1)], ["what"])
+        model.answer([coloured("red", 1)], ["what"])
     with pytest.raises(ValueError, match="all training captions are the same"):
         Matching(MatchTask()).learn([["x"], ["x"]])
 
 
-def test_several_labels_are_learnt(world, tmp_path):
+def test_several_labels_are_learnt(world, tmp_path, coloured):
     task = {"kind": "classify", "several": True, "label_key": "tags", "class_weights": "balanced"}
     metrics = Finetuner(recipe(world, tmp_path / "run", task, steps=80)).train()
     assert metrics["macro_f1"] > 0.8
@@ -219,7 +201,7 @@ def test_several_labels_are_learnt(world, tmp_path):
     kept = json.loads((tmp_path / "run/predictions.json").read_text())
     assert set(kept[0]) == {"image_id", "labels", "probabilities"}
     model = load_classifier(tmp_path / "run", device="cpu")
-    [found] = model.classify([plain("green", 3)], ["so warm"])
+    [found] = model.classify([coloured("green", 3)], ["so warm"])
     assert {name for name, value in found.items() if value > 0.5} == {"green", "warm"}
     page = (tmp_path / "run/report.html").read_text()
     assert "average precision" in page

@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+import yaml
 
+from data.adapters.common import Row
 from finetune.cli import main
-from finetune.own_data import OwnData, read_table, split
+from finetune.own_data import OwnData
+from finetune.own_table import class_names, classes_of, read_table, split
 from pairstream.cli import run_stage
-from pretrain.encoder import build_encoder
-from pretrain.recipe_model import TextTransformer, TowersModel, ViT
-
-
-def plain(colour: str, seed: int) -> bytes:
-    noise = np.random.default_rng(seed).integers(0, 20, (16, 16, 3))
-    file = io.BytesIO()
-    Image.fromarray((noise + {"red": [220, 30, 30], "blue": [40, 40, 220]}[colour]).astype(np.uint8)).save(
-        file, "PNG"
-    )
-    return file.getvalue()
+from pretrain.encoder import load_encoder
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory, small_encoder, coloured) -> Path:
     root = tmp_path_factory.mktemp("own")
     (root / "pictures").mkdir()
     rows = ["image,caption,label,question,answer"]
     for number in range(20):
         colour = ("red", "blue")[number % 2]
-        (root / f"pictures/{number}.png").write_bytes(plain(colour, number))
+        (root / f"pictures/{number}.png").write_bytes(coloured(colour, number))
         rows.append(f"{number}.png,all {colour} é,{colour},what colour?,{colour}")
     rows.insert(5, "3.png,too,few")
     rows.insert(9, "missing.png,a text,red,what?,x")
     rows.append("4.png,  ,,,")
     (root / "broken.png").write_bytes(b"x")
     (root / "my.csv").write_text("\n".join(rows), encoding="utf-8")
-    tower = ViT(image_size=16, patch_size=8, width=16, layers=1, head_width=8)
-    text = TextTransformer(context_length=8, width=16, heads=2, layers=1)
-    towers = TowersModel(embed_dim=16, image_tower=tower, text_tower=text)
-    build_encoder(towers, device="cpu").save(root / "encoder")
+    small_encoder(width=16, context=8).save(root / "encoder")
     return root
 
 
@@ -138,3 +125,42 @@ def test_no_picture_is_on_both_sides(world):
     assert not {row.name for row in train} & {row.name for row in val}
     assert len(train) + len(val) == 2 * len(rows)
     assert split(list(reversed(rows)), 0.25)[1] == list(reversed(split(rows, 0.25)[1]))
+
+
+def test_towers_for_retrieval_in_one_command(world, tmp_path, fresh_accelerate, capsys):
+    more = ["--steps", "2", "--val-share", "0.2", "--data.workers", "0"]
+    assert run_stage(main, words(world, "retrieval", tmp_path / "run", *more)) == 0
+    assert re.search(r"1[567] pictures to train on, [345] to measure on", capsys.readouterr().err)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert 0 < metrics["text_to_image/recall@10"] <= 1
+    before, after = load_encoder(world / "encoder"), load_encoder(tmp_path / "run")
+    assert before.fingerprint != after.fingerprint
+
+
+def test_towers_for_zero_shot_classes_in_one_command(world, tmp_path, fresh_accelerate):
+    """FLYP: prompts of the labels are learnt, and pictures kept apart are judged by the same prompts."""
+    more = ["--steps", "40", "--optim.lr", "3e-3", "--val-share", "0.3", "--data.workers", "0"]
+    more += ["--data.labels.templates", "the colour {}", "all of it {}"]
+    assert run_stage(main, words(world, "flyp", tmp_path / "run", *more)) == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["classification/acc1"] == 1.0
+    recipe = yaml.safe_load((tmp_path / "run/recipe.resolved.yaml").read_text())
+    assert recipe["data"]["labels"] == {
+        "key": "label",
+        "templates": ["the colour {}", "all of it {}"],
+        "classes": ["blue", "red"],
+    }
+    assert (tmp_path / "run-shards/templates.txt").read_text() == "the colour {}\nall of it {}\n"
+    one = tmp_path / "one.csv"
+    one.write_text("image,label\n1.png,blue\n3.png,blue\n5.png,blue")
+    again = words(world, "flyp", tmp_path / "other", "--data", str(one))
+    assert run_stage(main, again) == 2
+
+
+def test_classes_are_names_on_one_line():
+    assert class_names(["a\n b", 3]) == ["a b", "3"]
+    with pytest.raises(ValueError, match="expected class names, got"):
+        class_names(["a", " "])
+    row = Row("1.png", "1.png", "t:1", meta={"label": "a"})
+    with pytest.raises(ValueError, match="1 different labels: expected at least two classes"):
+        classes_of([row])

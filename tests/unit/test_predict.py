@@ -10,7 +10,8 @@ import torch
 
 from data.shards import Sample, ShardWriter
 from finetune.cli import main
-from finetune.model import VisionLanguageModel, load_task_model, small_language_model
+from finetune.language_models import small_language_model
+from finetune.model import VisionLanguageModel, load_task_model
 from finetune.predict import predict
 from finetune.recipe import CaptionTask, Decoding, Linear, SmallLanguageModel, VqaTask
 from finetune.text import train_tokenizer

@@ -9,12 +9,8 @@ import pytest
 import torch
 
 from finetune.connectors import build_connector, merge_neighbours, token_grid
-from finetune.model import (
-    VisionLanguageModel,
-    load_task_model,
-    pretrained_language_model,
-    small_language_model,
-)
+from finetune.language_models import pretrained_language_model, small_language_model
+from finetune.model import VisionLanguageModel, load_task_model
 from finetune.recipe import CaptionTask, Decoding, Linear, Mlp, SmallLanguageModel, VqaTask
 from finetune.text import END, IGNORED, Pair, make_pair, pack, require_end_and_pad, train_tokenizer
 from pretrain.encoder import build_encoder

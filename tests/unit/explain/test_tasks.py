@@ -11,7 +11,8 @@ from explain.targets import score
 from explain.tasks import LabelTarget, TextTarget, explain_answer, explain_caption, explain_label, text_pieces
 from finetune.fusion.model import FusionClassifier
 from finetune.fusion.recipe import ClassifyTask
-from finetune.model import VisionLanguageModel, small_language_model
+from finetune.language_models import small_language_model
+from finetune.model import VisionLanguageModel
 from finetune.recipe import CaptionTask, Decoding, Mlp, SmallLanguageModel, VqaTask
 from finetune.text import make_pair, pack, train_tokenizer
 

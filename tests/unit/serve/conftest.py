@@ -17,7 +17,8 @@ import torch
 from data.shards import Sample, ShardWriter
 from finetune.fusion.model import FusionClassifier
 from finetune.fusion.recipe import ClassifyTask, Pooled
-from finetune.model import VisionLanguageModel, small_language_model
+from finetune.language_models import small_language_model
+from finetune.model import VisionLanguageModel
 from finetune.recipe import CaptionTask, Decoding, Mlp, SmallLanguageModel, VqaTask
 from finetune.text import train_tokenizer
 from pretrain.encoder import build_encoder, load_encoder
