@@ -224,3 +224,12 @@ def test_a_shard_that_changes_after_it_was_indexed(tmp_path):
     path.unlink()
     with ShardReader() as reader, pytest.raises(Fault, match="cannot be opened any more"):
         reader.read(index, *index.members(0)["jpg"])
+
+
+def test_more_extensions_than_an_index_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.tar.EXTENSIONS", 3)
+    files = {**FILES, "photo.0001.jpg": b"", "photo.0002.jpg": b""}
+    index = scan_shard(write_tar(tmp_path / "s.tar", files))
+    assert [fault.cause for fault in index.faults] == ["bad_shard"]
+    assert "more than 3 different extensions; a sample's key ends at the first dot" in index.faults[0].detail
+    assert [index.key(sample) for sample in range(len(index))] == ["a", "b"]
