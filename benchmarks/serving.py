@@ -257,8 +257,9 @@ def cpu_ms(run: Callable[[], Any]) -> float:
 
 def towers(pairs: int) -> dict[str, Any]:
     """The image tower of ViT-B/32 in torch and exported, batch 1."""
+    from serve.export.quantise import quantize
     from serve.export.runtime import OnnxTower
-    from serve.export.towers import quantize, write_onnx
+    from serve.export.towers import write_onnx
 
     torch.manual_seed(0)
     encoder = build_encoder(OpenClipModel(name="ViT-B-32"), device="cpu")
@@ -297,8 +298,9 @@ def towers(pairs: int) -> dict[str, Any]:
 def recall_drop(model: str, data: str, limit: int) -> dict[str, Any]:
     """What int8 costs a trained model; both ranges of weights."""
     from serve.export.parity import compare_on_data
+    from serve.export.quantise import quantize
     from serve.export.runtime import OnnxTower
-    from serve.export.towers import quantize, write_onnx
+    from serve.export.towers import write_onnx
 
     encoder, found = load_encoder(model, device="cpu"), {}
 
