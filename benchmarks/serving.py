@@ -47,7 +47,6 @@ from PIL import Image  # noqa: E402
 
 from pretrain.encoder import Encoder, build_encoder, load_encoder  # noqa: E402
 from pretrain.recipe import PretrainRecipe  # noqa: E402
-from pretrain.recipe_model import OpenClipModel  # noqa: E402
 
 CLIENTS = 32
 ROUTES = ("text", "image")
@@ -256,64 +255,35 @@ def cpu_ms(run: Callable[[], Any]) -> float:
 
 
 def towers(pairs: int) -> dict[str, Any]:
-    """The image tower of ViT-B/32 in torch and exported, batch 1."""
-    from serve.export.runtime import OnnxTower
-    from serve.export.towers import quantize, write_onnx
+    """ViT-B/32 in torch and exported, batch 1: the image tower, and the text tower beside it."""
+    from benchmarks.small_towers import build, measure
 
-    torch.manual_seed(0)
-    encoder = build_encoder(OpenClipModel(name="ViT-B-32"), device="cpu")
-    pixels = torch.randint(0, 256, (1, 3, *encoder.image_size), dtype=torch.uint8)
-    runs: dict[str, Callable[[], np.ndarray]] = {"torch": lambda: encoder.encode_images(pixels).numpy()}
-    size = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_onnx(encoder, folder)
-        for kind in ("fp32", "int8"):
-            if kind == "int8":
-                quantize(folder)
-            tower = OnnxTower(folder, "image", 1)
-            size[kind] = (folder / "image.onnx").stat().st_size
-            runs[kind] = lambda tower=tower: tower(pixels.numpy())
-        rows = {kind: run() for kind, run in runs.items()}
-        rounds = []
-        for number in range(pairs):
-            order = list(runs) if number % 2 else list(runs)[::-1]
-            rounds.append({kind: cpu_ms(runs[kind]) for kind in order})
-    found: dict[str, Any] = {
-        f"{kind}_cosine": float((rows["torch"] * rows[kind]).sum(axis=1).min()) for kind in ("fp32", "int8")
+    found = measure(build("ViT-B-32"), pairs)
+    report: dict[str, Any] = {
+        "fp32_cosine": found["image"]["fp32_cosine"],
+        "int8_cosine": found["image"]["int8_cosine"],
     }
-    for kind in ("fp32", "int8"):
-        ratios = sorted(each["torch"] / each[kind] for each in rounds)
-        found[f"{kind}_speedup"] = [
-            round(value, 2) for value in (statistics.median(ratios), ratios[0], ratios[-1])
-        ]
-    found["milliseconds"] = {
-        kind: round(statistics.median(each[kind] for each in rounds), 1) for kind in runs
-    }
-    found["int8_smaller"] = round(size["fp32"] / size["int8"], 2)
-    return found
+    for side, prefix in (("image", ""), ("text", "text_")):
+        one = found[side]
+        report |= {f"{prefix}{name}": one[name] for name in ("fp32_speedup", "int8_speedup")}
+        report[f"{prefix}milliseconds"] = one["ms"]
+        report[f"{prefix}int8_smaller"] = round(one["megabytes"]["fp32"] / one["megabytes"]["int8"], 2)
+    return report
 
 
 def recall_drop(model: str, data: str, limit: int) -> dict[str, Any]:
     """What int8 costs a trained model; both ranges of weights."""
+    from benchmarks.small_towers import Pair
     from serve.export.parity import compare_on_data
-    from serve.export.runtime import OnnxTower
-    from serve.export.towers import quantize, write_onnx
+    from serve.export.quantise import quantize
+    from serve.export.towers import write_onnx
 
     encoder, found = load_encoder(model, device="cpu"), {}
-
-    class Edge:
-        def __init__(self, folder: Path):
-            self.encode_images, self.encode_texts = (
-                OnnxTower(folder, "image", 1),
-                OnnxTower(folder, "text", 1),
-            )
-
     for name, reduce_range in (("8 bits", False), ("7 bits", True)):
         with tempfile.TemporaryDirectory() as folder:
             write_onnx(encoder, Path(folder))
             quantize(Path(folder), reduce_range=reduce_range)
-            report = compare_on_data(encoder, Edge(Path(folder)), [data], limit=limit)  # pyright: ignore
+            report = compare_on_data(encoder, Pair(Path(folder)), [data], limit=limit)  # pyright: ignore
         sides = [report[side] for side in ("image_to_text", "text_to_image")]
         found[name] = {
             "recall@1": round(min(side["recall@1"] for side in sides), 4),

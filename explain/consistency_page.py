@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from explain.consistency import Consistency
+from explain.findings import Consistency
 from pairstream.report import Report
 
 INTRO = (

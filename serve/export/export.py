@@ -17,9 +17,10 @@ from pairstream import __version__
 from pairstream.atomic import new_folder, write_text
 from pretrain.encoder import Encoder
 from serve.export.parity import check_float, check_int8, compare, compare_on_data
+from serve.export.quantise import quantize
 from serve.export.runtime import CARD, FORMAT, EdgeEncoder
 from serve.export.tokenizer import write_tokenizer
-from serve.export.towers import quantize, to_openvino, write_onnx
+from serve.export.towers import to_openvino, tower_name, write_onnx
 
 Runtime = Literal["onnx", "openvino"]
 ROUNDS = 9  # timings of each; the least is reported, which other work on the machine lengthens least
@@ -83,6 +84,7 @@ def export_model(
                 },
                 "normalised": "inside the graph, which takes uint8",
             },
+            "towers": {side: tower_name(encoder, side) for side in ("image", "text")},
             "text": write_tokenizer(encoder.tokenizer, folder / "tokenizer.json"),
         }
         write_onnx(encoder, folder)
@@ -161,8 +163,9 @@ def readme(card: dict[str, Any]) -> str:
     lines = [
         f"# {card['model']['name']} for the edge",
         "",
-        f"Both towers of the dual encoder `{card['model']['fingerprint']}`, {card['precision']}, for "
-        f"{card['runtime']}. Rows have {card['embed_dim']} dimensions and length one.",
+        f"Both towers of the dual encoder `{card['model']['fingerprint']}` ({card['towers']['image']}, "
+        f"{card['towers']['text']}), {card['precision']}, for {card['runtime']}. Rows have {card['embed_dim']} "
+        "dimensions and length one.",
         "",
         "```python",
         "from serve.export.runtime import EdgeEncoder",
@@ -186,14 +189,15 @@ def readme(card: dict[str, Any]) -> str:
         found = card["on_data"]
         lines += ["", f"On {found['samples']:,} pictures with {found['texts']:,} texts:", ""]
         lines += [
-            "| direction | recall@1 | recall@1, int8 | first result of the same picture | the same first result |",
-            "|---|---|---|---|---|",
+            "| direction | recall@1 | recall@1, int8 | same first result | among all texts | of the same picture |",
+            "|---|---|---|---|---|---|",
         ]
         lines += [
             f"| {name.replace('_', ' ')} | {found[name]['recall@1']:.4f} | {found[name]['recall@1_export']:.4f} | "
-            f"{found[name]['agreement']:.1%} | {found[name]['same_row']:.1%} |"
+            f"{found[name]['agreement']:.1%} | {found[name]['same_row']:.1%} | {found[name]['same_picture']:.1%} |"
             for name in ("image_to_text", "text_to_image")
         ]
+        lines += ["", "The gate's column looks for texts among one text a picture."]
     elif card["precision"] == "int8":
         lines += ["", "No data were given: recall was not measured."]
     if "quantised" in card:
@@ -203,6 +207,7 @@ def readme(card: dict[str, Any]) -> str:
             lines.append(
                 f"- {name} tower: {found['int8_products']} matrix products in int8, {found['float_products']} in "
                 f"float32; {found['float_convolutions']} convolutions, all in float32"
+                + (", and the table of embeddings in int8" if found["int8_tables"] else "")
             )
     lines += ["", "## Size and speed", "", "| tower | model, MB | export, MB |", "|---|---|---|"]
     for name, numbers in card["bytes"].items():

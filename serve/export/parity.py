@@ -112,10 +112,8 @@ def compare_on_data(
         limit: Only the first so many samples.
 
     Returns:
-        `samples`, `texts`; for each direction `recall@1` of the model, `recall@1_export`, `drop`, `agreement`: the
-        share of queries whose first result belongs to the same picture, and `same_row`: whose first result is the
-        same row. The gate takes the former: a picture's captions are to it what the templates of a label are to
-        zero-shot classification, whose first label they do not change.
+        `samples`, `texts`; for each direction `recall@1` of the model, `recall@1_export`, `drop`, `agreement`,
+        `same_picture` and `same_row`; see `agreements`.
     """
     ours = embed_shards(encoder, data, limit=limit)
     theirs = embed_shards(AsEncoder(edge, encoder), data, limit=limit)  # pyright: ignore
@@ -124,29 +122,41 @@ def compare_on_data(
         retrieval_metrics(each.images, each.texts, each.image_of_text, ks=(1,)) for each in (ours, theirs)
     )
     for direction in DIRECTIONS:
-        rows = [first_rows(each, direction) for each in (ours, theirs)]
-        tops = [first_pictures(each, direction) for each in (ours, theirs)]
         recall, exported = (numbers[direction]["recall@1"] for numbers in (before, after))
         report[direction] = {
             "recall@1": recall,
             "recall@1_export": exported,
             "drop": recall - exported,
-            "agreement": float((tops[0] == tops[1]).mean()),
-            "same_row": float((rows[0] == rows[1]).mean()),
+            **agreements(ours, theirs, direction),
         }
     return report
 
 
-def first_rows(found: Embeddings, direction: str) -> np.ndarray:
-    """int64 `(queries,)`: the row of the other side that each query finds first."""
-    scores = found.images @ found.texts.T
-    return scores.argmax(axis=1 if direction == "image_to_text" else 0)
+def agreements(ours: Embeddings, theirs: Embeddings, direction: str) -> dict[str, float]:
+    """Shares of queries for which two models have the same first result.
 
-
-def first_pictures(found: Embeddings, direction: str) -> np.ndarray:
-    """int64 `(queries,)`: the picture that each query finds first, or whose text it finds first."""
-    first = first_rows(found, direction)
-    return found.image_of_text[first] if direction == "image_to_text" else first
+    Returns:
+        `agreement`: the very same result, where pictures look for texts among one text a picture (its first); this is
+        what the gate takes. Captions of one picture say the same in other words, and which of them comes first hangs
+        on the last digits of any model. `same_row`: the very same among all texts. `same_picture`: a result of the
+        same picture among all texts.
+    """
+    first = np.unique(ours.image_of_text, return_index=True)[1]
+    rows, single = [], []
+    for each in (ours, theirs):
+        scores = each.images @ each.texts.T  # (pictures, texts)
+        axis = 1 if direction == "image_to_text" else 0
+        rows.append(scores.argmax(axis=axis))
+        single.append(scores[:, first].argmax(axis=axis) if axis else rows[-1])
+    pictures = [ours.image_of_text[each] if direction == "image_to_text" else each for each in rows]
+    return {
+        name: float((one == other).mean())
+        for name, (one, other) in {
+            "agreement": single,
+            "same_row": rows,
+            "same_picture": pictures,
+        }.items()
+    }
 
 
 def check_int8(report: dict[str, dict[str, float]], on_data: dict[str, Any] | None) -> None:

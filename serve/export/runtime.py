@@ -12,6 +12,7 @@ import html
 import io
 import json
 import re
+import string
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,28 +219,34 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 class Tokenizer:
     """The text tower's tokenizer: the cleaning in Python, the pieces by `tokenizers`.
 
-    Cleaning follows open_clip's `lower`: ftfy's rules for entities, quotes, ligatures, widths, line breaks, control
-    characters and NFC, then HTML entities, blanks and case. Of ftfy's repairs of text that was decoded with the wrong
-    character set, none is made: such text gives other pieces than open_clip's.
+    Cleaning follows open_clip's: ftfy's rules for entities, quotes, ligatures, widths, line breaks, control
+    characters and NFC, then HTML entities and blanks, and case or signs where the model wants it. Of ftfy's repairs of
+    text that was decoded with the wrong character set, none is made: such text gives other pieces than open_clip's.
 
     Args:
         path: tokenizer.json.
-        config: `context_length` and `clean`.
+        config: `kind` (`clip`, or `transformers`, whose file says itself where texts are cut and padded),
+            `context_length`, `clean`, `blanked` (a token that is written as 0).
     """
 
     def __init__(self, path: Path, config: dict[str, Any]):
         from tokenizers import Tokenizer as Backend
 
         self.backend = Backend.from_file(str(path))
-        self.context_length = int(config["context_length"])
+        self.kind, self.cleaning = config.get("kind", "clip"), config["clean"]
+        self.context_length, self.blanked = int(config["context_length"]), config.get("blanked")
         self.start, self.end = (
             self.backend.token_to_id(mark) for mark in ("<start_of_text>", "<end_of_text>")
         )
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """int64 `(n, context_length)`, zeros behind the end; longer texts are cut and end all the same."""
-        rows = np.zeros((len(texts), self.context_length), dtype=np.int64)
-        for row, found in zip(rows, self.backend.encode_batch([clean(text) for text in texts]), strict=True):
+        """int64 `(n, context_length)`; longer texts are cut."""
+        coded = self.backend.encode_batch([clean(text, self.cleaning) for text in texts])
+        if self.kind != "clip":
+            rows = np.array([found.ids for found in coded], dtype=np.int64).reshape(-1, self.context_length)
+            return rows if self.blanked is None else np.where(rows == self.blanked, 0, rows)
+        rows = np.zeros((len(texts), self.context_length), dtype=np.int64)  # zeros behind the end
+        for row, found in zip(rows, coded, strict=True):
             pieces = [self.start, *found.ids, self.end][: self.context_length]
             if len(pieces) == self.context_length:
                 pieces[-1] = self.end
@@ -264,14 +271,20 @@ WIDTHS = str.maketrans(
 UNWANTED = dict.fromkeys(
     [*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)]
 )
+SIGNS = str.maketrans("", "", string.punctuation)
 ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 ESCAPE = re.compile("\033\\[[0-9;]*[a-zA-Z]")
 HIGH_CONTROL = re.compile("[\x80-\x9f]")
 SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]|[\ud800-\udfff]")
 
 
-def clean(text: str) -> str:
-    """Text as the text tower's pieces are made from; see `Tokenizer`."""
+def clean(text: str, kind: str = "lower") -> str:
+    """Text as the text tower's pieces are made from; see `Tokenizer`.
+
+    Args:
+        text: As people write it.
+        kind: open_clip's word for it: `whitespace`, `lower` (and case), or `canonicalize` (and signs).
+    """
     entities = "<" not in text
     while True:
         before = text
@@ -286,7 +299,10 @@ def clean(text: str) -> str:
         if text == before:
             break
     text = html.unescape(html.unescape(text))
-    return " ".join(text.split()).lower()
+    if kind == "canonicalize":
+        text = text.replace("_", " ").translate(SIGNS)
+    text = " ".join(text.split())
+    return text if kind == "whitespace" else text.lower()
 
 
 def entity(match: re.Match[str]) -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from pairstream.errors import require
@@ -24,10 +22,12 @@ class ImageTower(nn.Module):
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        self.normalize, self.model = encoder.normalize, encoder.model
+        self.normalize, self.visual = encoder.normalize, reparameterised(encoder.model.visual)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.model.encode_image(self.normalize(pixels)).float(), dim=-1)
+        found = self.visual(self.normalize(pixels))
+        rows = found[0] if isinstance(found, tuple) else found  # CoCa's gives its tokens as well
+        return F.normalize(rows.float(), dim=-1)
 
 
 class TextTower(nn.Module):
@@ -53,11 +53,6 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
         ImportError: onnx is not installed.
     """
     require("onnx", "export", "`pairstream export`")
-    if not isinstance(encoder.model, CLIP):
-        raise ValueError(
-            f"{encoder.name}: the model is a {type(encoder.model).__name__}: only open_clip's own CLIP (a ViT or "
-            "ResNet with its text transformer) is exported"
-        )
     size = encoder.image_size
     pixels = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     tokens = encoder.tokenize(["a", "two dogs on a beach"])
@@ -65,62 +60,48 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
         ("image", ImageTower(encoder), pixels),
         ("text", TextTower(encoder), tokens),
     ):
-        with quiet(), plain_attention(), torch.no_grad():
-            torch.onnx.export(
-                tower.eval(),
-                (example,),
-                folder / f"{name}.onnx",
-                input_names=[name],
-                output_names=["rows"],
-                dynamic_axes={name: {0: "batch"}, "rows": {0: "batch"}},
-                opset_version=OPSET,
-                dynamo=False,  # the exporter on torch.export needs onnxscript and twice the time, for the same numbers
-            )
+        try:
+            with quiet(), plain_attention(), torch.no_grad():
+                torch.onnx.export(
+                    tower.eval(),
+                    (example,),
+                    folder / f"{name}.onnx",
+                    input_names=[name],
+                    output_names=["rows"],
+                    dynamic_axes={name: {0: "batch"}, "rows": {0: "batch"}},
+                    opset_version=OPSET,
+                    dynamo=False,  # the one on torch.export needs onnxscript and twice the time, for the same numbers
+                )
+        except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"{encoder.name}: its {name} tower ({tower_name(encoder, name)}) cannot be exported: {reason}"
+            ) from error
 
 
-def quantize(folder: Path, *, reduce_range: bool = False) -> dict[str, Any]:
-    """Replace both graphs by dynamically quantised ones: int8 weights, activations measured as they come.
+def tower_name(encoder: Encoder, side: str) -> str:
+    """What a tower is, for messages and cards."""
+    config = encoder.model_cfg["vision_cfg" if side == "image" else "text_cfg"]
+    tower = encoder.model.visual if side == "image" else getattr(encoder.model, "text", encoder.model)
+    if side == "image" and config.get("timm_model_name"):
+        return f"timm's {config['timm_model_name']}"
+    inner = getattr(tower, "transformer", None)
+    if side == "text" and config.get("hf_model_name"):
+        return f"transformers' {type(inner).__name__}"
+    return f"open_clip's {'text transformer' if side == 'text' else type(tower).__name__}"
 
-    Per channel and signed: unsigned weights (onnxruntime's default) miss the fast kernels. In the text tower the table
-    of embeddings is quantised as well: it is a third of the file, and its rows are only looked up.
 
-    Args:
-        folder: Holds `image.onnx` and `text.onnx`.
-        reduce_range: Seven bits: for CPUs without VNNI (AVX2), whose kernels may saturate on eight.
+def reparameterised(visual: nn.Module) -> nn.Module:
+    """An image tower with its parallel branches made into one convolution each.
 
-    Returns:
-        For each tower, how many nodes of which kind were quantised, and how many convolutions stay float32.
+    Towers of MobileOne's and RepVGG's blocks (MobileCLIP's FastViT among them) train several branches that are one
+    linear map together; left apart, the graph would compute each of them. The model itself keeps them.
     """
-    require("onnxruntime", "export", "int8 towers")
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    if not any(hasattr(part, "reparameterize") or hasattr(part, "fuse") for part in visual.modules()):
+        return visual
+    from timm.utils.model import reparameterize_model
 
-    report = {}
-    for name, kinds in (("image", ["MatMul", "Gemm"]), ("text", ["MatMul", "Gemm", "Gather"])):
-        source, prepared = folder / f"{name}.onnx", folder / f"{name}.prepared.onnx"
-        target = folder / f"{name}.int8.onnx"
-        with quiet():
-            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-            quantize_dynamic(
-                str(prepared),
-                str(target),
-                op_types_to_quantize=kinds,
-                per_channel=True,
-                reduce_range=reduce_range,
-                weight_type=QuantType.QInt8,
-            )
-        counts: dict[str, int] = {}
-        for node in onnx.load(str(target), load_external_data=False).graph.node:
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
-        report[name] = {
-            "int8_products": counts.get("MatMulInteger", 0),
-            "float_products": counts.get("MatMul", 0) + counts.get("Gemm", 0),
-            "float_convolutions": counts.get("Conv", 0),
-        }
-        prepared.unlink()
-        target.replace(source)
-    return report
+    return reparameterize_model(visual)
 
 
 def to_openvino(folder: Path, names: Sequence[str] = ("image", "text")) -> None:

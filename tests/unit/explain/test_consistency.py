@@ -11,18 +11,12 @@ import torch
 from data.scenes.vocabulary import kinds
 from data.shards import ShardWriter
 from explain.cli import main
-from explain.consistency import (
-    at_chance,
-    check_consistency,
-    neighbour_overlap,
-    object_names,
-    object_tokens,
-    own_ranks,
-    read_pairs,
-    shown_objects,
-)
+from explain.consistency import check_consistency
 from explain.consistency_page import consistency_report, summary_lines
 from explain.edits import deny, mirror, swap_colours, swap_sides
+from explain.encoder_checks import neighbour_overlap
+from explain.findings import read_pairs, shown_objects
+from explain.task_checks import at_chance, object_names, object_tokens, own_ranks
 
 
 @pytest.fixture(scope="module")

