@@ -189,6 +189,8 @@ def count_batches(batches: Embedded, classifier: Classifier) -> tuple[dict[str, 
     if not keys:
         return None
     numbers = multilabel_map(np.concatenate(kept), classifier.weights, labels) if several else count.result()
+    for each in numbers.get("confusions", []):
+        each["examples"] = [keys[place] for place in each["examples"]]
     return numbers, text_hash([*keys, *(repr(each) for each in labels)])
 
 
@@ -196,6 +198,7 @@ def classification_facts(numbers: dict[str, Any], classifier: Classifier) -> dic
     """The numbers with what the classifier was made of."""
     return {
         "classification": numbers,
+        "class_names": classifier.names,
         "classes_hash": text_hash(classifier.names),
         "templates_hash": classifier.templates_hash,
         "prompts": classifier.prompts,

@@ -141,7 +141,7 @@ class LabelledPictures:
 
     def folder_batches(self, start: int, stop: int) -> Iterator[LabelledBatch]:
         loader = DataLoader(
-            FolderRows(self.files[start : min(stop, self.wanted)], self.transform),
+            FolderRows(Path(self.names[0]), self.files[start : min(stop, self.wanted)], self.transform),
             batch_size=self.batch_size,
             num_workers=self.workers,
             collate_fn=as_it_is,
@@ -164,19 +164,24 @@ class LabelledPictures:
 class FolderRows(Dataset):
     """The pictures of class folders; a bad one comes as its `FaultRecord`."""
 
-    def __init__(self, files: Sequence[tuple[Path, int]], transform: EvalTransform):
-        self.files, self.transform = files, transform
+    def __init__(self, folder: Path, files: Sequence[tuple[Path, int]], transform: EvalTransform):
+        self.folder, self.files, self.transform = folder, files, transform
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor | FaultRecord, int, str]:
         path, label = self.files[number]
-        key = f"{path.parent.name}/{path.name}"
+        key = folder_key(self.folder, path)
         try:
             return self.transform(decode_image(path.read_bytes(), max_pixels=MAX_PIXELS)), label, key
         except Fault as fault:
-            return FaultRecord(fault.cause, str(path.parent), path.name, fault.detail), label, key
+            return FaultRecord(fault.cause, printable(str(path.parent)), key, fault.detail), label, key
+
+
+def folder_key(folder: Path, path: Path) -> str:
+    """A picture's name in its set."""
+    return printable(path.relative_to(folder).as_posix())
 
 
 def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
@@ -231,5 +236,10 @@ def class_numbers(label: Label, classes: Sequence[str], key: str) -> list[int]:
 
 
 def readable(names: Iterable[str]) -> list[str]:
-    """Folder names as words: `sea_snake` is a sea snake."""
-    return [name.replace("_", " ").strip() for name in names]
+    """Folder names as words: `sea_snake` is a sea snake; bytes that are no UTF-8 become U+FFFD."""
+    return [printable(name).replace("_", " ").strip() for name in names]
+
+
+def printable(name: str) -> str:
+    """A file's name as text that can be written and encoded."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -174,6 +174,10 @@ def fold_metrics(
         ValueError: The images cannot be cut into that many equal parts, and as `retrieval_metrics`.
         TypeError: As `retrieval_metrics`.
     """
+    image_embeddings, text_embeddings = (
+        each if isinstance(each, torch.Tensor) else np.asarray(each)
+        for each in (image_embeddings, text_embeddings)
+    )
     images = len(image_embeddings)
     if folds < 1 or images % folds:
         raise ValueError(f"folds: expected a number that divides the {images} images, got {folds}")

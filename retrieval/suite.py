@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from retrieval.compositional_sets import compositional_metrics
 from retrieval.embed import Embeddings, embed_shards, evaluating
 from retrieval.evaluate import Evaluation, measure
 from retrieval.labelled import LabelledPictures, readable
+from retrieval.metrics import DIRECTIONS
 from retrieval.prompts import load_classes, load_templates
 from retrieval.provenance import encoder_facts, versions
 from retrieval.recipe import ClassificationTask, CompositionalTask, RetrievalTask, SuiteRecipe, Task
@@ -130,6 +131,8 @@ def retrieve(
         ),
     )
     folds = None if quick else task.folds
+    # The cache knows sets by their bytes: they may have been embedded from another place, which is gone by now.
+    found = replace(found, shards=[task.data] if isinstance(task.data, str) else list(task.data))
     return measure(found, encoder_facts(encoder), limit=limit, folds=folds, over_ranks=share.world > 1), hit
 
 
@@ -195,8 +198,8 @@ def headline(metrics: dict[str, Any]) -> dict[str, float]:
     if "retrieval" in metrics:
         numbers = metrics["retrieval"]
         return {
-            "image to text recall@1": numbers["image_to_text"]["recall@1"],
-            "text to image recall@1": numbers["text_to_image"]["recall@1"],
+            f"{direction.replace('_', ' ')} recall@1": numbers[direction]["recall@1"]
+            for direction in DIRECTIONS
         }
     if "classification" in metrics:
         numbers = metrics["classification"]
@@ -207,13 +210,27 @@ def headline(metrics: dict[str, Any]) -> dict[str, float]:
     return {name.replace("_", " "): numbers[name] for name in names if name in numbers}
 
 
+def headline_intervals(metrics: dict[str, Any]) -> dict[str, list[float]]:
+    """Intervals of the headline numbers, where there are some."""
+    if "retrieval" in metrics:
+        found = metrics["intervals"]
+        return {
+            f"{direction.replace('_', ' ')} recall@1": found[direction]["recall@1"]
+            for direction in DIRECTIONS
+        }
+    if "classification" in metrics:
+        found = metrics["classification"].get("intervals", {})
+        return {name.replace("_", " "): ends for name, ends in found.items()}
+    return {}
+
+
 def chances(metrics: dict[str, Any]) -> dict[str, float]:
     """Chance of the headline numbers, where it is known."""
     if "retrieval" in metrics:
         by_chance = metrics["retrieval"]["chance"]
         return {
-            "image to text recall@1": by_chance["image_to_text"]["recall@1"],
-            "text to image recall@1": by_chance["text_to_image"]["recall@1"],
+            f"{direction.replace('_', ' ')} recall@1": by_chance[direction]["recall@1"]
+            for direction in DIRECTIONS
         }
     if "classification" in metrics:
         numbers = metrics["classification"]
