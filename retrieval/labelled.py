@@ -75,7 +75,7 @@ class LabelledPictures:
             have `KEY.cls`): folders, files, globs, braces or URLs.
         transform: The encoder's.
         batch_size: Pictures at a time.
-        limit: Only the first so many; None for all.
+        limit: Only the first so many of shards, or so many spread evenly over class folders; None for all.
         workers: Loader processes; 0 decodes in this one.
         max_faults: Share of bad pictures past which the work stops.
 
@@ -109,6 +109,9 @@ class LabelledPictures:
         folder = Path(names[0])
         if len(names) == 1 and folder.is_dir() and not any(folder.glob("*.tar")):
             self.folders, self.files = class_folders(folder)
+            if limit is not None:  # the first ones would all be of the first class
+                chosen = np.linspace(0, len(self.files) - 1, min(limit, len(self.files))).round()
+                self.files = [self.files[place] for place in np.unique(chosen.astype(int)).tolist()]
             self.total = len(self.files)
         else:
             self.stream = PairStream(

@@ -16,7 +16,8 @@ from safetensors.numpy import save as save_bytes
 
 from pairstream.atomic import write_bytes
 from retrieval.bootstrap import RESAMPLES, Difference, bootstrap_intervals, paired_difference
-from retrieval.metrics import DIRECTIONS, checked_cutoffs
+from retrieval.checks import checked_cutoffs
+from retrieval.metrics import DIRECTIONS
 from retrieval.ranking import Ranking
 
 KIND = "pairstream-queries"

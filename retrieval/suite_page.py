@@ -66,7 +66,9 @@ def suite_report(models: Sequence[str], results: Sequence[Sequence[SuiteResult]]
             add_retrieval(report, models, [one.evaluation for one in each if one.evaluation is not None])
         elif "classification" in each[0].metrics:
             add_classes(report, models, each)
-        elif "compositional" in each[0].metrics:
+        elif "probe" in each[0].metrics:
+            add_probes(report, models, each)
+        else:
             add_kinds(report, models, each)
     return report
 
@@ -94,7 +96,13 @@ def describe(report: Report, result: SuiteResult) -> None:
         words.append(
             f"{numbers['pictures']:,} pictures, {numbers['classes']:,} classes, {metrics['prompts']:,} prompts."
         )
-    elif "cases" in metrics.get("compositional", {}):
+    elif "probe" in metrics:
+        numbers = metrics["probe"]
+        words.append(
+            f"{numbers['train_pictures']:,} pictures to fit on, {numbers['test_pictures']:,} to test; features: "
+            f"{metrics['features'].replace('_', ' ')}."
+        )
+    elif "cases" in metrics["compositional"]:
         words.append(f"{metrics['compositional']['cases']:,} cases.")
     if metrics["limit"] is not None:
         words.append(f"Only the first {metrics['limit']:,}: not comparable with numbers over all of them.")
@@ -260,6 +268,30 @@ def add_precisions(report: Report, model: str, metrics: dict[str, Any]) -> None:
             else f"the {CLASSES} best classes and the {CLASSES} worst."
         ),
     )
+
+
+def add_probes(report: Report, models: Sequence[str], results: Sequence[SuiteResult]) -> None:
+    """Accuracy against what a probe was varied over."""
+    numbers = [result.metrics["probe"] for result in results]
+    if "searched" in numbers[0]:
+        curves = {
+            model: [(float(np.log10(float(weight))), value) for weight, value in each["searched"].items()]
+            for model, each in zip(models, numbers, strict=True)
+        }
+        title = "accuracy on the validation split by weight of the L2 term"
+        report.curves(title, curves, x="log10 of the weight", y="accuracy")
+    elif "shots" in numbers[0]:
+        curves = {
+            model: [(float(shots), found["accuracy"]) for shots, found in each["shots"].items()]
+            for model, each in zip(models, numbers, strict=True)
+        }
+        report.curves(
+            "accuracy by pictures of each class",
+            curves,
+            x="pictures of each class",
+            y="accuracy",
+            lines={"chance": numbers[0]["chance"]},
+        )
 
 
 def add_kinds(report: Report, models: Sequence[str], results: Sequence[SuiteResult]) -> None:

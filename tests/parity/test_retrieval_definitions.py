@@ -89,7 +89,7 @@ def test_ties_by_expectation(g, t, p, k, expected):
 def test_rows_without_a_direction_are_errors_and_not_rank_one(bad, side):
     rows = [*draw(2)[:2]]
     rows[side] = np.full_like(rows[side], bad)
-    with pytest.raises(ValueError, match="row 0 (has NaN or infinite values|is all zeros)"):
+    with pytest.raises(ValueError, match=r"row 0 (has NaN or infinite values|is all zeros)"):
         retrieval_metrics(*rows, draw(2)[2])
 
 
