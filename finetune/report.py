@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.confusion import confusion_picture
 from finetune.recipe import FinetuneRecipe
 from finetune.tasks import Row, TaskKind
-from pairstream.report import Card, Report
+from pairstream.confusion import confusion_picture
+from pairstream.report import Report
 from pairstream.run import RunFolder
 from pretrain.recipe_model import TowersModel
 
@@ -140,7 +140,7 @@ def add_label_numbers(report: Report, metrics: dict[str, Any], main: str) -> Non
     )
     if "confusion" in metrics:
         picture = confusion_picture(metrics["confusion"], metrics["labels"])
-        report.cards("Confusion", [Card(picture, "rows are the truth, columns what was said")])
+        report.picture("Confusion", picture, "rows are the truth, columns what was said")
     report.curves(
         "Calibration",
         {

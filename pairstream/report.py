@@ -22,7 +22,7 @@ from pairstream.plot import plot
 from pairstream.run import finite
 
 Cell = str | int | float | None
-KINDS = ("numbers", "heading", "text", "table", "curves", "cards", "results")
+KINDS = ("numbers", "heading", "text", "table", "curves", "picture", "cards", "results")
 MARKS = {"right": "✓ right", "wrong": "✗ wrong"}  # words and a sign: colour alone would not reach everybody
 NUMBER = re.compile(r"[-+−]?[\d.,]+ ?%?")
 PICTURES = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}
@@ -132,6 +132,16 @@ class Report:
         if not all(map(math.isfinite, levels.values())):
             raise ValueError(f"curves {title!r}: lines must be finite, got {levels}")
         self.add("curves", title=clean(title), curves=points, x=clean(x), y=clean(y), lines=levels)
+
+    def picture(self, title: str, image: bytes, words: str) -> None:
+        """One large picture, such as a plot.
+
+        Args:
+            title: What is shown.
+            image: JPEG, PNG or WebP bytes.
+            words: The line below it, also its alternative text.
+        """
+        self.add("picture", title=clean(title), image=data_uri(image), words=clean(words))
 
     def cards(self, title: str, cards: Iterable[Card]) -> None:
         """A wall of cards."""
@@ -302,6 +312,15 @@ def curves_html(block: dict[str, Any], part: int) -> str:
     return f'<div class="plots">{"".join(plots)}</div>'
 
 
+def figure_html(block: dict[str, Any], part: int) -> str:
+    words = escape(block["words"])
+    return (
+        f'<section><h3>{escape(block["title"])}</h3><figure class="picture">'
+        f'<img src="{escape(block["image"])}" alt="{words}"><figcaption class="soft">{words}</figcaption>'
+        "</figure></section>"
+    )
+
+
 def picture_html(card: dict[str, Any]) -> str:
     if card["image"] is None:
         return ""
@@ -348,6 +367,7 @@ RENDER = {
     "text": text_html,
     "table": table_html,
     "curves": curves_html,
+    "picture": figure_html,
     "cards": cards_html,
     "results": results_html,
 }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.labels import LabelTexts
 from data.mixture import Source
 from data.stream import PairStream, pair_stream
 from data.transforms import TrainTransform
@@ -101,6 +102,7 @@ def open_stream(recipe: PretrainRecipe, encoder: Encoder, rank: int, world: int)
         word_dropout=data.word_dropout,
         scaled_decode=data.scaled_decode,
         captions_per_image=data.captions_per_image,
+        labels=LabelTexts(**data.labels.model_dump()) if data.labels else None,
         stored=stored_teachers(recipe),
         views=views_of(recipe.terms, encoder.image_size),
         batch_size=recipe.batch_size // world,

@@ -11,6 +11,7 @@ from typing import Any
 
 from pairstream import __version__
 from pairstream.atomic import new_folder, write_text
+from pairstream.run import finite
 
 MANIFEST = "manifest.json"
 
@@ -122,6 +123,11 @@ def sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """One JSON object for people and programs; NaN and infinities, which JSON does not have, become null."""
+    write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from retrieval.labelled import Label, class_folders
 from retrieval.provenance import encoder_facts, versions
 
 KIND = "pairstream-labelled-embeddings"
-LAYOUT = 1  # goes up when what is stored changes
+LAYOUT = 2  # goes up when what is stored changes
+COMPUTE = ("timm", "transformers", "torchvision", "pillow", "numpy")  # towers, decoding and resizing
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def data_digest(data: str | Sequence[str]) -> str:
     folder = Path(names[0])
     if len(names) == 1 and folder.is_dir() and not any(folder.glob("*.tar")):
         for path, label in class_folders(folder)[1]:
-            digest.update(f"{path.relative_to(folder)}\0{label}\0{sha256(path)}\n".encode())
+            name = str(path.relative_to(folder)).encode("utf-8", "surrogateescape")
+            digest.update(b"%s\0%d\0%s\n" % (name, label, sha256(path).encode()))
         return digest.hexdigest()
     for name in expand_shards(names):
         digest.update(sha256(local_shard(name, None)).encode())
@@ -94,12 +97,15 @@ def cache_key(encoder: Encoder, data: str | Sequence[str], **options: Any) -> st
         options: Everything else that changes the rows, such as `limit` and the kind of task.
     """
     facts = {name: value for name, value in encoder_facts(encoder).items() if name != "model"}
+    constants = [encoder.normalize.scale, encoder.normalize.shift]
     content = {
         **facts,
+        # What is applied, should it ever differ from what the configuration says.
+        "applied": [repr(encoder.transform), *(each.flatten().tolist() for each in constants)],
         "device": encoder.device.type,
         "autocast": torch.is_autocast_enabled(encoder.device.type),
         "matmul": torch.get_float32_matmul_precision(),
-        "versions": versions(),
+        "versions": {**versions(), **{name: version(name) for name in COMPUTE}},
         "layout": LAYOUT,
         "data": data_digest(data),
         **options,

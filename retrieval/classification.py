@@ -15,6 +15,8 @@ from retrieval.ranking import rank_pairs
 from retrieval.rows import Rows, exact_scores, plain_float32
 
 SHOWN = 5  # predictions that are kept of each picture
+EXAMPLES = 5  # pictures that are named of each confusion
+MATRIX = 40  # classes whose confusions are all listed
 
 
 @dataclass
@@ -85,8 +87,9 @@ class ClassificationCount:
         Returns:
             `acc1`; `acc5` (None for fewer than five classes); `mean_per_class_recall` (over the classes that
             have pictures); `optimistic_acc1` and `pessimistic_acc1`; `tied_pictures`; `pictures`, `classes`,
-            `classes_without_pictures`; `chance_acc1`; `intervals`; and `confusions`: how often a class was
-            taken for another, most often first.
+            `classes_without_pictures`; `chance_acc1`; `intervals`; `confusions`: how often a class was taken for
+            another, most often first, with the numbers of some pictures (`examples`); and `confusion`, the counts
+            of all classes (rows: right, columns: taken for), for at most 40 of them.
 
         Raises:
             ValueError: Nothing was added.
@@ -113,7 +116,14 @@ class ClassificationCount:
             "classes_without_pictures": int((counts == 0).sum()),
             "intervals": {name: [each.low, each.high] for name, each in intervals.items()},
             "confusions": self.confusions(confusions),
+            "confusion": self.confusion() if classes <= MATRIX else None,
         }
+
+    def confusion(self) -> list[list[int]]:
+        """Pictures of each class by what they were taken for."""
+        label, taken = torch.cat(self.labels), torch.cat(self.predicted)[:, 0].long()
+        classes = len(self.names)
+        return torch.bincount(label * classes + taken, minlength=classes**2).view(classes, classes).tolist()
 
     def confusions(self, count: int) -> list[dict[str, Any]]:
         """The pairs of classes that were confused most often."""
@@ -128,6 +138,7 @@ class ClassificationCount:
                 "taken_for": self.names[other],
                 "pictures": int(number),
                 "share": float(number / total[right]),
+                "examples": ((label == right) & (taken == other)).nonzero()[:EXAMPLES, 0].tolist(),
             }
             for (right, other), number in zip(pairs[order].tolist(), counts[order], strict=True)
         ]

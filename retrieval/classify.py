@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from retrieval.classification import ClassificationCount, multilabel_map
 from retrieval.classifier import Classifier, build_classifier
 from retrieval.embed import evaluating
 from retrieval.labelled import Label, LabelledPictures, class_numbers, readable
+from retrieval.probes import image_features
 from retrieval.prompts import Templates
 from retrieval.provenance import encoder_facts, text_hash, versions
 from retrieval.share import ALONE, Share
@@ -61,7 +63,7 @@ def classify(
         templates: Templates for all classes, or prompts by class; None is "a photo of a {}.".
         classifier: A classifier of this model to be used instead of names and templates.
         batch_size: Pictures at a time.
-        limit: Only the first so many pictures.
+        limit: Only so many pictures: the first of shards, or spread evenly over class folders.
         workers: Loader processes.
         max_faults: Share of bad pictures past which it stops.
         show: Show progress.
@@ -146,14 +148,28 @@ Embedded: TypeAlias = Iterable[tuple[np.ndarray, Sequence[Label], Sequence[str]]
 
 
 def embedded(
-    encoder: Encoder, pictures: LabelledPictures, bar: ProgressBar, share: Share = ALONE
+    encoder: Encoder,
+    pictures: LabelledPictures,
+    bar: ProgressBar,
+    share: Share = ALONE,
+    *,
+    features: str = "embedding",
 ) -> Embedded:
-    """Rows, labels and keys, batch by batch; `share` is the part that this process does of them."""
+    """Rows, labels and keys, batch by batch.
+
+    Args:
+        encoder: The model.
+        pictures: The set.
+        bar: Told of each batch.
+        share: The part of the batches that this process does.
+        features: `embedding`, or `before_projection` for what `retrieval.probes.image_features` gives.
+    """
+    encode = partial(image_features, encoder) if features == "before_projection" else encoder.encode_images
 
     def mine() -> Embedded:
         done = 0
         for batch in pictures.batches(share):
-            rows = encoder.encode_images(batch.images).cpu().numpy()
+            rows = encode(batch.images).cpu().numpy()
             done += len(batch.keys)
             bar.advance(note=f"{done} pictures")
             yield rows, batch.labels, batch.keys
@@ -189,6 +205,8 @@ def count_batches(batches: Embedded, classifier: Classifier) -> tuple[dict[str, 
     if not keys:
         return None
     numbers = multilabel_map(np.concatenate(kept), classifier.weights, labels) if several else count.result()
+    for each in numbers.get("confusions", []):
+        each["examples"] = [keys[place] for place in each["examples"]]
     return numbers, text_hash([*keys, *(repr(each) for each in labels)])
 
 
@@ -196,6 +214,7 @@ def classification_facts(numbers: dict[str, Any], classifier: Classifier) -> dic
     """The numbers with what the classifier was made of."""
     return {
         "classification": numbers,
+        "class_names": classifier.names,
         "classes_hash": text_hash(classifier.names),
         "templates_hash": classifier.templates_hash,
         "prompts": classifier.prompts,

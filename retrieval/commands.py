@@ -9,8 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pairstream.atomic import write_text
-from pairstream.run import finite
+from retrieval.artifact import write_json
 
 
 def compare(
@@ -56,7 +55,7 @@ def compare(
             )
     Console().print(table)
     if json is not None:
-        write_result(json, result)
+        write_json(json, result)
 
 
 def classify(
@@ -89,7 +88,7 @@ def classify(
         pretrained: open_clip's tag of weights, for a name.
         json: Also write the numbers to this file.
         batch_size: Pictures at a time.
-        limit: Only the first so many pictures.
+        limit: Only so many pictures: the first of shards, or spread evenly over class folders.
         workers: Loader processes; 0 decodes in this one.
         max_faults: Share of bad pictures past which the work stops.
         device: auto, cpu, cuda or cuda:N.
@@ -131,7 +130,7 @@ def classify(
     if save is not None:
         print(f"classifier: {result.classifier.save(save)}")
     if json is not None:
-        write_result(json, result.metrics)
+        write_json(json, result.metrics)
 
 
 def suite(
@@ -224,9 +223,3 @@ def classification_table(metrics: dict[str, Any]) -> Table:
                 f"{by_chance:.4f}",
             )
     return table
-
-
-def write_result(path: Path, content: dict[str, Any]) -> None:
-    import json
-
-    write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")

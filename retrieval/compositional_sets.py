@@ -5,6 +5,7 @@
 | winoground | `examples.jsonl` with `image_0`, `image_1`, `caption_0`, `caption_1`; pictures in `images/NAME.png` |
 | sugarcrepe | `add_att.json`, ... : `{number: {filename, caption, negative_caption}}`; pictures of COCO val2017 |
 | aro_relation, aro_attribute | `visual_genome_relation.json`, `visual_genome_attribution.json`: a list with `image_path`, `bbox_x/y/w/h`, `true_caption`, `false_caption`, and `relation_name`, or `attributes` |
+| aro_order | `order.json`: a list with `image` and `caption_options`, the true caption first: what the authors' COCO_Order and Flickr30k_Order make in memory |
 | winogavil | `winogavil.jsonl`: `cue`, `candidates`, `associations` (names of pictures) |
 """  # noqa: E501 - a table
 
@@ -109,6 +110,12 @@ def aro_cases(folder: Path, images: Path, name: str, group: str) -> list[Case]:
     ]
 
 
+def order_cases(folder: Path, images: Path) -> list[Case]:
+    return [
+        Case((images / r["image"],), tuple(r["caption_options"])) for r in read_json(folder / "order.json")
+    ]
+
+
 def winogavil_cases(folder: Path, images: Path) -> list[Case]:
     cases = []
     for record in read_lines(folder / "winogavil.jsonl"):
@@ -146,6 +153,7 @@ READERS = {
     "aro_attribute": lambda folder, images: aro_cases(
         folder, images, "visual_genome_attribution", "attributes"
     ),
+    "aro_order": order_cases,
     "winogavil": winogavil_cases,
 }
 
@@ -195,7 +203,14 @@ def compositional_metrics(
         return compositional.winoground(np.stack([each.T for each in scores]))  # caption by image
     if name == "winogavil":
         return dict(compositional.winogavil([each[:, 0] for each in scores], [case.right for case in cases]))
+    options = {len(case.texts) for case in cases}
+    if len(options) > 1:
+        raise ValueError(
+            f"{folder}: expected as many captions in every case of {name}, found {sorted(options)}"
+        )
     rows = np.concatenate(scores)  # one picture a case
+    if name == "aro_order":
+        return dict(compositional.accuracy(rows))
     if name == "sugarcrepe":
         return compositional.sugarcrepe(rows, groups)
     least = compositional.VG_A_LEAST if name == "aro_attribute" else 1

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from retrieval.metrics import checked_owner
+from retrieval.checks import checked_owner
 from retrieval.rows import GRID, Rows, same_width
 
 SAMPLE = 4000  # rows of a side whose pairs are all compared for uniformity: 8 million pairs

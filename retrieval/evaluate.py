@@ -11,6 +11,7 @@ from typing import Any
 
 from pretrain.encoder import Encoder
 from retrieval.bootstrap import RESAMPLES
+from retrieval.checks import checked_cutoffs
 from retrieval.diagnostics import diagnostics
 from retrieval.embed import Embeddings, embed_shards
 from retrieval.index import Index
@@ -18,7 +19,6 @@ from retrieval.metrics import (
     DIRECTIONS,
     Ranking,
     chance,
-    checked_cutoffs,
     fold_metrics,
     retrieval_ranks,
     summary,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from pairstream.recipe import load_recipe
 from pretrain.encoder import Encoder
+from retrieval.checks import checked_cutoffs
 from retrieval.embed import embed_shards
-from retrieval.metrics import checked_cutoffs, retrieval_metrics
+from retrieval.metrics import retrieval_metrics
 from retrieval.recipe import ClassificationTask, SuiteRecipe
 from retrieval.share import Share
 

@@ -75,7 +75,7 @@ class LabelledPictures:
             have `KEY.cls`): folders, files, globs, braces or URLs.
         transform: The encoder's.
         batch_size: Pictures at a time.
-        limit: Only the first so many; None for all.
+        limit: Only the first so many of shards, or so many spread evenly over class folders; None for all.
         workers: Loader processes; 0 decodes in this one.
         max_faults: Share of bad pictures past which the work stops.
 
@@ -109,6 +109,9 @@ class LabelledPictures:
         folder = Path(names[0])
         if len(names) == 1 and folder.is_dir() and not any(folder.glob("*.tar")):
             self.folders, self.files = class_folders(folder)
+            if limit is not None:  # the first ones would all be of the first class
+                chosen = np.linspace(0, len(self.files) - 1, min(limit, len(self.files))).round()
+                self.files = [self.files[place] for place in np.unique(chosen.astype(int)).tolist()]
             self.total = len(self.files)
         else:
             self.stream = PairStream(
@@ -141,7 +144,7 @@ class LabelledPictures:
 
     def folder_batches(self, start: int, stop: int) -> Iterator[LabelledBatch]:
         loader = DataLoader(
-            FolderRows(self.files[start : min(stop, self.wanted)], self.transform),
+            FolderRows(Path(self.names[0]), self.files[start : min(stop, self.wanted)], self.transform),
             batch_size=self.batch_size,
             num_workers=self.workers,
             collate_fn=as_it_is,
@@ -164,19 +167,24 @@ class LabelledPictures:
 class FolderRows(Dataset):
     """The pictures of class folders; a bad one comes as its `FaultRecord`."""
 
-    def __init__(self, files: Sequence[tuple[Path, int]], transform: EvalTransform):
-        self.files, self.transform = files, transform
+    def __init__(self, folder: Path, files: Sequence[tuple[Path, int]], transform: EvalTransform):
+        self.folder, self.files, self.transform = folder, files, transform
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor | FaultRecord, int, str]:
         path, label = self.files[number]
-        key = f"{path.parent.name}/{path.name}"
+        key = folder_key(self.folder, path)
         try:
             return self.transform(decode_image(path.read_bytes(), max_pixels=MAX_PIXELS)), label, key
         except Fault as fault:
-            return FaultRecord(fault.cause, str(path.parent), path.name, fault.detail), label, key
+            return FaultRecord(fault.cause, printable(str(path.parent)), key, fault.detail), label, key
+
+
+def folder_key(folder: Path, path: Path) -> str:
+    """A picture's name in its set."""
+    return printable(path.relative_to(folder).as_posix())
 
 
 def class_folders(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
@@ -231,5 +239,10 @@ def class_numbers(label: Label, classes: Sequence[str], key: str) -> list[int]:
 
 
 def readable(names: Iterable[str]) -> list[str]:
-    """Folder names as words: `sea_snake` is a sea snake."""
-    return [name.replace("_", " ").strip() for name in names]
+    """Folder names as words: `sea_snake` is a sea snake; bytes that are no UTF-8 become U+FFFD."""
+    return [printable(name).replace("_", " ").strip() for name in names]
+
+
+def printable(name: str) -> str:
+    """A file's name as text that can be written and encoded."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pairstream.run import RunFolder
 from pretrain.report import add_training
 from retrieval.evaluate import Evaluation, cell, interval_rows, result_rows
 from retrieval.index import top_k
+from retrieval.labelled import class_folders, folder_key
 from retrieval.metrics import DIRECTIONS
 
 SHOWN = 5  # results of each query
@@ -163,13 +164,12 @@ def spaced(total: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
 
 
-def thumbnails(shards: Iterable[str], numbers: Iterable[int], side: int = 240) -> dict[int, bytes]:
+def thumbnails(shards: Iterable[str], numbers: Iterable[int]) -> dict[int, bytes]:
     """Small JPEG copies of some samples' pictures.
 
     Args:
         shards: The set.
         numbers: Global sample numbers.
-        side: Longer side, pixels.
 
     Returns:
         JPEG bytes by number.
@@ -181,9 +181,36 @@ def thumbnails(shards: Iterable[str], numbers: Iterable[int], side: int = 240) -
         for number in sorted(numbers):
             shard = int(np.searchsorted(bases, number, side="right")) - 1
             sample = read_sample(indices[shard], number - int(bases[shard]), number, reader)
-            picture = Image.fromarray(decode_image(sample.image).permute(1, 2, 0).numpy())  # (H, W, 3)
-            picture.thumbnail((side, side))
-            file = io.BytesIO()
-            picture.save(file, "JPEG", quality=85)
-            result[number] = file.getvalue()
+            result[number] = thumbnail(sample.image)
     return result
+
+
+def named_thumbnails(data: Sequence[str], keys: Iterable[str]) -> dict[str, bytes]:
+    """The same of a labelled set's pictures, by key.
+
+    Args:
+        data: A folder of class folders, or shards.
+        keys: Keys of pictures; of equal ones in several shards the first is taken.
+    """
+    wanted, folder = set(keys), Path(data[0])
+    if len(data) == 1 and folder.is_dir() and not any(folder.glob("*.tar")):
+        named = {folder_key(folder, path): path for path, _ in class_folders(folder)[1]}
+        return {key: thumbnail(named[key].read_bytes()) for key in sorted(wanted)}
+    numbers: dict[str, int] = {}
+    base = 0
+    for index in index_shards(data):
+        for number in range(len(index)):
+            if index.key(number) in wanted:
+                numbers.setdefault(index.key(number), base + number)
+        base += len(index)
+    pictures = thumbnails(data, numbers.values())
+    return {key: pictures[number] for key, number in numbers.items()}
+
+
+def thumbnail(content: bytes, side: int = 240) -> bytes:
+    """A small JPEG of an encoded picture; `side` is its longer side, pixels."""
+    picture = Image.fromarray(decode_image(content).permute(1, 2, 0).numpy())  # (H, W, 3)
+    picture.thumbnail((side, side))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return file.getvalue()

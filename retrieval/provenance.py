@@ -46,10 +46,11 @@ def encoder_facts(encoder: Encoder) -> dict[str, Any]:
 
     Returns:
         `model`, `fingerprint` (weights and configuration), `dtype`, `transform` and `tokenizer`, whose hash is
-        of the tokens that it makes of hard texts, so that casing, cleaning and padding count.
+        of the tokens that it makes of hard texts, so that casing, cleaning and padding count, and of its vocabulary.
     """
     tokens = encoder.tokenize(PROBES)
     content = repr(tuple(tokens.shape)).encode() + np.ascontiguousarray(tokens.numpy(), dtype="<i8").tobytes()
+    content += vocabulary(encoder.tokenizer)
     return {
         "model": encoder.name,
         "fingerprint": encoder.fingerprint,
@@ -61,6 +62,24 @@ def encoder_facts(encoder: Encoder) -> dict[str, Any]:
             "hash": hashlib.sha256(content).hexdigest()[:16],
         },
     }
+
+
+def vocabulary(tokenizer: Any) -> bytes:
+    """What a tokenizer knows, as bytes: texts that no probe has are cut by it, too; empty where it cannot be seen.
+
+    Args:
+        tokenizer: open_clip's own, or one of its wrappers of a transformers tokenizer.
+    """
+    inner = getattr(tokenizer, "tokenizer", None)
+    backend = getattr(inner, "backend_tokenizer", None)
+    if backend is not None:
+        return backend.to_str().encode("utf-8", "surrogatepass")  # merges, normaliser and all
+    if hasattr(inner, "get_vocab"):
+        return json.dumps(sorted(inner.get_vocab().items())).encode()
+    known = [getattr(tokenizer, name, None) for name in ("encoder", "bpe_ranks")]
+    return repr([list(each.items()) for each in known if isinstance(each, dict)]).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,8 @@ from safetensors.numpy import save as save_bytes
 
 from pairstream.atomic import write_bytes
 from retrieval.bootstrap import RESAMPLES, Difference, bootstrap_intervals, paired_difference
-from retrieval.metrics import DIRECTIONS, checked_cutoffs
+from retrieval.checks import checked_cutoffs
+from retrieval.metrics import DIRECTIONS
 from retrieval.ranking import Ranking
 
 KIND = "pairstream-queries"
@@ -167,7 +168,7 @@ def compare_results(
             f"{two['data_hash']}; {one['images']:,} and {two['images']:,} pictures): a paired test needs the same "
             "queries and gallery. Evaluate both on the same --data with the same --limit."
         )
-    result: dict[str, Any] = {
+    return {
         "first": describe(one, first),
         "second": describe(two, second),
         "data_hash": one["data_hash"],
@@ -176,17 +177,42 @@ def compare_results(
         "level": level,
         "resamples": resamples,
         "test": "sign flips over images, two-sided; interval: paired bootstrap over images",
+        **{
+            direction: {
+                name: asdict(each)
+                for name, each in differences(
+                    direction,
+                    one_rankings[direction],
+                    two_rankings[direction],
+                    owner,
+                    ks,
+                    resamples=resamples,
+                    level=level,
+                ).items()
+            }
+            for direction in DIRECTIONS
+        },
     }
-    for direction in DIRECTIONS:
-        found: dict[str, Difference] = paired_difference(
-            query_values(one_rankings[direction], ks),
-            query_values(two_rankings[direction], ks),
-            clusters(direction, owner),
-            resamples=resamples,
-            level=level,
-        )
-        result[direction] = {name: asdict(each) for name, each in found.items()}
-    return result
+
+
+def differences(
+    direction: str,
+    first: Ranking,
+    second: Ranking,
+    image_of_text: np.ndarray,
+    ks: Sequence[int],
+    *,
+    resamples: int = 10000,
+    level: float = 0.95,
+) -> dict[str, Difference]:
+    """Paired test of two rankings of the same pairs, by the number's name."""
+    return paired_difference(
+        query_values(first, ks),
+        query_values(second, ks),
+        clusters(direction, image_of_text),
+        resamples=resamples,
+        level=level,
+    )
 
 
 def describe(content: dict[str, Any], path: str | Path) -> dict[str, Any]:

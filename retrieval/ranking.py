@@ -11,10 +11,8 @@ import torch
 import torch.distributed as dist
 
 from retrieval import ties
-from retrieval.rows import GRID, Rows, exact_scores, plain_float32, rough, same_width
-
-RIGHT = -2.0  # in the place of a right candidate's score: below every cosine
-GATHER = 64  # one exact product of a gathered pair costs about as much as this many inside a matrix product
+from retrieval.counting import RIGHT, Part, Side
+from retrieval.rows import Rows, exact_scores, plain_float32, same_width
 
 
 @dataclass(frozen=True)
@@ -148,56 +146,6 @@ class Ranking:
         }
 
 
-class Side:
-    """One side's queries while they are counted: levels of their right answers, best first."""
-
-    def __init__(self, query: torch.Tensor, score: torch.Tensor, rows: int):
-        order = torch.argsort(score, descending=True, stable=True)
-        order = order[torch.argsort(query[order], stable=True)]
-        query, score = query[order], score[order]
-        new = torch.ones_like(query, dtype=torch.bool)
-        new[1:] = (query[1:] != query[:-1]) | (score[1:] != score[:-1])
-        number = new.cumsum(0) - 1
-        self.query, self.level = query[new], score[new]
-        self.right = torch.zeros_like(self.query).index_add_(0, number, torch.ones_like(query))
-        self.above, self.tied = torch.zeros_like(self.query), torch.zeros_like(self.query)
-        self.offset = torch.searchsorted(self.query, torch.arange(rows + 1, device=query.device))
-        self.rows = rows
-
-    def count(
-        self, part: slice, scores: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor
-    ) -> None:
-        """Add the wrong candidates of one block.
-
-        Args:
-            part: Rows of this side.
-            scores: `(q, c)` float32 products, right candidates at `RIGHT`.
-            queries: `(q, dim)` rows on the grid.
-            candidates: `(c, dim)` rows on the grid.
-        """
-        first = self.offset[part]
-        counts = self.offset[part.start + 1 : part.stop + 1] - first
-        for number in range(int(counts.max())):
-            has = (counts > number).nonzero()[:, 0]
-            whole = len(has) == len(counts)
-            group = (first if whole else first[has]) + number
-            above, tied = tally(
-                scores if whole else scores[has],
-                self.level[group],
-                queries if whole else queries[has],
-                candidates,
-            )
-            self.above[group] += above
-            self.tied[group] += tied
-
-    def ranking(self, gallery: int) -> Ranking:
-        """What was counted, on the CPU; rows that have no right answer are no queries."""
-        has = self.offset[1:] > self.offset[:-1]
-        query = (has.cumsum(0) - 1)[self.query]
-        counted = [each.cpu() for each in (query, self.above, self.tied, self.right)]
-        return Ranking(*counted, queries=int(has.sum()), gallery=gallery)
-
-
 def rank_pairs(
     images: Rows,
     texts: Rows,
@@ -233,30 +181,41 @@ def rank_pairs(
     order = torch.argsort(pair_text.to(device), stable=True)
     pair_image, pair_text = pair_image.to(device)[order], pair_text.to(device)[order]
     score = exact_scores(images, texts, pair_image, pair_text)
-    by_image, by_text = Side(pair_image, score, len(images)), Side(pair_text, score, len(texts))
+    by_image = Side(pair_image, score, len(images), images.dim)
+    by_text = Side(pair_text, score, len(texts), images.dim)
     shared = over_ranks and dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+    # Blocks are made in the same memory again: new memory for each would cost more than counting in it.
+    kept = torch.empty(min(images.block, len(images)) * min(texts.block, len(texts)), device=device)
     with torch.no_grad(), plain_float32(device):
         for rows in images.parts()[rank::world]:
-            image_rows = images.take(rows)
-            image_rough = rough(image_rows)
+            image_part, image_rough = Part(images, rows), images.rough(rows)
             mine = (pair_image >= rows.start) & (pair_image < rows.stop)
             mine_image, mine_text = pair_image[mine] - rows.start, pair_text[mine]  # still ordered by text
             for columns in texts.parts():
-                text_rows = texts.take(columns)
-                scores = image_rough @ rough(text_rows).T  # (image block, text block), float32
+                text_part, text_rough = Part(texts, columns), texts.rough(columns)
+                scores = kept[: len(image_part) * len(text_part)].view(len(image_part), len(text_part))
+                torch.mm(image_rough, text_rough.T, out=scores)
                 low, high = torch.searchsorted(
                     mine_text, torch.tensor([columns.start, columns.stop], device=device)
                 ).tolist()
                 scores[mine_image[low:high], mine_text[low:high] - columns.start] = RIGHT
                 if directions[0]:
-                    by_image.count(rows, scores, image_rows, text_rows)
+                    by_image.count(scores, image_part, text_part)
                 if directions[1]:
-                    by_text.count(columns, scores.T, text_rows, image_rows)
+                    by_text.count(scores.T, text_part, image_part)
     if shared:
         for counts in (by_image.above, by_image.tied, by_text.above, by_text.tied):
             add_up(counts)
-    return by_image.ranking(len(texts)), by_text.ranking(len(images))
+    return ranking_of(by_image, len(texts)), ranking_of(by_text, len(images))
+
+
+def ranking_of(side: Side, gallery: int) -> Ranking:
+    """What was counted, on the CPU; rows that have no right answer are no queries."""
+    has = side.offset[1:] > side.offset[:-1]
+    query = (has.cumsum(0) - 1)[side.query]
+    counted = [each.cpu() for each in (query, side.above, side.tied, side.right)]
+    return Ranking(*counted, queries=int(has.sum()), gallery=gallery)
 
 
 def add_up(counts: torch.Tensor) -> None:
@@ -267,44 +226,3 @@ def add_up(counts: torch.Tensor) -> None:
         counts.copy_(there)
     else:
         dist.all_reduce(counts)
-
-
-def tally(
-    scores: torch.Tensor, level: torch.Tensor, queries: torch.Tensor, candidates: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count wrong candidates above a level and level with it: in float32 where that is safe, else exactly.
-
-    Args:
-        scores: `(q, c)` float32 products of the unit rows, right candidates at `RIGHT`.
-        level: `(q,)` exact score of a right candidate of each query.
-        queries: `(q, dim)` rows on the grid.
-        candidates: `(c, dim)` rows on the grid.
-
-    Returns:
-        Two int64 tensors of shape `(q,)`.
-    """
-    # Bound on a float32 product of unit rows: dim roundings of a sum whose terms add up to at most 1 in
-    # absolute value, and the rounding of the rows.
-    doubt = (1.5 * queries.shape[1] + 16) * 2.0**-24
-    unit_level = (level / GRID**2)[:, None]
-    high, low = (unit_level + doubt).float(), (unit_level - doubt).float()
-    flags = torch.empty_like(scores)  # counting floats is several times faster than counting booleans
-    above = torch.gt(scores, high, out=flags).sum(1).long()
-    close = torch.ge(scores, low, out=flags).sum(1).long() - above
-    tied = torch.zeros_like(above)
-    doubtful = close.nonzero()[:, 0]
-    if not len(doubtful):
-        return above, tied
-    near = scores[doubtful]
-    near = (near >= low[doubtful]) & (near <= high[doubtful])
-    if int(close.sum()) * GATHER > near.numel():
-        exact = queries[doubtful] @ candidates.T
-        above[doubtful] += ((exact > level[doubtful, None]) & near).sum(1)
-        tied[doubtful] = ((exact == level[doubtful, None]) & near).sum(1)
-        return above, tied
-    for which, candidate in zip(*(each.split(2048) for each in near.nonzero(as_tuple=True)), strict=True):
-        query = doubtful[which]
-        exact = (queries[query] * candidates[candidate]).sum(1)
-        above.index_add_(0, query, (exact > level[query]).long())
-        tied.index_add_(0, query, (exact == level[query]).long())
-    return above, tied

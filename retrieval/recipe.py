@@ -36,7 +36,7 @@ class ClassificationTask(Config):
     templates: str = "plain"
     """imagenet, simple, cifar, plain or a file."""
     limit: int | None = Field(None, ge=1)
-    """Only the first so many pictures; sets that are sorted by class need all of them."""
+    """Only so many pictures: spread evenly over class folders, the first of shards."""
 
 
 class CompositionalTask(Config):
@@ -45,7 +45,7 @@ class CompositionalTask(Config):
     kind: Literal["compositional"] = "compositional"
     name: str
     """What it is called in tables and file names."""
-    set: Literal["winoground", "sugarcrepe", "aro_relation", "aro_attribute", "winogavil"]
+    set: Literal["winoground", "sugarcrepe", "aro_relation", "aro_attribute", "aro_order", "winogavil"]
     """Which set."""
     folder: str
     """Where its annotations are."""
@@ -55,7 +55,29 @@ class CompositionalTask(Config):
     """Only the first so many cases."""
 
 
-Task = Annotated[RetrievalTask | ClassificationTask | CompositionalTask, Field(discriminator="kind")]
+class ProbeTask(Config):
+    """A probe of frozen image features: linear by the CLIP paper's protocol, nearest neighbours, or few-shot."""
+
+    kind: Literal["probe"] = "probe"
+    name: str
+    """What it is called in tables and file names."""
+    probe: Literal["linear", "knn", "few_shot"] = "linear"
+    """Which one."""
+    train: str | list[str]
+    """A folder of class folders, or shards with labels."""
+    test: str | list[str]
+    """The same of other pictures."""
+    classes: str | None = None
+    """imagenet, cifar10, cifar100 or a file; the folders' names when None."""
+    features: Literal["before_projection", "embedding"] = "before_projection"
+    """A ViT's features before its projection, as the paper takes, or unit rows of the common space."""
+    limit: int | None = Field(None, ge=1)
+    """Only so many pictures of both: spread evenly over class folders, the first of shards."""
+
+
+Task = Annotated[
+    RetrievalTask | ClassificationTask | CompositionalTask | ProbeTask, Field(discriminator="kind")
+]
 
 
 class SuiteRecipe(Config):

@@ -43,8 +43,10 @@ class Rows:
             raise TypeError(f"{name}: expected real numbers, got {kind}")
         self.rows, self.dim = shape
         self.norms = torch.empty(self.rows, dtype=torch.float64, device=self.device)
+        # float64 has room for the squares of whatever these types hold.
+        narrow = kind in ("float32", "float16", "bfloat16")
         for part in self.parts():
-            self.norms[part] = row_norms(self.read(part))
+            self.norms[part] = row_norms(self.read(part), scaled=not narrow)
         if not torch.isfinite(self.norms).all():
             row = int((~torch.isfinite(self.norms)).nonzero()[0])
             raise ValueError(
@@ -55,6 +57,9 @@ class Rows:
             row = int((self.norms == 0).nonzero()[0])
             raise ValueError(f"{name}: row {row} is all zeros and has no direction")
         self.scales = GRID / self.norms
+        # Lengths that a float32 and its reciprocal hold.
+        usual = bool((self.norms > 1e-30).all() and (self.norms < 1e30).all())
+        self.lengths = (1 / self.norms).float() if narrow and usual else None
 
     def __len__(self) -> int:
         return self.rows
@@ -63,26 +68,40 @@ class Rows:
         return [slice(start, min(start + self.block, self.rows)) for start in range(0, self.rows, self.block)]
 
     def read(self, which: slice | torch.Tensor) -> torch.Tensor:
+        """A float64 copy of some rows, as they are."""
         if isinstance(self.source, torch.Tensor):
-            return self.source[which].detach().double()
+            return self.source[which].detach().to(torch.float64, copy=True)
         index = which if isinstance(which, slice) else which.cpu().numpy()
         return torch.from_numpy(np.array(self.source[index], dtype=np.float64))
 
     def take(self, which: slice | torch.Tensor) -> torch.Tensor:
         """Unit rows as whole multiples of 2^-26, float64."""
-        return (self.read(which) * self.scales[which, None]).round_()
+        return self.read(which).mul_(self.scales[which, None]).round_()
+
+    def rough(self, which: slice) -> torch.Tensor:
+        """Unit rows in float32, each value within two roundings: what a first look at the scores takes."""
+        if self.lengths is None:
+            return (self.take(which) * (1 / GRID)).float()
+        lengths = self.lengths[which, None]
+        if isinstance(self.source, torch.Tensor):
+            return self.source[which].detach().float() * lengths
+        return torch.from_numpy(np.multiply(self.source[which], lengths.numpy()))
 
 
 def same_width(first: Rows, second: Rows) -> None:
     """Make sure that two sides can be multiplied.
 
     Raises:
-        ValueError: They have different widths.
+        ValueError: They have different widths, or are on different devices.
     """
     if first.dim != second.dim:
         raise ValueError(
             f"{first.name} have {first.dim} dimensions, {second.name} {second.dim}: "
             "expected both from the same model"
+        )
+    if first.device != second.device:
+        raise ValueError(
+            f"{first.name} are on {first.device}, {second.name} on {second.device}: expected both on one device"
         )
 
 
@@ -107,23 +126,30 @@ def exact_scores(
     return result
 
 
-def rough(rows: torch.Tensor) -> torch.Tensor:
-    """Rows on the grid as float32 unit rows."""
-    return (rows * (1 / GRID)).float()
-
-
-def row_norms(rows: torch.Tensor) -> torch.Tensor:
+def row_norms(rows: torch.Tensor, *, scaled: bool = True) -> torch.Tensor:
     """Euclidean norms by folding halves onto each other: elementwise steps, so equal rows give equal bits.
 
     A library's reduction may add in another order at another place in memory.
+
+    Args:
+        rows: float64 `(n, dim)`; may be overwritten.
+        scaled: Keep the squares of huge and tiny rows within float64's range, by powers of two: where none is needed
+            the result is the same to the last bit.
     """
-    scale = rows.abs().amax(1, keepdim=True)  # squares of huge or tiny rows must not leave float64's range
-    squares = (rows / torch.where(scale > 0, scale, 1.0)).square()
+    scale = None
+    if scaled:
+        largest = rows.abs().amax(1)
+        power = largest / (2 * torch.frexp(largest).mantissa)  # exactly
+        scale = torch.where((largest > 0) & torch.isfinite(largest), power, 1.0)
+        rows = rows / scale[:, None]
+    squares = rows.square_()
     while (width := squares.shape[1]) > 1:
         half = width // 2
         folded = squares[:, :half] + squares[:, half : 2 * half]
-        squares = torch.cat([folded, squares[:, 2 * half :]], 1)  # an odd width keeps its last column
-    return squares[:, 0].sqrt() * scale[:, 0]
+        # An odd width keeps its last column.
+        squares = torch.cat([folded, squares[:, 2 * half :]], 1) if width % 2 else folded
+    norms = squares[:, 0].sqrt()
+    return norms if scale is None else norms * scale
 
 
 @contextmanager

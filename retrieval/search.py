@@ -15,7 +15,9 @@ from retrieval.side import Side
 if TYPE_CHECKING:
     from pretrain.encoder import Encoder
 
-MORE = 4  # results looked at for each one wanted, so that some remain when near duplicates are dropped
+MORE = (
+    4  # results looked at for each one wanted, and again so many times more while near duplicates fill them
+)
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,15 @@ def search(
     queries = query_rows(index, encoder, texts, images, vectors, image_weight)
     conditions = list(where)
     allowed = side.where(conditions) if conditions else None
-    if allowed is not None and not (allowed if side.deleted is None else allowed & ~side.deleted).any():
-        raise ValueError(f"no row of the {name} fulfils {' and '.join(conditions)}")
-    wanted = k if dedup is None else min(MORE * k, side.alive)
-    scores, rows = top_k(side, queries, wanted, allowed=allowed)
-    return [
-        hits_of(side, *(pair if dedup is None else distinct(side, *pair, dedup)), k)
-        for pair in zip(scores, rows, strict=True)
-    ]
+    left = side.alive
+    if allowed is not None:
+        left = int((allowed if side.deleted is None else allowed & ~side.deleted).sum())
+        if not left:
+            raise ValueError(f"no row of the {name} fulfils {' and '.join(conditions)}")
+    if dedup is None:
+        scores, rows = top_k(side, queries, k, allowed=allowed)
+        return [hits_of(side, *pair) for pair in zip(scores, rows, strict=True)]
+    return [hits_of(side, *distinct(side, query, k, dedup, allowed, left)) for query in queries]
 
 
 def query_rows(
@@ -147,25 +150,42 @@ def normalised(rows: np.ndarray, name: str) -> np.ndarray:
 
 
 def distinct(
-    side: Side, scores: np.ndarray, rows: np.ndarray, threshold: float
+    side: Side, query: np.ndarray, k: int, threshold: float, allowed: np.ndarray | None, left: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Results without those that a better one is nearly the same as: the best of each kind stays."""
-    found = rows >= 0
-    scores, rows = scores[found], rows[found]
-    vectors = side.vectors(rows)
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    alike = vectors @ vectors.T >= threshold - 1e-6
-    kept: list[int] = []
-    for number in range(len(rows)):
-        if not alike[number, kept].any():
-            kept.append(number)
-    return scores[kept], rows[kept]
+    """The best k rows of which none is nearly the same as a better one: the best of each kind stays.
+
+    Args:
+        side: What is searched.
+        query: float32 `(dim,)`.
+        k: Results wanted.
+        threshold: Cosine of near duplicates.
+        allowed: bool `(rows,)`, or None.
+        left: Rows that may be found.
+
+    Returns:
+        Scores and rows, best first; fewer than k only when there are no more.
+    """
+    wanted = k
+    while True:
+        wanted = min(MORE * wanted, left)
+        scores, rows = (each[0] for each in top_k(side, query[None], wanted, allowed=allowed))
+        scores, rows = scores[rows >= 0], rows[rows >= 0]
+        vectors = side.vectors(rows)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        kept: list[int] = []
+        open_ = np.ones(len(rows), dtype=bool)
+        while len(kept) < k and open_.any():
+            kept.append(int(open_.argmax()))
+            open_ &= vectors @ vectors[kept[-1]] < threshold - 1e-6
+            open_[kept[-1]] = False
+        if len(kept) == k or wanted == left:
+            return scores[kept], rows[kept]
 
 
-def hits_of(side: Side, scores: np.ndarray, rows: np.ndarray, k: int) -> list[Hit]:
+def hits_of(side: Side, scores: np.ndarray, rows: np.ndarray) -> list[Hit]:
     hits = []
     for score, row in zip(scores.tolist(), rows.tolist(), strict=True):
-        if row < 0 or len(hits) == k:
+        if row < 0:
             break
         record = side.records[row]
         meta = {name: value for name, value in record.items() if name not in ("key", "text", "sample")}

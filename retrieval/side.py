@@ -325,8 +325,11 @@ def read_condition(text: str) -> tuple[str, Callable[[Any], bool]]:
         number = None
 
     def fulfils(found: Any) -> bool:
-        if number is not None and isinstance(found, int | float):
-            return OPERATORS[sign](found, number)
+        if number is not None and found is not None:
+            try:  # some sets write numbers as text, whose order is another one
+                return OPERATORS[sign](float(found), number)
+            except (ValueError, TypeError):
+                pass
         return OPERATORS[sign](None if found is None else str(found), value)
 
     return key, fulfils

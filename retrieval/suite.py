@@ -6,26 +6,28 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pairstream.atomic import write_text
-from pairstream.progress import ProgressBar
-from pairstream.run import finite
 from pretrain.encoder import Encoder
-from retrieval.cache import LabelledEmbeddings, cache_key, cached
-from retrieval.classify import chosen_classifier, classification_facts, count_batches, embedded
+from retrieval.artifact import write_json
+from retrieval.cache import cache_key, cached
 from retrieval.compositional_sets import compositional_metrics
-from retrieval.embed import Embeddings, embed_shards, evaluating
+from retrieval.embed import Embeddings, embed_shards
 from retrieval.evaluate import Evaluation, measure
-from retrieval.labelled import LabelledPictures, readable
-from retrieval.prompts import load_classes, load_templates
+from retrieval.metrics import DIRECTIONS
 from retrieval.provenance import encoder_facts, versions
-from retrieval.recipe import ClassificationTask, CompositionalTask, RetrievalTask, SuiteRecipe, Task
+from retrieval.recipe import (
+    ClassificationTask,
+    CompositionalTask,
+    ProbeTask,
+    RetrievalTask,
+    SuiteRecipe,
+    Task,
+)
 from retrieval.share import ALONE, Share
+from retrieval.suite_labelled import classified, listed, probed
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ def run_task(
     if isinstance(task, ClassificationTask):
         metrics, hit = classified(encoder, task, recipe, limit, cache, share, show)
         return SuiteResult(task, {**metrics, **about}, None, hit)
+    if isinstance(task, ProbeTask):
+        metrics, hit = probed(encoder, task, recipe, limit, cache, share, show)
+        return SuiteResult(task, {**metrics, **about}, None, hit)
     assert isinstance(task, CompositionalTask)
     numbers = compositional_metrics(
         encoder,
@@ -130,64 +135,9 @@ def retrieve(
         ),
     )
     folds = None if quick else task.folds
+    # The cache knows sets by their bytes: they may have been embedded from another place, which is gone by now.
+    found = replace(found, shards=listed(task.data))
     return measure(found, encoder_facts(encoder), limit=limit, folds=folds, over_ranks=share.world > 1), hit
-
-
-def classified(
-    encoder: Encoder,
-    task: ClassificationTask,
-    recipe: SuiteRecipe,
-    limit: int | None,
-    cache: Path | None,
-    share: Share,
-    show: bool,
-) -> tuple[dict[str, Any], bool]:
-    """A classification task from cached or new embeddings of its pictures."""
-    pictures = LabelledPictures(
-        task.data,
-        encoder.transform,
-        batch_size=recipe.batch_size,
-        limit=limit,
-        workers=recipe.workers,
-        max_faults=recipe.max_faults,
-    )
-
-    def make() -> LabelledEmbeddings:
-        rows, labels, keys = [], [], []
-        with evaluating(encoder), ProgressBar(task.name, pictures.steps, show=show) as bar:
-            for part, found, names in embedded(encoder, pictures, bar, share):
-                rows.append(part)
-                labels += found
-                keys += names
-        if not keys:
-            raise ValueError(f"task {task.name}: no picture can be used: {pictures.faults}")
-        return LabelledEmbeddings(np.concatenate(rows), labels, keys, pictures.faults)
-
-    found, hit = cached(
-        cache,
-        lambda: cache_key(encoder, task.data, limit=limit, kind=task.kind, max_faults=recipe.max_faults),
-        LabelledEmbeddings.load,
-        make,
-    )
-    names = None if task.classes is None else load_classes(task.classes)
-    known = names or (readable(pictures.folders) if pictures.folders is not None else [])
-    with evaluating(encoder):
-        classifier = chosen_classifier(
-            encoder, pictures, names, load_templates(task.templates, known), None, share=share, show=show
-        )
-    counted = count_batches([(found.rows, found.labels, found.keys)], classifier)
-    assert counted is not None, "empty sets are refused when they are embedded"
-    numbers, data_hash = counted
-    metrics = {
-        **encoder_facts(encoder),
-        "data": pictures.names,
-        "data_hash": data_hash,
-        "limit": limit,
-        "faults": found.faults,
-        **classification_facts(numbers, classifier),
-        "versions": versions(),
-    }
-    return metrics, hit
 
 
 def headline(metrics: dict[str, Any]) -> dict[str, float]:
@@ -195,16 +145,33 @@ def headline(metrics: dict[str, Any]) -> dict[str, float]:
     if "retrieval" in metrics:
         numbers = metrics["retrieval"]
         return {
-            "image to text recall@1": numbers["image_to_text"]["recall@1"],
-            "text to image recall@1": numbers["text_to_image"]["recall@1"],
+            f"{direction.replace('_', ' ')} recall@1": numbers[direction]["recall@1"]
+            for direction in DIRECTIONS
         }
     if "classification" in metrics:
         numbers = metrics["classification"]
         names = ("acc1", "acc5", "mean_per_class_recall", "mean_average_precision")
         return {name.replace("_", " "): numbers[name] for name in names if numbers.get(name) is not None}
+    if "probe" in metrics:
+        names = ("accuracy", "mean_per_class_recall")
+        return {name.replace("_", " "): metrics["probe"][name] for name in names if name in metrics["probe"]}
     numbers = metrics["compositional"]
     names = ("text", "image", "group", "accuracy", "macro_accuracy", "mean_of_kinds", "jaccard")
     return {name.replace("_", " "): numbers[name] for name in names if name in numbers}
+
+
+def headline_intervals(metrics: dict[str, Any]) -> dict[str, list[float]]:
+    """Intervals of the headline numbers, where there are some."""
+    if "retrieval" in metrics:
+        found = metrics["intervals"]
+        return {
+            f"{direction.replace('_', ' ')} recall@1": found[direction]["recall@1"]
+            for direction in DIRECTIONS
+        }
+    if "classification" in metrics:
+        found = metrics["classification"].get("intervals", {})
+        return {name.replace("_", " "): ends for name, ends in found.items()}
+    return {}
 
 
 def chances(metrics: dict[str, Any]) -> dict[str, float]:
@@ -212,8 +179,8 @@ def chances(metrics: dict[str, Any]) -> dict[str, float]:
     if "retrieval" in metrics:
         by_chance = metrics["retrieval"]["chance"]
         return {
-            "image to text recall@1": by_chance["image_to_text"]["recall@1"],
-            "text to image recall@1": by_chance["text_to_image"]["recall@1"],
+            f"{direction.replace('_', ' ')} recall@1": by_chance[direction]["recall@1"]
+            for direction in DIRECTIONS
         }
     if "classification" in metrics:
         numbers = metrics["classification"]
@@ -221,6 +188,8 @@ def chances(metrics: dict[str, Any]) -> dict[str, float]:
             return {"mean average precision": numbers["chance"]}
         one = numbers["chance_acc1"]
         return {"acc1": one, "acc5": min(1.0, 5 * one), "mean per class recall": one}
+    if "probe" in metrics:
+        return dict.fromkeys(("accuracy", "mean per class recall"), metrics["probe"]["chance"])
     if "chance" in metrics["compositional"]:
         one = metrics["compositional"]["chance"]
         return dict.fromkeys(("accuracy", "macro accuracy", "mean of kinds"), one)
@@ -235,7 +204,7 @@ def write_result(out: Path, model: str, result: SuiteResult) -> Path:
     if result.evaluation is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         result.evaluation.write_queries(path)
-    write_text(path, json.dumps(finite(result.metrics), indent=2, ensure_ascii=False) + "\n")
+    write_json(path, result.metrics)
     return path
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from retrieval.artifact import new_artifact, read_artifact
-from retrieval.build import Options, PartsSource, build_segment, key_hashes, query_count, sample_rows
+from retrieval.build import Options, build_segment, query_count, sample_rows
+from retrieval.first_pass import PartsSource, key_hashes
 from retrieval.index import KIND, Index, segment_entry
 from retrieval.parts import SIDES, EmbeddingSet
 from retrieval.side import Side

@@ -13,7 +13,7 @@ from PIL import Image
 from data.samples import index_shards, read_sample
 from data.tar import ShardReader
 from data.transforms import decode_image
-from retrieval.build import key_hashes
+from retrieval.first_pass import key_hashes
 from retrieval.side import Side
 
 THUMBNAIL = 320  # pixels of the longer side

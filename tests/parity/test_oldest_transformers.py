@@ -6,10 +6,10 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST = Path(os.environ.get("PAIRSTREAM_OLDEST", ROOT / ".oldest"))

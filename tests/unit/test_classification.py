@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from finetune.classification import auroc, calibration_error, classification_metrics
-from finetune.confusion import confusion_picture
 from finetune.multilabel import average_precision, multilabel_metrics
+from pairstream.confusion import confusion_picture
 
 
 def predictions(seed: int, classes: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:

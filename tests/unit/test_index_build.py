@@ -13,8 +13,9 @@ import pytest
 import retrieval.fill
 import retrieval.side
 from retrieval.artifact import read_artifact
-from retrieval.build import Options, build_index, build_segment, refuse_repeated, sample_rows
+from retrieval.build import Options, build_index, build_segment, sample_rows
 from retrieval.choose import choose_cells, choose_plans, memory_of
+from retrieval.first_pass import refuse_repeated
 from retrieval.index import KIND, Index, top_k
 from retrieval.measure import ExactTopK
 from retrieval.parts import EmbeddingSet, PartRows, part_folder, write_part, write_set
@@ -533,7 +534,7 @@ def test_a_search_looks_further_when_cells_hold_too_few(built):
 
 
 def test_a_segment_without_queries_is_not_measured(embedded, tmp_path):
-    from retrieval.build import PartsSource
+    from retrieval.first_pass import PartsSource
 
     source = PartsSource(EmbeddingSet.open(embedded), "images")
     none = np.zeros((0, DIM), np.float32)
