@@ -95,7 +95,7 @@ class SuiteRecipe(Config):
     """Loader processes."""
     max_faults: float = Field(0.01, ge=0, lt=1)
     """Share of bad samples past which a task stops."""
-    quick_limit: int = Field(500, ge=1)
+    quick_limit: int = Field(default=500, ge=1)
     """Samples of each task with --quick."""
 
     @field_validator("tasks")

@@ -1,4 +1,4 @@
-"""The models that write, with the oldest transformers that pyproject.toml allows. `make oldest` lays it into .oldest."""
+"""The models that write, with the oldest transformers that pyproject.toml allows; `make oldest` makes .oldest."""
 
 from __future__ import annotations
 
