@@ -89,11 +89,11 @@ class SuiteRecipe(Config):
     """What is measured."""
     cache: str | None = "~/.cache/pairstream/embeddings"
     """Where embeddings are kept for the next time; None keeps none."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Pictures at a time."""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
     """Loader processes."""
-    max_faults: float = Field(0.01, ge=0, lt=1)
+    max_faults: float = Field(default=0.01, ge=0, lt=1)
     """Share of bad samples past which a task stops."""
     quick_limit: int = Field(default=500, ge=1)
     """Samples of each task with --quick."""
