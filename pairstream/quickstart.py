@@ -39,7 +39,7 @@ def stages(out: Path = HOME, *, tiny: bool = False) -> list[Stage]:
         What `quickstart` runs.
     """
     pairs, test, pretrain = (str(out / name) for name in ("shards/train", "shards/test", "pretrain"))
-    counts = ("48", "24") if tiny else ("6000", "600")
+    counts = ("48", "24") if tiny else ("8000", "600")
     short = ("--steps", "4", "--schedule.warmup", "1", "--batch-size", "8") if tiny else ()
 
     def train(stage: str, name: str) -> tuple[str, ...]:
