@@ -1,8 +1,9 @@
 """Which way of pretraining wins on a small set, from equally many pairs: a table over seeds, paired by seed.
 
 Every setting sees the same pictures in the same order (a seed's), for as many pairs. `lit`, `lit_gradcache` (the batch
-four times as large) and `distillation` build on the packaged towers of the recipe `flickr8k_pretrained_cpu` and on a run of it; the other settings start from random
-weights. A run that is there is not made again, so the command can be stopped and repeated.
+four times as large) and `distillation` build on the packaged towers of the recipe `flickr8k_pretrained_cpu` and on a
+run of it; the other settings start from random weights. A run that is there is not made again, so the command can be
+stopped and repeated.
 
     python benchmarks/pretraining_study.py --data runs/flickr8k/shards --teacher runs/flickr8k_pretrained_cpu
     python benchmarks/pretraining_study.py --data runs/quickstart/shards --val test --name scenes_8000
