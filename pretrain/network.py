@@ -28,6 +28,9 @@ class DualEncoder(nn.Module):
         text_features = self.model.encode_text(tokens.flatten(0, -2), normalize=True)
         text_features = text_features.unflatten(0, tokens.shape[:-1])  # (b, d) or (b, k, d)
         bias = getattr(self.model, "logit_bias", None)
-        scalars = (self.model.logit_scale.exp(), *(() if bias is None else (bias,)))
-        scalars = (value.reshape(()) for value in scalars)  # FSDP2 holds them as (1,)
-        return image_features, text_features, *scalars
+        features = (
+            image_features,
+            text_features,
+            self.model.logit_scale.exp().reshape(()),
+        )  # FSDP2 holds it as (1,)
+        return features if bias is None else (*features, bias.reshape(()))
