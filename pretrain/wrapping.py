@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from pretrain.checkpoint import load_optimizer_state, optimizer_state
 from pretrain.compiled import compile_network
@@ -79,15 +80,13 @@ class Shards(Replicas):
     evaluations and checkpoints, at 4 bytes a parameter, and is brought up to date before them. Checkpoints are
     therefore the same as without, and any number of processes resumes them, sharded or not.
 
-    What the launcher says of it is Accelerate's: `FSDP_AUTO_WRAP_POLICY`, `FSDP_RESHARD_AFTER_FORWARD` and so on.
-    Accelerate itself shards on GPUs only; on CPUs, where it would silently train replicas, the same function of its
-    is called here.
+    The launcher configures it through Accelerate: what is gathered at a time (`FSDP_AUTO_WRAP_POLICY`) and whether it
+    is given up after the forward pass (`FSDP_RESHARD_AFTER_FORWARD`). Accelerate's own call of `fully_shard` is for
+    GPUs only (on CPUs it silently trains replicas), and in bf16 it would round logit_scale and the gradients' sums;
+    here gathers and sums are float32, and autocast rounds what it does without FSDP.
     """
 
     def begin(self, lr_scale: dict[str, float], saved: dict[str, Tensor]) -> None:
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-        from torch.distributed.fsdp import FSDPModule
-
         self.network = DualEncoder(self.encoder)
         # An own copy: FSDP2 replaces parameters in place. One call for both, since a term may use the model's decoder.
         self.network.model, self.network.terms = copy.deepcopy((self.encoder.model, self.terms))
@@ -99,17 +98,32 @@ class Shards(Replicas):
                     name,
                     nn.Parameter(value.detach().reshape(1), requires_grad=value.requires_grad),
                 )
-        found = {type(layer).__name__ for layer in self.network.modules()}
-        self.network._no_split_modules = [name for name in BLOCKS if name in found]  # pyright: ignore
-        self.wrapped = fsdp2_prepare_model(self.accelerator, self.network)
-        if self.accelerator.device.type == "cpu":
-            for module in self.network.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_force_sum_reduction_for_comms(True)  # gloo knows no mean
+        self.wrapped = self.shard(self.network)
         self.optimizer = self.stepper = build_optimizer(
             self.network.named_parameters(), self.recipe.optim, lr_scale=lr_scale
         )
         self.load(saved)
+
+    def shard(self, network: Any) -> Any:
+        """Leave each rank its share of the parameters, block by block as the launcher says."""
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        found = {type(layer).__name__ for layer in network.modules()}
+        network._no_split_modules = [name for name in BLOCKS if name in found]
+        chosen = fsdp2_prepare_auto_wrap_policy(plugin, network)
+        device = self.accelerator.device.type
+        mesh = init_device_mesh(device, (self.accelerator.num_processes,))
+        blocks = [layer for layer in network.modules() if chosen and layer is not network and chosen(layer)]
+        for layer in reversed(blocks):  # inner ones first
+            fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
+        fully_shard(network, mesh=mesh)
+        if device == "cpu":
+            for layer in (*blocks, network):
+                layer.set_force_sum_reduction_for_comms(True)  # gloo knows no mean
+        return network
 
     def load(self, saved: dict[str, Tensor]) -> None:
         """Give each parameter its share of the state that was saved under its name."""
@@ -184,7 +198,8 @@ def make_wrapping(
         accelerator.num_processes == 1 and accelerator.distributed_type.value != "FSDP"
     ):
         return Replicas(encoder, terms, recipe, accelerator)
-    plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type.value == "FSDP" else None
+    plugin = plugin or FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
         raise ValueError(
             "FSDP's first version flattens parameters, whose names and shapes optimizers and checkpoints here need: "
@@ -203,10 +218,15 @@ def make_wrapping(
             f"FSDP2 here does not go with {', '.join(told)}: they need whole weights at each step. Leave it out, or "
             "train replicas (launch without --use_fsdp)."
         )
-    if plugin.activation_checkpointing or plugin.cpu_ram_efficient_loading:
+    if (
+        plugin.activation_checkpointing
+        or plugin.cpu_ram_efficient_loading
+        or isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    ):
         raise ValueError(
-            "FSDP2: activation checkpointing is the recipe's checkpoint_activations, and weights are there when it "
-            "begins: leave --fsdp_activation_checkpointing and --fsdp_cpu_ram_efficient_loading out"
+            "FSDP2 here keeps shards on their devices and takes activation checkpointing from the recipe "
+            "(checkpoint_activations): leave --fsdp_offload_params, --fsdp_cpu_ram_efficient_loading and "
+            "--fsdp_activation_checkpointing out"
         )
     accelerator.state.fsdp_plugin = plugin
     return Shards(encoder, terms, recipe, accelerator)
