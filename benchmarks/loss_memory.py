@@ -2,16 +2,19 @@
 
 Memory is the highest resident size above the features, in a process of its own for each measurement (the kernel's
 high-water mark, reset when the features are there). CPU time, one thread, is of pairs that are interleaved A B B A
-in one process. The last line is one JSON object; `--plot FILE` draws memory against the batch.
+in one process, 7 of them or as many as five minutes allow. The last line is one JSON object; `--plot FILE` draws memory
+against the batch.
 
-    python benchmarks/loss_memory.py --plot memory.png      (about 6 minutes on two free cores)
+    python benchmarks/loss_memory.py [--quick] [--plot memory.png]      (about 9 minutes on two free cores)
 
-With `--device cuda` memory is the allocator's and time is of the GPU.
+A measurement that fails leaves null for the figures that need it, with the reason under `errors`, and the exit code 1;
+`--quick` leaves out what takes minutes. With `--device cuda` memory is the allocator's and time is of the GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -19,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,8 @@ from torch import Tensor
 from pretrain.losses import info_nce
 
 WIDTH, SCALE = 512, 100.0
+LONGEST = 300
+"""Seconds of timed pairs of one size, on a machine that is slow or busy."""
 BATCHES = (4096, 8192, 16384, 32768, 65536)
 """Of the memory curve."""
 
@@ -64,6 +70,10 @@ def step(loss: Any, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
 def high_water_mb(reset: bool = False) -> float:
     """Highest resident size of this process in MiB since the last reset (Linux)."""
     if reset:
+        # What was freed and kept would be used again, and not be seen as the loss's.
+        trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
@@ -100,8 +110,10 @@ def measure_time(batch: int, pairs: int, device: str) -> dict[str, Any]:
     small = features(2048, device)
     for loss in losses.values():
         step(loss, small)  # warm
-    rounds, found = [], {}
+    rounds, found, began = [], {}, time.monotonic()
     for number in range(pairs):
+        if number >= 3 and time.monotonic() - began > LONGEST:
+            break
         order = list(losses) if number % 2 == 0 else list(losses)[::-1]
         taken = {}
         for name in order:
@@ -151,25 +163,50 @@ def plot(path: Path, ours: dict[int, float], theirs: dict[int, float]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def timed(batch: int, pairs: int, device: str) -> tuple[list[float], list[float]]:
-    """Ratios ours / ClipLoss of the pairs, low to high, and the relative differences of loss and gradients."""
+def timed(batch: int, pairs: int, device: str) -> dict[str, Any]:
+    """Ratio ours / ClipLoss: median, lowest and highest of the pairs; relative differences of loss and gradients."""
     told = in_own_process("time", str(batch), str(pairs), device)
-    ratios = sorted(one["ours"] / one["open_clip"] for one in told["rounds"])
     for name in ("ours", "open_clip"):
         print(
             f"B = {batch:,}, {name}: {statistics.median(one[name] for one in told['rounds']):.2f} s",
             flush=True,
         )
-    return ratios, told["apart"]
+    ratios = sorted(one["ours"] / one["open_clip"] for one in told["rounds"])
+    return {
+        "cpu_ratio": round(statistics.median(ratios), 3),
+        "max_gradient_error": max(told["apart"][1:]),
+        "low": round(ratios[0], 3),
+        "high": round(ratios[-1], 3),
+        "pairs": len(ratios),
+        "loss_error": told["apart"][0],
+    }
 
 
-def curve(name: str, batches: list[int], device: str) -> dict[int, float]:
-    """Peak memory by batch."""
-    found = {}
-    for batch in batches:
-        found[batch] = in_own_process("memory", name, str(batch), device)
-        print(f"B = {batch:,}, {name}: {found[batch]:.0f} MiB above the features", flush=True)
-    return found
+class Parts:
+    """Measurements, none of which takes the others with it."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, str] = {}
+
+    def take(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What was measured; None, with the error kept, where that failed."""
+        try:
+            return measure()
+        except Exception as error:
+            self.errors[name] = str(error)[-300:]
+            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+            return None
+
+    def curve(self, name: str, batches: list[int], device: str) -> dict[int, float]:
+        """Peak memory by batch, of those that could be measured."""
+        found = {}
+        for batch in batches:
+            said = f"{name} at {batch}"
+            value = self.take(said, lambda batch=batch: in_own_process("memory", name, str(batch), device))
+            if value is not None:
+                found[batch] = value
+                print(f"B = {batch:,}, {name}: {value:.0f} MiB above the features", flush=True)
+        return found
 
 
 def main() -> None:
@@ -177,9 +214,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plot", type=Path, help="draw memory against the batch into this file")
-    parser.add_argument(
-        "--pairs", type=int, default=3, help="timed pairs at 16,384; 7 at 4,096 come beside them"
-    )
+    parser.add_argument("--quick", action="store_true", help="up to 8,192 pairs, for trying the command")
+    parser.add_argument("--pairs", type=int, default=7, help="timed pairs")
     parser.add_argument("--largest", type=int, default=65536, help="largest batch of the memory curve")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
@@ -193,38 +229,35 @@ def main() -> None:
             torch.set_num_threads(os.cpu_count() or 1)  # memory does not depend on it; the wait does
             print(json.dumps(measure_memory(words[0], int(words[1]), words[2])))
         return
-    began = time.monotonic()
-    batches = [batch for batch in BATCHES if batch <= args.largest]
-    small, _ = timed(4096, 7, args.device)
-    ratios, apart = timed(16384, args.pairs, args.device)
-    theirs = curve("open_clip", [4096, 8192, 16384], args.device)
-    ours = curve("ours", batches, args.device)
+    began, parts = time.monotonic(), Parts()
+    largest, pairs = (8192, 2) if args.quick else (args.largest, args.pairs)
+    theirs = parts.curve(
+        "open_clip", [batch for batch in (4096, 8192, 16384) if batch <= largest], args.device
+    )
+    ours = parts.curve("ours", [batch for batch in BATCHES if batch <= largest], args.device)
+    small = parts.take("time at 4096", lambda: timed(4096, pairs, args.device))
+    large = None if args.quick else parts.take("time at 16384", lambda: timed(16384, pairs, args.device))
     if args.plot:
-        plot(args.plot, ours, theirs)
+        parts.take("plot", lambda: plot(args.plot, ours, theirs))
+    ratios = {batch: round(ours[batch] / theirs[batch], 4) for batch in ours if batch in theirs}
     result = {
         "benchmark": "loss_memory",
+        "quick": args.quick,
         "b16384": {
-            "memory_ratio": round(ours[16384] / theirs[16384], 4),
-            "cpu_ratio": round(statistics.median(ratios), 3),
-            "max_gradient_error": max(apart[1:]),
-            "low": round(ratios[0], 3),
-            "high": round(ratios[-1], 3),
-            "pairs": len(ratios),
-            "loss_error": apart[0],
+            "memory_ratio": ratios.get(16384),
+            **(large or dict.fromkeys(("cpu_ratio", "max_gradient_error"))),
         },
         "b65536_peak_mb": round(ours[65536], 1) if 65536 in ours else None,
-        "slope": round(slope_of(ours), 3),
-        "clip_loss_slope": round(slope_of(theirs), 3),
-        "b4096": {
-            "cpu_ratio": round(statistics.median(small), 3),
-            "low": round(small[0], 3),
-            "high": round(small[-1], 3),
-        },
+        "slope": round(slope_of(ours), 3) if len(ours) > 1 else None,
+        "clip_loss_slope": round(slope_of(theirs), 3) if len(theirs) > 1 else None,
+        "b4096": {"memory_ratio": ratios.get(4096), **(small or {})},
         "peak_mb": {"ours": ours, "open_clip": theirs},
+        "errors": parts.errors,
         "seconds": round(time.monotonic() - began),
         "machine": f"{platform.machine()}, {args.device}, torch {torch.__version__}",
     }
     print(json.dumps(result))
+    sys.exit(bool(parts.errors))
 
 
 if __name__ == "__main__":

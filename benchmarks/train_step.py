@@ -3,16 +3,17 @@
 Both trainers run their own loops, `Trainer.train_phase` and `open_clip_train.train.train_one_epoch`, over the same
 batches that lie ready in memory (uint8 for ours; for theirs already normalised floats, as its loader makes them), from
 the same weights, with AdamW, clipping at norm 1 and the same learning rate, each in a process of its own with one
-thread. The losses of all steps of a first run must agree. Runs are interleaved A B B A; a ratio is theirs / ours in CPU
-seconds a step, so above 1 ours is faster.
+thread. The losses of all steps of a first run must agree. Runs are interleaved A B C C B A; a ratio is theirs / ours in
+CPU seconds a step, so above 1 ours is faster. `compiled` in it is the same for `compile: true`, against the same peer.
 
 `gradcache` compares one batch of 16 parts with one of a part's size, per sample, and its gradients with those of the
 undivided batch in float64. `two_processes` is wall time: samples per second of two processes with one thread each
 against one process, twice the global batch; it means something only on two free cores.
 
-    python benchmarks/train_step.py [--quick] [--only small]      (about 12 minutes)
+    python benchmarks/train_step.py [--quick] [--only small]      (about 9 minutes on two free cores)
 
-On a machine with a GPU the same command runs there, in bf16 on both sides, and its times are wall times.
+A figure that fails is `{"error": ...}` in the last line, the others are there, and the exit code is 1. On a machine
+with a GPU the same command runs there, in bf16 on both sides, with MFU beside the ratios, and its times are wall times.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import logging
 import multiprocessing
 import os
 import platform
+import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
@@ -69,10 +71,13 @@ VIT_B32 = {"kind": "open_clip", "name": "ViT-B-32"}
 LR = 1e-4
 
 
-def recipe_of(model: dict[str, Any], folder: Path, batch_size: int, steps: int) -> PretrainRecipe:
+def recipe_of(
+    model: dict[str, Any], folder: Path, batch_size: int, steps: int, *, compiled: bool = False
+) -> PretrainRecipe:
     return PretrainRecipe.model_validate(
         {
-            "run": str(folder / "run"),
+            "run": str(folder / ("compiled" if compiled else "run")),
+            "compile": compiled,
             "model": model,
             "data": {"train": str(folder / "shards"), "workers": 0},
             "batch_size": batch_size,
@@ -135,8 +140,10 @@ def now() -> float:
 class Ours:
     """`Trainer` over given batches."""
 
-    def __init__(self, model: dict[str, Any], folder: Path, batch_size: int, steps: int):
-        recipe = recipe_of(model, folder, batch_size, steps)
+    def __init__(
+        self, model: dict[str, Any], folder: Path, batch_size: int, steps: int, *, compiled: bool = False
+    ):
+        recipe = recipe_of(model, folder, batch_size, steps, compiled=compiled)
         self.trainer = Trainer(recipe, overwrite=True)
         self.batches = make_batches(self.trainer.encoder, batch_size, steps)
         self.losses, self.clock = [], Clock()
@@ -162,6 +169,11 @@ class Ours:
         with ProgressBar("step", len(self.batches), show=False) as bar:
             self.trainer.train_phase(len(self.batches), bar)
         return self.clock.seconds()
+
+    def mfu_of_a_sample(self) -> float | None:
+        """Share of a GPU's peak that one sample a second is."""
+        meter = self.trainer.meter
+        return meter.flops_per_pair() / meter.peak if meter.peak else None
 
 
 class Theirs:
@@ -244,48 +256,99 @@ class Loader(list):
         return sum(len(images) for images, _ in super().__iter__())
 
 
-def serve(pipe: Connection, kind: str, *job: Any) -> None:
-    """One trainer in a process of its own, as it would be: makes it, and runs it whenever it is told to."""
+def serve(pipe: Connection, kind: str, ranks: tuple[int, int, int], *job: Any) -> None:
+    """One rank of a trainer, in a process of its own as it would be: makes it, and runs it whenever it is told to."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    trainer = (Ours if kind == "ours" else Theirs)(*job)
-    trainer.run()  # warm; and the losses of a start from the same weights
-    pipe.send([float(loss) for loss in trainer.losses])
-    while pipe.recv():
-        pipe.send(trainer.run())
+    rank, world, port = ranks
+    if world > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ |= {name: str(value) for name, value in names.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        trainer = Theirs(*job) if kind == "theirs" else Ours(*job, compiled=kind == "compiled")
+        trainer.run()  # warm; and the losses of a start from the same weights
+        share = trainer.mfu_of_a_sample() if isinstance(trainer, Ours) else None
+        pipe.send(([float(loss) for loss in trainer.losses], share))
+        while pipe.recv():
+            pipe.send(trainer.run())
+    except Exception as error:
+        pipe.send(RuntimeError(f"{kind}, rank {rank}: {error}\n{traceback.format_exc()[-1500:]}"))
+
+
+class Ranks:
+    """The processes of one trainer, which wait between runs."""
+
+    def __init__(self, kind: str, *job: Any, world: int = 1):
+        context, self.pipes, self.processes = multiprocessing.get_context("spawn"), [], []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(world):
+            pipe, end = context.Pipe()
+            self.pipes.append(pipe)
+            self.processes.append(
+                context.Process(target=serve, args=(end, kind, (rank, world, port), *job), daemon=True)
+            )
+            self.processes[-1].start()
+            end.close()  # so that its death ends our waiting
+        self.losses, self.mfu_of_a_sample = self.hear()
+
+    def hear(self) -> Any:
+        """What rank 0 says, when all have said something."""
+        try:
+            said = [pipe.recv() for pipe in self.pipes]
+        except EOFError:
+            raise RuntimeError("a process of the benchmark died; see its error above") from None
+        for word in said:
+            if isinstance(word, Exception):
+                raise word
+        return said[0]
+
+    def run(self) -> float:
+        """Seconds of one run on rank 0, without its first step."""
+        for pipe in self.pipes:
+            pipe.send(True)
+        return self.hear()
+
+    def end(self) -> None:
+        """Whatever has happened before."""
+        for process in self.processes:
+            process.terminate()
 
 
 def compare(model: dict[str, Any], folder: Path, batch_size: int, steps: int, pairs: int) -> dict[str, Any]:
     """Ratio of CPU seconds, theirs / ours, and whether the losses of all steps from the same weights agree."""
     folder.mkdir()
     write_shards(folder / "shards", batch_size)
-    context, pipes, first = multiprocessing.get_context("spawn"), {}, {}
-    for kind in ("ours", "theirs"):
-        pipes[kind], end = context.Pipe()
-        job = (end, kind, model, folder, batch_size, steps)
-        context.Process(target=serve, args=job, daemon=True).start()
-        first[kind] = pipes[kind].recv()
-    apart = [abs(a - b) / b for a, b in zip(first["ours"], first["theirs"], strict=True)]
-    ratios, taken = [], {kind: [] for kind in pipes}
-    for number in range(pairs):
-        for kind in list(pipes) if number % 2 == 0 else list(pipes)[::-1]:
-            pipes[kind].send(True)
-            taken[kind].append(pipes[kind].recv())
-        ratios.append(taken["theirs"][-1] / taken["ours"][-1])
-    for pipe in pipes.values():
-        pipe.send(False)
-    ratios.sort()
-    samples = batch_size * (steps - 1)
-    return {
-        "ratio": round(statistics.median(ratios), 3),
-        "low": round(ratios[0], 3),
-        "high": round(ratios[-1], 3),
-        "pairs": pairs,
-        "loss_equal": max(apart) < (1e-2 if GPU else 1e-4),
-        "largest_loss_difference": max(apart),
-        "batch_size": batch_size,
-        "samples_per_s": {kind: round(samples / statistics.median(each), 2) for kind, each in taken.items()},
-    }
+    trainers: dict[str, Ranks] = {}
+    try:
+        for kind in ("ours", "compiled", "theirs"):
+            trainers[kind] = Ranks(kind, model, folder, batch_size, steps)
+        taken: dict[str, list[float]] = {kind: [] for kind in trainers}
+        for number in range(pairs):
+            for kind in list(trainers) if number % 2 == 0 else list(trainers)[::-1]:
+                taken[kind].append(trainers[kind].run())
+    finally:
+        for trainer in trainers.values():
+            trainer.end()
+    expected, result = trainers["theirs"].losses, {}
+    for kind in ("ours", "compiled"):
+        apart = max(abs(a - b) / b for a, b in zip(trainers[kind].losses, expected, strict=True))
+        found = spread([theirs / ours for theirs, ours in zip(taken["theirs"], taken[kind], strict=True)])
+        found |= {"loss_equal": apart < (1e-2 if GPU else 1e-4), "largest_loss_difference": apart}
+        result |= found if kind == "ours" else {"compiled": found}
+    rates = {kind: batch_size * (steps - 1) / statistics.median(each) for kind, each in taken.items()}
+    result |= {"batch_size": batch_size, "samples_per_s": {kind: round(r, 2) for kind, r in rates.items()}}
+    if (share := trainers["ours"].mfu_of_a_sample) is not None:
+        result["mfu"] = {kind: round(rate * share, 4) for kind, rate in rates.items()}
+    return result
+
+
+def spread(ratios: list[float], name: str = "ratio") -> dict[str, Any]:
+    """The median of the pairs, and the lowest and highest."""
+    low, high = round(min(ratios), 3), round(max(ratios), 3)
+    return {name: round(statistics.median(ratios), 3), "low": low, "high": high, "pairs": len(ratios)}
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -321,7 +384,6 @@ def gradcache(part: int, parts: int, pairs: int) -> dict[str, Any]:
         taken = [seconds(run) for run in (both if number % 2 == 0 else both[::-1])]
         alone, divided = taken if number % 2 == 0 else taken[::-1]
         ratios.append(divided / parts / alone)
-    ratios.sort()
     network.double()
     few = 4 * part
     images, tokens = images[:few], tokens[:few]
@@ -334,10 +396,7 @@ def gradcache(part: int, parts: int, pairs: int) -> dict[str, Any]:
         if value.grad is not None
     ]
     return {
-        "time_ratio": round(statistics.median(ratios), 3),
-        "low": round(ratios[0], 3),
-        "high": round(ratios[-1], 3),
-        "pairs": pairs,
+        **spread(ratios, "time_ratio"),
         "gradient_error": max(errors),
         "batch_size": part * parts,
         "micro_batch": part,
@@ -354,40 +413,31 @@ def recipe_dict() -> dict[str, Any]:
     }
 
 
-def child(folder: Path, batch_size: int, steps: int) -> None:
-    """Wall seconds of the steps of this process (one of one or two); prints them on rank 0."""
-    torch.set_num_threads(1)
-    ours = Ours(SMALL, folder, batch_size, steps)
-    ours.run()  # warm
-    start = time.perf_counter()
-    ours.run()
-    if ours.trainer.main:
-        print(json.dumps(time.perf_counter() - start))
-
-
 def two_processes(folder: Path, batch_size: int, steps: int, pairs: int) -> dict[str, Any]:
-    """Samples per second of two processes against one."""
+    """Samples per second of two processes against one, by the clock on the wall."""
+    if len(os.sched_getaffinity(0)) < 2:
+        raise RuntimeError("two processes need two cores")
     folder.mkdir()
     write_shards(folder / "shards", 2 * batch_size)
-    ratios = []
-    for number in range(pairs):
-        taken = {}
-        for count in (1, 2) if number % 2 == 0 else (2, 1):
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-            words = ["--child", str(folder), str(batch_size * count), str(steps)]
-            done = subprocess.run(
-                [sys.executable, *launch, __file__, *words], stdout=subprocess.PIPE, text=True, check=True
-            )
-            taken[count] = json.loads(done.stdout.splitlines()[-1])
-        ratios.append(2 * taken[1] / taken[2])
-    ratios.sort()
-    return {
-        "ratio": round(statistics.median(ratios), 3),
-        "low": round(ratios[0], 3),
-        "high": round(ratios[-1], 3),
-        "pairs": pairs,
-        "batch_size_a_process": batch_size,
-    }
+    groups: dict[int, Ranks] = {}
+    try:
+        for count in (1, 2):
+            job = SMALL, folder / str(count), batch_size * count, steps
+            job[1].mkdir()
+            (job[1] / "shards").symlink_to(folder / "shards")
+            groups[count] = Ranks("ours", *job, world=count)
+        ratios = []
+        for number in range(pairs):
+            taken = {}
+            for count in (1, 2) if number % 2 == 0 else (2, 1):
+                start = time.perf_counter()
+                groups[count].run()
+                taken[count] = time.perf_counter() - start
+            ratios.append(2 * taken[1] / taken[2])
+    finally:
+        for group in groups.values():
+            group.end()
+    return {**spread(ratios), "batch_size_a_process": batch_size}
 
 
 def main() -> None:
@@ -398,12 +448,8 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=["small", "vit_b32", "gradcache", "two_processes"], help="one figure"
     )
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    if args.child:
-        child(Path(args.child[0]), int(args.child[1]), int(args.child[2]))
-        return
     torch.set_num_threads(1)
     pairs = 2 if args.quick else 7
     with tempfile.TemporaryDirectory() as temporary:
@@ -411,20 +457,26 @@ def main() -> None:
         figures = {
             "small": lambda: compare(SMALL, folder / "small", 128 if not GPU else 4096, 4, pairs),
             "vit_b32": lambda: compare(
-                VIT_B32, folder / "b32", 16 if not GPU else 512, 1 if not GPU else 8, pairs
+                VIT_B32, folder / "b32", 8 if not GPU else 512, 2 if not GPU else 8, pairs
             ),
             "gradcache": lambda: gradcache(32, 16, pairs),
-            "two_processes": lambda: two_processes(folder / "two", 128, 12, min(pairs, 5)),
+            "two_processes": lambda: two_processes(folder / "two", 128, 4, pairs),
         }
         result: dict[str, Any] = {"benchmark": "train_step", "quick": args.quick}
         for name, figure in figures.items():
             if args.only in (None, name):
-                result[name] = figure()
-                print(f"{name}: {result[name]}", flush=True)
+                began = time.monotonic()
+                try:
+                    result[name] = figure()
+                except Exception as error:
+                    traceback.print_exc()
+                    result[name] = {"error": str(error).splitlines()[0]}
+                print(f"{name} ({time.monotonic() - began:.0f} s): {result[name]}", flush=True)
     result["machine"] = (
         f"{platform.machine()}, {torch.cuda.get_device_name() if GPU else 'cpu'}, torch {torch.__version__}"
     )
     print(json.dumps(result))
+    sys.exit(any("error" in found for found in result.values() if isinstance(found, dict)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def cached_backward(
     micro_batch: int,
     backward: Callable[[Tensor], Any] = Tensor.backward,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    compiled: bool = False,
 ) -> Tensor:
     """Loss and gradients of a whole batch, with the activations of `micro_batch` rows at a time.
 
@@ -38,6 +39,8 @@ def cached_backward(
         micro_batch: Rows at a time.
         backward: Starts the loss's own backward pass; a gradient scaler scales here.
         no_sync: Holds back DistributedDataParallel's reduction, which the last part does for all.
+        compiled: The network is compiled: kernels without a backward pass may draw other random numbers than those
+            with one, so that the first pass, too, takes those, and drops what they keep.
 
     Returns:
         The loss, detached. Gradients are added to the parameters' `.grad`.
@@ -54,10 +57,10 @@ def cached_backward(
     parts = list(zip(*(tensor.split(micro_batch) for tensor in inputs), strict=True))
     device = inputs[0].device
     states, found = [], []
-    with torch.no_grad(), no_sync():
+    with nullcontext() if compiled else torch.no_grad(), no_sync():
         for part in parts:
             states.append(random_state(device))
-            found.append(network(*part))
+            found.append([value.detach() for value in network(*part)])
     features = tuple(
         (torch.cat(values) if values[0].ndim else values[0]).detach().requires_grad_()
         for values in zip(*found, strict=True)

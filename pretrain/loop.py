@@ -18,6 +18,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
+from pretrain.precision import accelerate_precision, precision_options
+
 
 class Launch(Protocol):
     """The keys of a recipe that say how it is launched; recipes of both training stages have them."""
@@ -73,34 +75,48 @@ class Window:
         return loss
 
 
-def make_accelerator(recipe: Launch, *, rank_timeout: float | None = None) -> Accelerator:
+def wants_shards() -> bool:
+    """Whether the launcher asks for FSDP; on CPUs Accelerate reads this and trains replicas without a word."""
+    return asked_for("FSDP")
+
+
+def asked_for(engine: str) -> bool:
+    """Whether the launcher asks for `FSDP`, `DEEPSPEED` or `MEGATRON_LM`, in Accelerate's own variables."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
+
+
+def make_accelerator(
+    recipe: Launch, *, rank_timeout: float | None = None, shards: bool = False
+) -> Accelerator:
     """Accelerate's view of the machine, with the number of processes checked.
 
     Args:
         recipe: How the run is launched.
         rank_timeout: Seconds that processes wait for one another; None leaves torch's own.
+        shards: Whether the trainer takes FSDP; see `pretrain.wrapping`.
 
     Raises:
-        ValueError: The launcher's world size is not what Accelerate or the recipe has, or the set-up shards
-            the model or accumulates gradients, which the trainers do not do.
-        ImportError: A tracker is not installed.
+        ValueError: The launcher's world size is not what Accelerate or the recipe has, the machine does not give the
+            precision, or the set-up shards the model, compiles it or accumulates gradients, which the trainers do not
+            leave to Accelerate.
+        ImportError: A tracker or fp8's library is not installed.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
         keep_freed_memory()
-    precision = recipe.precision
-    if precision == "auto":
-        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+    precision = accelerate_precision(recipe.precision)
+    refuse_engines(shards)
     for tracker in sorted(set(recipe.trackers) - {str(known) for known in get_available_trackers()}):
         raise ImportError(f"the tracker {tracker} cannot be imported: pip install {tracker}")
     accelerator = Accelerator(
         cpu=not gpu,
-        mixed_precision="bf16" if precision == "bf16" else "no",
+        mixed_precision=precision,
         log_with=list(recipe.trackers) or None,
         project_dir=recipe.run,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout))]
-        if rank_timeout
-        else None,
+        kwargs_handlers=[
+            *precision_options(precision),
+            *([InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout))] if rank_timeout else []),
+        ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
@@ -114,9 +130,14 @@ def make_accelerator(recipe: Launch, *, rank_timeout: float | None = None) -> Ac
             f"Start with `torchrun --nproc-per-node {recipe.processes} -m STAGE RECIPE`."
         )
     kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
+        raise ValueError(f"Accelerate is set up for {kind}; this trainer takes CPUs and CUDA GPUs")
+    backend = accelerator.state.dynamo_plugin.backend.value
+    if backend != "NO":
         raise ValueError(
-            f"Accelerate is set up for {kind}; this trainer takes one process or plain data parallel"
+            f"Accelerate is set up to compile ({backend}): leave --dynamo_backend "
+            "and ACCELERATE_DYNAMO_BACKEND out and set `compile: true` in the recipe of a pretraining, which keeps "
+            "the kernels of a resumed run those of the first"
         )
     parts = accelerator.gradient_accumulation_steps
     if parts != 1:
@@ -127,6 +148,27 @@ def make_accelerator(recipe: Launch, *, rank_timeout: float | None = None) -> Ac
             "and choose batch_size instead."
         )
     return accelerator
+
+
+def refuse_engines(shards: bool) -> None:
+    """Refuse what takes the training step out of our hands.
+
+    Raises:
+        ValueError: The launcher asks for it.
+    """
+    for engine, name in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        if asked_for(engine):
+            raise ValueError(
+                f"Accelerate is set up for {name}, whose engine has its own backward pass, clipping, optimizer step "
+                "and checkpoints: steps that diverge could not be left out, nor runs resumed on another number of "
+                "processes. FSDP2 shards the same tensors: accelerate launch --use_fsdp --fsdp_version 2 -m pretrain "
+                "RECIPE. Or leave it out to train replicas."
+            )
+    if wants_shards() and not shards:
+        raise ValueError(
+            "Accelerate is set up for FSDP, which this trainer does not take (pretraining does): launch without "
+            "--use_fsdp"
+        )
 
 
 def keep_freed_memory() -> bool:

@@ -10,31 +10,35 @@ from torch.nn.utils import get_total_norm
 
 from pretrain.encoder import Encoder
 from pretrain.flops import count_flops, loss_flops, peak_flops, view_flops
+from pretrain.network import DualEncoder
 from pretrain.recipe import PretrainRecipe
+from pretrain.recompute import recompute_activations
 from pretrain.selfcheck import part_of
+from pretrain.terms import Terms
+from pretrain.wrapping import whole
 
 
 class Meter:
     """Counts the FLOPs of a phase's steps, once, and takes gradient norms by part where a line is to be logged.
 
     MFU is as PaLM has it: FLOPs of the model and the loss, forward and backward, over the dense bf16 peak of all
-    devices. Work that is done twice to save memory (GradCache's second forward pass) and distillation's teachers are
-    left out.
+    devices. Work that is done twice to save memory (GradCache's second forward pass, activations that are recomputed)
+    and distillation's teachers are left out.
 
     Args:
         encoder: The model.
+        terms: Those of the recipe.
         recipe: The run.
         accelerator: Of the run.
     """
 
-    def __init__(self, encoder: Encoder, recipe: PretrainRecipe, accelerator: Accelerator):
-        self.encoder, self.recipe, self.accelerator = encoder, recipe, accelerator
+    def __init__(self, encoder: Encoder, terms: Terms, recipe: PretrainRecipe, accelerator: Accelerator):
+        self.encoder, self.terms, self.recipe, self.accelerator = encoder, terms, recipe, accelerator
         self.peak = peak_flops(accelerator.device)
         self.context: int = encoder.tokenize(["a"]).shape[1]
 
     def begin(self, network: nn.Module) -> None:
         """Take up a phase, in which the same parameters train."""
-        self.network = network
         self.parts: dict[str, list[nn.Parameter]] = {}
         for name, parameter in network.named_parameters():
             if parameter.requires_grad and "logit" not in name:
@@ -48,13 +52,18 @@ class Meter:
             part: [parameter.grad for parameter in parameters if parameter.grad is not None]
             for part, parameters in self.parts.items()
         }
-        self.norms = {part: get_total_norm(found) for part, found in grads.items() if found}
+        self.norms = {part: whole(get_total_norm(found)) for part, found in grads.items() if found}
 
     def flops_per_pair(self) -> float:
         """FLOPs of a step for each pair."""
         if self.per_pair is None:
-            more = self.recipe.data.captions_per_image, self.recipe.views
-            count = count_flops(self.network, self.encoder.image_size, self.context, *more)
+            more, model = (self.recipe.data.captions_per_image, self.recipe.views), self.encoder.model
+            network = DualEncoder(self.encoder, self.terms)  # that which trains may be compiled, or in shards
+            if self.recipe.checkpoint_activations:
+                recompute_activations(model, False)
+            count = count_flops(network, self.encoder.image_size, self.context, *more)
+            if self.recipe.checkpoint_activations:
+                recompute_activations(model)
             self.per_pair = count.step + loss_flops(self.recipe.batch_size, self.encoder.embed_dim)
             self.per_pair += view_flops(self.recipe)
         return self.per_pair

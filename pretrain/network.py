@@ -41,7 +41,8 @@ class DualEncoder(nn.Module):
             text_features = self.model.encode_text(texts, normalize=True)
         text_features = text_features.unflatten(0, tokens.shape[:-1])  # (b, d) or (b, k, d)
         bias = getattr(self.model, "logit_bias", None)
-        scalars = (self.model.logit_scale.exp(), *(() if bias is None else (bias,)))
+        scale = self.model.logit_scale.exp().reshape(())  # FSDP2 holds scalars as (1,)
+        scalars = (scale,) if bias is None else (scale, bias.reshape(()))
         views = more[0] if "self_supervision" in self.terms else None
         seen = Seen(image_features, text_features, tokens, self.embed, views, image_tokens, text_tokens)
         return image_features, text_features, *scalars, *self.terms(seen)

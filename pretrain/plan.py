@@ -85,11 +85,11 @@ class Plan:
 
     @property
     def step_flops(self) -> float:
-        """FLOPs per pair: forward and backward pass, the loss, teachers, and GradCache's second forward pass.
+        """FLOPs per pair: forward and backward pass, the loss, teachers, and what is done twice to save memory.
 
-        The mean over the phases.
+        That is GradCache's second forward pass and the recomputed activations'. The mean over the phases.
         """
-        again = 1 if self.recipe.micro_batch else 0
+        again = bool(self.recipe.micro_batch) + self.recipe.checkpoint_activations
         steps = sum(phase.steps for phase in self.phases)
         networks = sum(
             phase.steps * (phase.count.step + again * phase.count.forward) for phase in self.phases
@@ -111,8 +111,9 @@ class Plan:
 
         Weights take 4 bytes a parameter, in bf16 2 more for autocast's copies; gradients 4 and the optimiser's state
         as `MOMENTS` has it a trained parameter; DistributedDataParallel's buckets another 4. Activations are those
-        that the counted forward pass saved, at half in bf16, for the rows that a device holds at a time. To this the
-        libraries add 1 to 2 GB and the allocator's gaps some 10 %.
+        that the counted forward pass saved, at half in bf16, for the rows that a device holds at a time; with
+        `checkpoint_activations` they are less than that. To this the libraries add 1 to 2 GB and the allocator's gaps
+        some 10 %.
         """
         recipe = self.recipe
         bf16 = recipe.precision != "fp32"
@@ -244,7 +245,12 @@ def describe(plan: Plan, fleets: Sequence[Fleet], mfu: float) -> str:
         + (f", teachers {plan.teachers / 1e9:.2f} G" if plan.teachers else "")
         + "), counted",
         f"FLOPs of the run   {plan.step_flops * plan.pairs:.3g}",
-        f"activations        {phase.count.activations / 1e6:.2f} MB per pair in fp32, counted",
+        f"activations        {phase.count.activations / 1e6:.2f} MB per pair in fp32, counted"
+        + (
+            " without checkpoint_activations, so memory below is too high"
+            if recipe.checkpoint_activations
+            else ""
+        ),
     ]
     if len(plan.phases) > 1:
         lines.append(

@@ -154,8 +154,15 @@ class PretrainRecipe(Config):
     rank_timeout: float | None = Field(default=None, gt=0)
     """Seconds that processes wait for one another before the run ends with an error; None: torch's own, 1800 on CPU and
     600 on GPUs. An evaluation, for which the others wait, must fit in."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` takes bf16 on a GPU that has it and fp32 elsewhere."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """`auto` takes bf16 on a GPU that has it and fp32 elsewhere. fp16 is for GPUs before bf16; it scales the loss and
+    leaves steps out while it looks for the scale. fp8 needs an Ada or Hopper GPU, or later, and torchao."""
+    compile: bool = False
+    """Compile the towers' forward and backward pass (torch.compile): a wait of minutes before the first step of each
+    phase, faster ones after it. Dropout draws other numbers than without."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of each tower's blocks for the backward pass, which runs them again: far less memory for
+    about 4/3 of the time, with the same gradients."""
     seed: int = 0
     log_every: int = Field(default=20, ge=1)
     """Optimiser steps between lines of log.jsonl."""
@@ -179,6 +186,11 @@ class PretrainRecipe(Config):
     def possible(self) -> PretrainRecipe:
         check_schedule(self.schedule, self.steps)
         self.check_phases()
+        if self.compile and self.checkpoint_activations:
+            raise ValueError(
+                "compile chooses by itself what is recomputed in the backward pass: leave compile or "
+                "checkpoint_activations out"
+            )
         if self.lora and self.ema:
             raise ValueError("ema averages weights and lora locks them: leave one of them out")
         if self.views and self.data.scaled_decode:

@@ -53,7 +53,7 @@ class Saver:
         self,
         step: int,
         encoder: Encoder,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | dict[str, Tensor],
         *,
         card: str,
         state: dict[str, Any],
@@ -65,7 +65,7 @@ class Saver:
         Args:
             step: Optimiser steps taken.
             encoder: The model.
-            optimizer: Its state is written by parameter name.
+            optimizer: Its state is written by parameter name; or that state, already taken, which nobody changes.
             card: The model card.
             state: JSON that resuming needs.
             average: The weights that are written as the model, instead of its own. Whenever those that train are
@@ -79,13 +79,14 @@ class Saver:
         state_dict = encoder.model.state_dict()
         weights = plain_state(encoder.model) if average is None else average
         trained = None if weights.keys() == state_dict.keys() and average is None else state_dict
-        moments = optimizer_state(optimizer, copy=self.thread is not None)
+        taken = isinstance(optimizer, dict)
+        moments = optimizer if taken else optimizer_state(optimizer, copy=self.thread is not None)
         if self.thread is None:
             self.write(step, encoder, weights, trained, terms or {}, moments, card, state)
             return
-        taken = snapshot(weights), None if trained is None else snapshot(trained), snapshot(terms or {})
+        copies = snapshot(weights), None if trained is None else snapshot(trained), snapshot(terms or {})
         state = copy.deepcopy(state)
-        self.under_way = self.thread.submit(self.write, step, encoder, *taken, moments, card, state)
+        self.under_way = self.thread.submit(self.write, step, encoder, *copies, moments, card, state)
 
     def write(
         self,

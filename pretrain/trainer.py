@@ -20,10 +20,9 @@ from pretrain.average import WeightAverage
 from pretrain.checkpoint import (
     clear_leftovers,
     complete_checkpoints,
-    load_optimizer_state,
-    optimizer_state,
     step_folder,
 )
+from pretrain.compiled import require_compiler, rows_vary
 from pretrain.divergence import RollBack, Watch, batch_statistics
 from pretrain.encoder import build_encoder
 from pretrain.evaluator import Evaluator, load_evaluator
@@ -35,10 +34,12 @@ from pretrain.meter import Meter
 from pretrain.network import DualEncoder
 from pretrain.norm import use_global_batch_norm
 from pretrain.objectives import Features, build_objective
-from pretrain.optim import build_optimizer, learning_rate_factor, require_gradients, set_learning_rate
+from pretrain.optim import learning_rate_factor, require_gradients, set_learning_rate
 from pretrain.peers import peers_present
+from pretrain.precision import LossScale, clip_gradients
 from pretrain.preemption import Preempted, StopRequest
 from pretrain.recipe import Phase, PretrainRecipe
+from pretrain.recompute import recompute_activations, require_no_statistics
 from pretrain.report import flatten, model_card, write_report
 from pretrain.resolution import as_size, require_image_size, set_patch_dropout
 from pretrain.resume import (
@@ -53,6 +54,7 @@ from pretrain.saver import Saver
 from pretrain.selfcheck import check_gradients
 from pretrain.source_losses import source_losses, source_records
 from pretrain.terms import build_terms
+from pretrain.wrapping import Shards, make_wrapping, share, whole
 
 # What a resumed run may change: where things lie, how fast they come, what is told of them.
 FREE: Any = {
@@ -60,6 +62,7 @@ FREE: Any = {
         ("run", "processes", "precision", "log_every", "checkpoint", "evaluate", "trackers"), True
     ),
     **dict.fromkeys(("on_divergence", "preempted_exit_code", "rank_timeout"), True),
+    **dict.fromkeys(("compile", "checkpoint_activations"), True),
     "data": {"train", "workers", "max_faults", "cache_dir", "cache_gb"},
 }
 
@@ -84,7 +87,7 @@ class Trainer:
 
     def __init__(self, recipe: PretrainRecipe, *, resume: bool | str = False, overwrite: bool = False):
         self.recipe = recipe
-        self.accelerator = make_accelerator(recipe, rank_timeout=recipe.rank_timeout)
+        self.accelerator = make_accelerator(recipe, rank_timeout=recipe.rank_timeout, shards=True)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         torch.manual_seed(recipe.seed)
@@ -101,10 +104,17 @@ class Trainer:
             set_patch_dropout(self.model.visual, phase.patch_dropout)
             if phase.image_size:
                 require_image_size(self.model.visual, as_size(phase.image_size))
-            if recipe.micro_batch:
+            if recipe.micro_batch or recipe.checkpoint_activations:
                 set_training_mode(self.model, phases)
+            if recipe.micro_batch:
                 require_row_by_row(self.model)
+            if recipe.checkpoint_activations:
+                recompute_activations(self.model)
+                require_no_statistics(self.model)
+        if recipe.compile:
+            require_compiler(self.accelerator.device)
         use_global_batch_norm(self.model)
+        self.wrap = make_wrapping(self.encoder, self.terms, recipe, self.accelerator)
         self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
         self.evaluators: list[tuple[int, Evaluator]] = [
             (config.every, load_evaluator(config)) for config in recipe.evaluate
@@ -120,7 +130,8 @@ class Trainer:
         self.saved: dict[str, Tensor] = {}
         self.watched: Tensor | None = None  # sources of the rows of a step whose loss is told by source
         self.source_losses: Tensor | None = None
-        self.meter = Meter(self.encoder, recipe, self.accelerator)
+        self.meter = Meter(self.encoder, self.terms, recipe, self.accelerator)
+        self.scale = LossScale(self.accelerator)
         self.stop = StopRequest(self.world, self.accelerator.device)
         self.watch = Watch(
             recipe.on_divergence,
@@ -166,6 +177,7 @@ class Trainer:
         self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
         self.stream.load_state_dict(state["stream"])
         self.watch.load(state.get("losses", []))
+        self.scale.load(state.get("scale"))
         self.folder.rewind_log(self.step)
         if state["world_size"] != self.world:
             self.say(other_world(state["world_size"], self.world))
@@ -181,6 +193,11 @@ class Trainer:
         Raises:
             ValueError: They differ.
         """
+        if isinstance(self.wrap, Shards):
+            raise ValueError(
+                "--check-gradients wraps the model for replicas, which would prove nothing of FSDP2: leave it out, or "
+                "check without --use_fsdp"
+            )
         self.lock(phases_begun(self.recipe.phases, self.step)[-1])
         network = DualEncoder(self.encoder, self.terms)
         parts = check_gradients(network, self.encoder, self.objective, self.accelerator, self.recipe)
@@ -250,21 +267,18 @@ class Trainer:
         """Train up to a step, during which the same parameters train on pictures of the same size."""
         recipe = self.recipe
         phase = self.begin_phase()
-        network = DualEncoder(self.encoder, self.terms)
         scales = learning_rate_scales(
             self.model, tower_lr=phase.tower_lr, layer_decay=recipe.optim.layer_decay
         )
-        lr_scale = {f"model.{name}": scale for name, scale in scales.items()}
-        self.optimizer = build_optimizer(network.named_parameters(), recipe.optim, lr_scale=lr_scale)
-        load_optimizer_state(self.optimizer, self.saved)
+        self.wrap.begin({f"model.{name}": scale for name, scale in scales.items()}, self.saved)
+        self.optimizer = self.wrap.optimizer
         if recipe.on_divergence.action == "rollback" and not complete_checkpoints(self.folder.checkpoints):
             self.save()
         self.saver.wait()  # loader processes are not forked in the middle of a save
-        self.meter.begin(network)
-        wrapped, optimizer = self.accelerator.prepare(network, self.optimizer)
+        self.meter.begin(self.wrap.network)
         if self.average:
             self.average.follow(self.model)
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        parameters = [value for value in self.wrap.network.parameters() if value.requires_grad]
         window, self.logged = Window(self.accelerator.device), self.step
         waited, checked = time.monotonic(), False
         for batch in self.stream.iterate(self.step, stop):
@@ -272,7 +286,7 @@ class Trainer:
             torch.manual_seed(mix(recipe.seed, self.step, self.rank))
             lr = recipe.optim.lr * learning_rate_factor(self.step, recipe.steps, recipe.schedule)
             set_learning_rate(self.optimizer, lr)
-            seen = self.train_step(batch, wrapped, optimizer, parameters, window)
+            seen = self.train_step(batch, parameters, window)
             if seen and not checked:
                 require_gradients(self.optimizer)
                 checked = True
@@ -299,7 +313,8 @@ class Trainer:
             if leaves:
                 self.leave()
             waited = time.monotonic()
-        self.saved = optimizer_state(self.optimizer)
+        self.saved = self.wrap.state()
+        self.wrap.refresh()
         self.accelerator.free_memory()
 
     def lock(self, phase: Phase) -> None:
@@ -327,31 +342,28 @@ class Trainer:
         set_picture_size(self.stream, size)
         return phase
 
-    def train_step(
-        self,
-        batch: Batch,
-        wrapped: nn.Module,
-        optimizer: Any,
-        parameters: list[nn.Parameter],
-        window: Window,
-    ) -> int:
+    def train_step(self, batch: Batch, parameters: list[nn.Parameter], window: Window) -> int:
         """One optimiser step; returns how many pairs all ranks saw."""
         device = self.accelerator.device
         counts = self.stop.exchange(len(batch["images"]))
         # One pair has nothing to be contrasted with; a rank whose samples were all bad has nothing to forward.
         if sum(counts) < 2 or min(counts) == 0 or self.step + 1 in self.watch.left_out:
             return 0
-        set_training_mode(self.model, phases_begun(self.recipe.phases, self.step))
-        statistics = batch_statistics(self.model) if self.recipe.on_divergence.action == "skip" else []
+        model, optimizer = self.wrap.model, self.wrap.stepper
+        set_training_mode(model, phases_begun(self.recipe.phases, self.step))
+        statistics = batch_statistics(model) if self.recipe.on_divergence.action == "skip" else []
         inputs = tuple(batch[name].to(device, non_blocking=True) for name in self.inputs)
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
         self.watched = batch.sources if told and len(self.stream.sources) > 1 else None
-        loss = self.backward(wrapped, inputs)
+        loss = self.backward(inputs)
+        self.scale.unscale(self.optimizer)
         if told:
             self.meter.take_norms()
-        norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_norm or math.inf)
-        norm = torch.as_tensor(norm)
-        if not self.watch.accepts(self.step + 1, loss, norm, batch.keys):
+        norm = clip_gradients(parameters, self.recipe.optim.clip_norm or math.inf)
+        overflows = self.scale.overflows(loss, norm)
+        if overflows or not self.watch.accepts(self.step + 1, loss, norm, batch.keys):
+            if not overflows:
+                self.scale.leave_out()
             optimizer.zero_grad(set_to_none=True)
             self.meter.norms = {}
             for value, before in statistics:
@@ -360,7 +372,7 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            self.model.logit_scale.clamp_(0, math.log(self.recipe.max_logit_scale))
+            share(model.logit_scale).clamp_(0, math.log(self.recipe.max_logit_scale))
         window.add(loss.detach(), norm, sum(counts))
         return sum(counts)
 
@@ -380,12 +392,14 @@ class Trainer:
         )
         raise Preempted(self.step, self.recipe.preempted_exit_code)
 
-    def backward(self, wrapped: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    def backward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Leave the global batch's gradients in the parameters; returns the loss."""
 
         def network(*part: Tensor) -> Features:
+            if self.recipe.compile:
+                rows_vary(*part)
             with self.accelerator.autocast():
-                features = wrapped(*part)
+                features = self.wrap.wrapped(*part)
             return tuple(feature.float() for feature in features)
 
         if self.recipe.micro_batch is None:
@@ -398,7 +412,8 @@ class Trainer:
             lambda features: self.loss_of(features, inputs),
             micro_batch=self.recipe.micro_batch,
             backward=self.accelerator.backward,
-            no_sync=lambda: self.accelerator.no_sync(wrapped),
+            no_sync=self.wrap.no_sync,
+            compiled=self.recipe.compile,
         )
 
     def loss_of(self, features: Features, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -424,11 +439,12 @@ class Trainer:
             "samples_per_s": window.samples / elapsed,
             "data_wait_s": window.waiting / max(window.steps, 1),
             "grad_norm": float(window.norm),
-            "logit_scale": float(self.model.logit_scale.detach().exp()),
+            "logit_scale": float(whole(self.wrap.model.logit_scale.detach()).exp()),
             "memory_mb": peak_memory_mb(self.accelerator.device),
             "faults": dict(self.stream.faults),
             **self.meter.record(window.samples / elapsed),
             **self.terms.record(),
+            **self.scale.record(),
         }
         if len(self.stream.sources) > 1:
             record["sources"] = source_records(
@@ -451,6 +467,7 @@ class Trainer:
         if not due:
             return
         numbers: dict[str, float] = {}
+        self.wrap.refresh()
         with self.averaged():
             for evaluator in due:
                 if self.main or getattr(evaluator, "over_ranks", False):
@@ -465,12 +482,16 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
-        """Begin to write a checkpoint (rank 0)."""
+        """Begin to write a checkpoint (rank 0, with what the others have of it)."""
+        self.saver.wait()
+        self.wrap.refresh()
+        taken = self.main or isinstance(self.wrap, Shards)
+        moments = self.wrap.state(copy=self.recipe.checkpoint.background) if taken else {}
         if self.main:
             self.saver.save(
                 self.step,
                 self.encoder,
-                self.optimizer,
+                moments,
                 card=model_card(self.recipe, self.step, self.samples_seen, self.history),
                 state={
                     "samples_seen": self.samples_seen,
@@ -479,6 +500,7 @@ class Trainer:
                     "history": self.history,
                     "stream": self.stream.state_dict(),
                     "losses": self.watch.state(),
+                    "scale": self.scale.state(),
                 },
                 average=self.average.state if self.average else None,
                 terms=self.terms.state_dict(),

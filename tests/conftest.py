@@ -138,6 +138,27 @@ def fresh_accelerate():
 
 
 @pytest.fixture(scope="session")
+def weights_of():
+    """`weights_of(trainer) -> dict`: copies of all of its model's state, by name."""
+
+    def take(trainer) -> dict:
+        return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def same():
+    """`same(one, other) -> bool`: whether two states have the same tensors, bit for bit."""
+    import torch
+
+    def compare(one: dict, other: dict) -> bool:
+        return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    return compare
+
+
+@pytest.fixture(scope="session")
 def small_encoder():
     """`small_encoder(seed=0, image_size=16, ...) -> Encoder`: one-layer towers, by default for 16 px, on the CPU."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -106,7 +108,22 @@ def trainings(models, odd_shards) -> Callable[[Path], dict[str, dict]]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, models, batches, trainings) -> Path:
+def sharded(trainings) -> Callable[[Path], dict[str, dict]]:
+    """The same under FSDP2, one of them with activations that are recomputed."""
+
+    def make(folder: Path) -> dict[str, dict]:
+        found = {
+            f"sharded {name}": {**recipe, "run": str(folder / f"sharded {name}")}
+            for name, recipe in trainings(folder).items()
+        }
+        found["sharded vit"] |= {"checkpoint": {"every": 3}, "checkpoint_activations": True}
+        return found
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, models, batches, trainings, sharded) -> Path:
     """What two processes left: one start of torchrun for the whole module."""
     folder = tmp_path_factory.mktemp("two")
     cases = [
@@ -133,7 +150,14 @@ def two(tmp_path_factory, models, batches, trainings) -> Path:
         "other processes": {**recipe, "run": str(folder / "no"), "processes": 3},
     }
     checked = {**trainings(folder)["terms"], "run": str(folder / "checked")}
-    job = {"cases": cases, "trainings": trainings(folder), "refused": refused, "checked": checked}
+    alone = {**recipe, "run": str(folder / "no")}
+    sharded_refusals = {
+        "first version": alone,
+        "whole weights": {**alone, "ema": {}, "optim": {"kind": "lion"}},
+        "check": {**alone, "run": str(folder / "unchecked")},
+    }
+    job = {"cases": cases, "refused": refused, "checked": checked, "sharded refusals": sharded_refusals}
+    job["trainings"] = {**trainings(folder), **sharded(folder)}
     (folder / "job.json").write_text(json.dumps(job))
     for size, batch in batches.items():
         save_file(batch, folder / f"batch-{size}.safetensors")
@@ -217,25 +241,31 @@ def test_open_clip_with_gathered_gradients_is_what_we_do_by_default(two, models,
     compare(load_file(two / "gathered.safetensors"), expected, 1e-6)
 
 
+@pytest.mark.parametrize("way", ["", "sharded "])
 @pytest.mark.parametrize("name", ["vit", "phases", "sigmoid", "terms"])
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_trained_weights_are_those_of_one_process(two, trainings, tmp_path, name):
+def test_trained_weights_are_those_of_one_process(two, trainings, tmp_path, name, way):
     """Six real steps over an epoch's end with uneven ranks, augmentation on; within 1e-4 of the distance trained.
 
     AdamW divides by the gradient's own size, so that rounding of small gradients is not small in its steps.
     """
     trainer = Trainer(PretrainRecipe.model_validate({**trainings(tmp_path)[name], "micro_batch": None}))
-    start = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    parts = [trainer.model, trainer.terms]
+    start = {key: value.clone() for part in parts for key, value in part.state_dict().items()}
     trainer.train()
-    expected = trainer.model.state_dict()
-    came = load_file(two / name / "checkpoints/step-00000006/model/open_clip_model.safetensors")
+    expected = {key: value for part in parts for key, value in part.state_dict().items()}
+    ended = two / f"{way}{name}" / "checkpoints/step-00000006"
+    came = load_file(ended / "model/open_clip_model.safetensors")
+    if name == "terms":
+        came |= load_file(ended / "training/terms.safetensors")
+    assert came.keys() == expected.keys()
     moved = torch.cat([(expected[key] - start[key]).flatten().double() for key in expected]).norm()
     apart = torch.cat([(expected[key] - came[key]).flatten().double() for key in expected]).norm()
     assert float(moved) > 0.01
     assert float(apart / moved) < 1e-4
     logs = [
         [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        for run in (two / name, tmp_path / name)
+        for run in (two / f"{way}{name}", tmp_path / name)
     ]
     assert [record["samples_seen"] for record in logs[0]] == [8, 16, 24, 29, 37, 45]
     for ours, theirs in zip(*logs, strict=True):
@@ -257,5 +287,32 @@ def test_what_does_not_fit_the_number_of_processes_is_refused(two):
         in refused["odd batch"]
     )
     assert "the recipe asks for 3 processes, 2 started" in refused["other processes"]
+    assert "FSDP's first version flattens parameters" in refused["first version"]
+    assert "FSDP2 here does not go with optim.kind: lion, ema: they need whole" in refused["whole weights"]
+    assert "--check-gradients wraps the model for replicas" in refused["check"]
     for part in ("image tower", "text tower", "logit_scale", "logit_bias", "decoder", "terms"):
         assert f"{part}: cosine 1.0000, length x 0.5000" in refused["halved gradients"]
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_sharded_checkpoint_opens_in_open_clip_and_goes_on_in_one_process(two, sharded, tmp_path):
+    """Two processes of shards to step 3, one process without from there: the weights of the two at step 6."""
+    ended = two / "sharded vit" / "checkpoints"
+    run = tmp_path / "run"
+    shutil.copytree(two / "sharded vit", run)
+    shutil.rmtree(run / "checkpoints/step-00000006")
+    trainer = Trainer(
+        PretrainRecipe.model_validate({**sharded(two)["sharded vit"], "run": str(run)}), resume=True
+    )
+    start = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    assert trainer.step == 3
+    trainer.train()
+    model = open_clip.create_model(f"local-dir:{ended / 'step-00000006/model'}")
+    expected = model.state_dict()
+    assert all(expected[key].shape == value.shape for key, value in start.items())
+    moved, apart = (
+        torch.cat([(value - expected[key]).flatten() for key, value in weights.items()]).norm()
+        for weights in (start, trainer.model.state_dict())
+    )
+    assert float(moved) > 0.01
+    assert float(apart / moved) < 1e-4

@@ -6,6 +6,7 @@ Argument: a folder with job.json. Rank 0 leaves NAME.safetensors for each case t
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pretrain.norm import use_global_batch_norm
 from pretrain.recipe import PretrainRecipe
 from pretrain.recipe_model import TowersModel
 from pretrain.trainer import DualEncoder, Trainer
+from pretrain.wrapping import Shards, share
 
 
 def one_backward(
@@ -78,11 +80,28 @@ def main() -> None:
         found = one_backward(case, batch, accelerator)
         if accelerator.is_main_process:
             save_file(found, folder / f"{case['name']}.safetensors")
+    sharded = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }
+    for name, content in job["sharded refusals"].items():
+        os.environ |= {**sharded, "FSDP_VERSION": "1" if name == "first version" else "2"}
+        try:
+            Trainer(PretrainRecipe.model_validate(content)).check_gradients()
+        except ValueError as error:
+            refusals[name] = str(error)
     for name, content in job["trainings"].items():
+        os.environ |= {**sharded, "ACCELERATE_USE_FSDP": "true" if name.startswith("sharded") else "false"}
         trainer = Trainer(PretrainRecipe.model_validate(content))
         trainer.train()
+        assert isinstance(trainer.wrap, Shards) == name.startswith("sharded")
+        if name.startswith("sharded"):  # and each rank trains a share of every matrix
+            shares = sum(share(value).numel() for value in trainer.wrap.network.parameters())
+            whole = [*trainer.model.parameters(), *trainer.terms.parameters()]
+            assert shares < 0.6 * sum(value.numel() for value in whole)
         # What rank 1 has must be what rank 0 saves.
-        for value in trainer.model.state_dict().values():
+        for value in (*trainer.model.state_dict().values(), *trainer.terms.state_dict().values()):
             both = [torch.empty_like(value) for _ in range(2)]
             dist.all_gather(both, value)
             assert torch.equal(*both), f"{name}: the ranks have drifted apart"

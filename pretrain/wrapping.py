@@ -1,0 +1,232 @@
+"""How the model that trains lies on the ranks: whole on each (DistributedDataParallel), or a share on each (FSDP2)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from pretrain.checkpoint import load_optimizer_state, optimizer_state
+from pretrain.compiled import compile_network
+from pretrain.encoder import Encoder
+from pretrain.loop import wants_shards
+from pretrain.network import DualEncoder
+from pretrain.optim import build_optimizer
+from pretrain.recipe import PretrainRecipe
+from pretrain.terms import Terms
+
+SCALARS = ("logit_scale", "logit_bias")
+BLOCKS = ("ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block", "BertLayer", "RobertaLayer")
+"""Classes of a tower's blocks that `TRANSFORMER_BASED_WRAP` gathers one at a time, unless it is told others."""
+
+
+class Replicas:
+    """A whole model on each rank, in one process or under DistributedDataParallel.
+
+    Args:
+        encoder: What is evaluated and saved; its weights are those that train.
+        terms: Those of the recipe, whose parameters train as well.
+        recipe: The run.
+        accelerator: Of the run.
+
+    Attributes:
+        network: What trains, by its plain names; `wrapped` is what training calls.
+        optimizer: Over the network's parameters; `stepper` is it as Accelerate steps it.
+    """
+
+    def __init__(self, encoder: Encoder, terms: Terms, recipe: PretrainRecipe, accelerator: Accelerator):
+        self.encoder, self.terms, self.recipe, self.accelerator = encoder, terms, recipe, accelerator
+        self.network: nn.Module = DualEncoder(encoder, terms)
+
+    @property
+    def model(self) -> Any:
+        """The dual encoder that trains."""
+        return self.network.model
+
+    def begin(self, lr_scale: dict[str, float], saved: dict[str, Tensor]) -> None:
+        """Wrap the encoder as it is now, with the optimizer's state by `NAME|KEY`."""
+        self.network = DualEncoder(self.encoder, self.terms)
+        self.optimizer = build_optimizer(
+            self.network.named_parameters(), self.recipe.optim, lr_scale=lr_scale
+        )
+        load_optimizer_state(self.optimizer, saved)
+        if self.recipe.compile:
+            compile_network(self.network, self.accelerator.device)
+        prepared: Any = self.accelerator.prepare(self.network, self.optimizer)
+        self.wrapped, self.stepper = prepared
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Leave gradients of this rank to be added to."""
+        return self.accelerator.no_sync(self.wrapped)
+
+    def refresh(self) -> None:
+        """Let encoder and terms have the weights that train; every rank must call it."""
+
+    def state(self, *, copy: bool = False) -> dict[str, Tensor]:
+        """The optimizer's state by `NAME|KEY`, whole and in main memory; every rank must call it."""
+        return optimizer_state(self.optimizer, copy=copy)
+
+
+class Shards(Replicas):
+    """A share of the weights that train, of their gradients and of the optimizer's moments on each rank: FSDP2.
+
+    Takes 16 bytes a parameter / W with AdamW in place of 16; the encoder itself stays whole on each rank for
+    evaluations and checkpoints, at 4 bytes a parameter, and is brought up to date before them. Checkpoints are
+    therefore the same as without, and any number of processes resumes them, sharded or not.
+
+    The launcher configures it through Accelerate: what is gathered at a time (`FSDP_AUTO_WRAP_POLICY`) and whether it
+    is given up after the forward pass (`FSDP_RESHARD_AFTER_FORWARD`). Accelerate's own call of `fully_shard` is for
+    GPUs only (on CPUs it silently trains replicas), and in bf16 it would round logit_scale and the gradients' sums;
+    here gathers and sums are float32, and autocast rounds what it does without FSDP.
+    """
+
+    def begin(self, lr_scale: dict[str, float], saved: dict[str, Tensor]) -> None:
+        self.network = DualEncoder(self.encoder)
+        # An own copy: FSDP2 replaces parameters in place. One call for both, since a term may use the model's decoder.
+        self.network.model, self.network.terms = copy.deepcopy((self.encoder.model, self.terms))
+        for name in SCALARS:
+            value = getattr(self.model, name, None)
+            if value is not None:  # FSDP2 takes no scalars
+                setattr(
+                    self.model,
+                    name,
+                    nn.Parameter(value.detach().reshape(1), requires_grad=value.requires_grad),
+                )
+        self.wrapped = self.shard(self.network)
+        self.optimizer = self.stepper = build_optimizer(
+            self.network.named_parameters(), self.recipe.optim, lr_scale=lr_scale
+        )
+        self.load(saved)
+
+    def shard(self, network: Any) -> Any:
+        """Leave each rank its share of the parameters, block by block as the launcher says."""
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        found = {type(layer).__name__ for layer in network.modules()}
+        network._no_split_modules = [name for name in BLOCKS if name in found]
+        chosen = fsdp2_prepare_auto_wrap_policy(plugin, network)
+        device = self.accelerator.device.type
+        mesh = init_device_mesh(device, (self.accelerator.num_processes,))
+        blocks = [layer for layer in network.modules() if chosen and layer is not network and chosen(layer)]
+        for layer in reversed(blocks):  # inner ones first
+            fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
+        fully_shard(network, mesh=mesh)
+        if device == "cpu":
+            for layer in (*blocks, network):
+                layer.set_force_sum_reduction_for_comms(True)  # gloo knows no mean
+        return network
+
+    def load(self, saved: dict[str, Tensor]) -> None:
+        """Give each parameter its share of the state that was saved under its name."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        for group in self.optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                assert isinstance(parameter, DTensor)
+                state = {}
+                for key, value in saved.items():
+                    of, _, kind = key.rpartition("|")
+                    if of == name and kind == "step":
+                        state[kind] = value.to(parameter.device)
+                    elif of == name:
+                        state[kind] = distribute_tensor(
+                            value.to(parameter.device).reshape(parameter.shape),
+                            parameter.device_mesh,
+                            parameter.placements,
+                        )
+                if state:
+                    self.optimizer.state[parameter] = state
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self.wrapped.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.wrapped.set_requires_gradient_sync(True)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        for kept, trained in ((self.encoder.model, self.model), (self.terms, self.network.terms)):
+            own = kept.state_dict()
+            for name, value in trained.state_dict().items():
+                own[name].copy_(whole(value).reshape(own[name].shape))
+
+    def state(self, *, copy: bool = False) -> dict[str, Tensor]:
+        found = {}
+        for group in self.optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    value = whole(value)
+                    if name.rpartition(".")[2] in SCALARS:
+                        value = value.reshape(())
+                    found[f"{name}|{key}"] = value.detach().to("cpu", copy=copy).contiguous()
+        return found
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that may be sharded over the ranks, each of which must call it."""
+    gather = getattr(value, "full_tensor", None)
+    return gather() if gather else value
+
+
+def share(value: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    local = getattr(value, "to_local", None)
+    return local() if local else value
+
+
+def make_wrapping(
+    encoder: Encoder, terms: Terms, recipe: PretrainRecipe, accelerator: Accelerator
+) -> Replicas:
+    """The wrapping that the launcher asks for.
+
+    Raises:
+        ValueError: The recipe has what FSDP2 does not do here, or the launcher asks for FSDP's first version or CPU
+            offload.
+    """
+    if not wants_shards() or (
+        accelerator.num_processes == 1 and accelerator.distributed_type.value != "FSDP"
+    ):
+        return Replicas(encoder, terms, recipe, accelerator)
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type.value == "FSDP" else None
+    plugin = plugin or FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "FSDP's first version flattens parameters, whose names and shapes optimizers and checkpoints here need: "
+            "launch with --fsdp_version 2 (FSDP_VERSION=2)"
+        )
+    refused = {
+        f"precision: {accelerator.mixed_precision}": accelerator.mixed_precision in ("fp16", "fp8"),
+        f"optim.kind: {recipe.optim.kind}": recipe.optim.kind != "adamw",
+        "ema": recipe.ema is not None,
+        "lora": recipe.lora is not None,
+        "compile": recipe.compile,
+    }
+    told = [name for name, found in refused.items() if found]
+    if told:
+        raise ValueError(
+            f"FSDP2 here does not go with {', '.join(told)}: they need whole weights at each step. Leave it out, or "
+            "train replicas (launch without --use_fsdp)."
+        )
+    if (
+        plugin.activation_checkpointing
+        or plugin.cpu_ram_efficient_loading
+        or isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    ):
+        raise ValueError(
+            "FSDP2 here keeps shards on their devices and takes activation checkpointing from the recipe "
+            "(checkpoint_activations): leave --fsdp_offload_params, --fsdp_cpu_ram_efficient_loading and "
+            "--fsdp_activation_checkpointing out"
+        )
+    accelerator.state.fsdp_plugin = plugin
+    return Shards(encoder, terms, recipe, accelerator)
