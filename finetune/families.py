@@ -14,7 +14,9 @@ from finetune.fusion.recipe import MatchTask
 from finetune.fusion.samples import FusionCollate, make_load
 from finetune.language_models import pretrained_language_model, small_language_model
 from finetune.model import VisionLanguageModel, build_task_model, load_task_model
-from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLanguageModel, Task
+from finetune.recipe import FinetuneRecipe
+from finetune.recipe_model import ContinuedLanguageModel, PretrainedLanguageModel
+from finetune.recipe_task import Task
 from finetune.rows import Rows
 from finetune.samples import TextRow, TrainCollate, TrainLoad
 from finetune.saved import task_folder

@@ -17,16 +17,9 @@ from finetune.connectors import build_connector, token_grid
 from finetune.language_models import no_bars
 from finetune.learning import Learns
 from finetune.lora import add_lora, has_lora, load_adapter, save_adapter, without_adapters
-from finetune.recipe import (
-    CaptionTask,
-    Connector,
-    Decoding,
-    FinetuneRecipe,
-    Lora,
-    MixedTask,
-    Task,
-    VqaTask,
-)
+from finetune.recipe import FinetuneRecipe
+from finetune.recipe_model import Connector, Lora
+from finetune.recipe_task import CaptionTask, Decoding, MixedTask, Task, VqaTask
 from finetune.saved import TaskModel, opened
 from finetune.text import make_pair
 from finetune.tower_adapters import train_adapters_alone

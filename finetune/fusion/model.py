@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from finetune.fusion.heads import build_head
 from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask, Pooled
 from finetune.fusion.samples import MATCHES
-from finetune.recipe import TowerLora
+from finetune.recipe_model import TowerLora
 from finetune.saved import TASK, TaskModel, opened
 from finetune.text import IGNORED
 from finetune.tower_adapters import adapt_image_tower, train_adapters_alone

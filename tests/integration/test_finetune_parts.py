@@ -16,7 +16,8 @@ from finetune.guard import FirstStep
 from finetune.language_models import pretrained_language_model, small_language_model
 from finetune.lora import add_lora, has_lora, load_adapter, without_adapters
 from finetune.model import build_task_model, load_task_model
-from finetune.recipe import FinetuneRecipe, Lora, SmallLanguageModel
+from finetune.recipe import FinetuneRecipe
+from finetune.recipe_model import Lora, SmallLanguageModel
 from finetune.text import train_tokenizer
 from finetune.trainer import Finetuner
 from pairstream.recipe import validate
@@ -281,7 +282,7 @@ def test_groups_of_length_give_the_same_loss(world, tmp_path):
 
 def test_rewards_are_cider_with_the_frequencies_of_the_training_captions():
     from finetune.metrics import DocumentFrequencies, cider
-    from finetune.recipe import Reward
+    from finetune.recipe_task import Reward
     from finetune.reward import SelfCritic, until_end
 
     captions = {3: ["a red cat.", "the cat"], 5: ["a blue dog"], 9: ["a green bird"]}

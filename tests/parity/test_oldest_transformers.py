@@ -1,4 +1,4 @@
-"""The models that write, with the oldest transformers that pyproject.toml allows. `make oldest` lays it into .oldest."""
+"""The models that write, with the oldest transformers that pyproject.toml allows; `make oldest` sets it up."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST = Path(os.environ.get("PAIRSTREAM_OLDEST", ROOT / ".oldest"))

@@ -11,7 +11,8 @@ import torch
 from finetune.connectors import build_connector, merge_neighbours, token_grid
 from finetune.language_models import pretrained_language_model, small_language_model
 from finetune.model import VisionLanguageModel, load_task_model
-from finetune.recipe import CaptionTask, Decoding, Linear, Mlp, SmallLanguageModel, VqaTask
+from finetune.recipe_model import Linear, Mlp, SmallLanguageModel
+from finetune.recipe_task import CaptionTask, Decoding, VqaTask
 from finetune.text import END, IGNORED, Pair, make_pair, pack, require_end_and_pad, train_tokenizer
 from pretrain.encoder import build_encoder
 from pretrain.recipe_model import ResNet, TextTransformer, TowersModel, ViT
