@@ -63,7 +63,7 @@ def finite(numbers: Tensor) -> Tensor:
     """
     if not bool(torch.isfinite(numbers).all()):
         raise ValueError(
-            "the model makes NaN or infinite numbers of these pictures: its weights are broken (a run that diverged, or "
+            "the model makes NaN or infinite numbers of these pictures: its weights are broken (a run that diverged or "
             "a damaged file). Take an older checkpoint, or on a GPU --precision fp32"
         )
     return numbers
