@@ -50,6 +50,8 @@ class Data(Config):
     """Shards: a folder, glob, braces or URL; or several."""
     val: str | tuple[str, ...]
     """Shards that the results are measured on."""
+    shifted: tuple[str, ...] = ()
+    """Shards of other distributions, measured at the end beside `val`; never what the best model is chosen by."""
     workers: int = Field(default=0, ge=0)
     """Loader processes of each rank."""
     crop_scale: tuple[float, float] = (1.0, 1.0)

@@ -98,7 +98,8 @@ class Finetuner:
         self.stream = self.open_train()
         if found:
             self.stream.counts = Counter(state["faults"])
-        self.open_val()  # shards that cannot be read are told now, not after the last step
+        for shards in ("", *recipe.data.shifted):
+            self.open_val(shards)  # shards that cannot be read are told now, not after the last step
         # Not before all else has been found good: `overwrite` deletes.
         self.folder = RunFolder(recipe.run, resume=resume, overwrite=overwrite, writes=self.main)
         if self.main:
@@ -183,9 +184,9 @@ class Finetuner:
             max_faults=recipe.data.max_faults,
         )
 
-    def open_val(self) -> PairStream:
-        """The validation pictures of this rank, in the order of the shards."""
-        return open_val(self.recipe, self.model, rank=self.rank, world=self.world)
+    def open_val(self, shards: str = "") -> PairStream:
+        """The validation pictures of this rank, in the order of the shards: the recipe's, or other ones."""
+        return open_val(self.recipe, self.model, shards=shards, rank=self.rank, world=self.world)
 
     def train(self) -> dict[str, Any]:
         """Run to the last step and measure.
@@ -237,7 +238,9 @@ class Finetuner:
                 every = recipe.evaluate.every
                 if every and self.step % every == 0 and self.step < recipe.steps:
                     self.mean_loss(window)
-                    self.evaluate()
+                    numbers, rows = self.evaluate()
+                    if self.main:
+                        write_report(self.folder, recipe, self.task, numbers, rows, step=self.step)
                     self.keep_best()
                     if self.history.given_up:
                         many = recipe.evaluate.patience
@@ -359,9 +362,10 @@ class Finetuner:
                 self.model.save(self.folder.path / BEST)
             self.accelerator.wait_for_everyone()
 
-    def judge(self) -> tuple[dict[str, Any], list[Row]]:
-        """The numbers of the validation pictures, and the pictures in the order of the shards."""
-        return judge(self.recipe, self.model, self.task, self.open_val(), world=self.world, main=self.main)
+    def judge(self, shards: str = "") -> tuple[dict[str, Any], list[Row]]:
+        """The numbers of the validation pictures (or of others), and the pictures in the order of the shards."""
+        stream = self.open_val(shards)
+        return judge(self.recipe, self.model, self.task, stream, world=self.world, main=self.main)
 
     def save(self) -> None:
         """Write a checkpoint (rank 0)."""
@@ -394,8 +398,10 @@ class Finetuner:
             if chosen != self.step:
                 self.model = self.family.reopen(self, model)
                 numbers, rows = self.judge()
+        shifted = {shards: self.judge(shards)[0] for shards in self.recipe.data.shifted}
         metrics = {
             **numbers,
+            **({"shifted": shifted} if shifted else {}),
             "task": self.recipe.task.kind,
             "steps": self.step,
             "model_of_step": chosen,
@@ -410,7 +416,7 @@ class Finetuner:
             write_text(
                 self.folder.path / "predictions.json", json.dumps(predictions, ensure_ascii=False) + "\n"
             )
-            write_report(self.folder, self.recipe, self.task, metrics, rows)
+            write_report(self.folder, self.recipe, self.task, metrics, rows, step=chosen)
         if self.accelerator.trackers:
             self.accelerator.end_training()
         self.say(f"the model: {model}; the report: {self.folder.path / 'report.html'}")

@@ -18,6 +18,7 @@ from finetune.lora import add_lora, has_lora, load_adapter, without_adapters
 from finetune.model import build_task_model, load_task_model
 from finetune.recipe import FinetuneRecipe
 from finetune.recipe_model import Lora, SmallLanguageModel
+from finetune.report import write_report
 from finetune.text import train_tokenizer
 from finetune.trainer import Finetuner
 from pairstream.recipe import validate
@@ -230,6 +231,12 @@ def test_the_best_model_is_kept_and_a_run_without_progress_stops(world, tmp_path
         numbers, rows = judge(self)
         return {**numbers, "mean_of_tasks": next(scores)}, rows
 
+    def reported(*parts, step):
+        reports.append(step)
+        write_report(*parts, step=step)
+
+    reports = []
+    monkeypatch.setattr("finetune.trainer.write_report", reported)
     monkeypatch.setattr(Finetuner, "judge", judged)
     chosen = recipe(
         world,
@@ -241,6 +248,7 @@ def test_the_best_model_is_kept_and_a_run_without_progress_stops(world, tmp_path
     # 0.1, 0.5 and two that are worse; then the best one is judged once more.
     assert (metrics["steps"], metrics["model_of_step"]) == (8, 4)
     assert metrics["model"] == str(tmp_path / "run/best")
+    assert reports == [2, 4, 6, 8, 4]  # one at each evaluation, and at the end that of the best
     best = load_file(tmp_path / "run/best/connector.safetensors")
     fourth, eighth = (
         load_file(tmp_path / f"run/checkpoints/step-0000000{step}/model/connector.safetensors")
