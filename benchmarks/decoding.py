@@ -43,7 +43,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from data.shards import Sample, ShardWriter
 from finetune.language_models import small_language_model
 from finetune.model import VisionLanguageModel
-from finetune.recipe import CaptionTask, Decoding, FinetuneRecipe, Mlp, SmallLanguageModel
+from finetune.recipe import FinetuneRecipe
+from finetune.recipe_model import Mlp, SmallLanguageModel
+from finetune.recipe_task import CaptionTask, Decoding
 from finetune.text import IGNORED, train_tokenizer
 from finetune.trainer import Finetuner
 from pairstream.recipe import validate

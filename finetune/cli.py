@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     command = read_training_command("finetune", FinetuneRecipe, argv)
     if command is None:
         told = {**OWN, **{name: text for name, (_, text) in COMMANDS.items()}}
-        lines = [f"  pairstream finetune {name:<9}{text}" for name, text in told.items()]
+        lines = [f"  pairstream finetune {name:<10}{text}" for name, text in told.items()]
         print("\n" + "\n".join(["further commands, each with --help:", *lines]))
         return 0
     from pairstream.errors import require

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.recipe import CrossAttention, Linear, Mlp, Resampler
+from finetune.recipe_model import CrossAttention, Linear, Mlp, Resampler
 
 
 class Connector(nn.Module):

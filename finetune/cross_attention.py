@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.connectors import Connector, Resampling
-from finetune.recipe import CrossAttention, Resampler
+from finetune.recipe_model import CrossAttention, Resampler
 
 
 class Block(nn.Module):

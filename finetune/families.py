@@ -14,7 +14,10 @@ from finetune.fusion.recipe import MatchTask
 from finetune.fusion.samples import FusionCollate, make_load
 from finetune.language_models import pretrained_language_model, small_language_model
 from finetune.model import VisionLanguageModel, build_task_model, load_task_model
-from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, PretrainedLanguageModel, Task
+from finetune.parts import parts_of
+from finetune.recipe import FinetuneRecipe
+from finetune.recipe_model import ContinuedLanguageModel, PretrainedLanguageModel
+from finetune.recipe_task import Task
 from finetune.rows import Rows
 from finetune.samples import TextRow, TrainCollate, TrainLoad
 from finetune.saved import task_folder
@@ -85,7 +88,9 @@ class Writing:
                 broadcast_object_list(made)
             tokenizer = wrap_tokenizer(made[0])
             language_model = small_language_model(config, tokenizer)
-        return build_task_model(recipe, encoder, language_model, tokenizer)
+        model = build_task_model(recipe, encoder, language_model, tokenizer)
+        model.parts = parts_of(recipe)
+        return model
 
     def reopen(self, run: Any, folder: Path) -> VisionLanguageModel:
         """The model of the recipe with all weights of a saved one.
@@ -109,6 +114,7 @@ class Writing:
         adapt_image_tower(parts.encoder, recipe.tower_lora, folder)
         model = build_task_model(recipe, parts.encoder, parts.language_model, parts.tokenizer)
         model.connector.load_state_dict(parts.connector.state_dict())
+        model.parts = parts.parts
         return model
 
     def reading(self, run: Any, transform: EvalTransform | TrainTransform | None) -> tuple[Any, Any]:
@@ -142,9 +148,9 @@ class Fusing:
         recipe: Any = run.recipe
         encoder = begin(recipe, run.accelerator.device)
         frozen = recipe.freeze_image_tower
-        return weighted(
-            FusionClassifier(encoder, recipe.task, run.task.labels, freeze_image_tower=frozen), run
-        )
+        model = FusionClassifier(encoder, recipe.task, run.task.labels, freeze_image_tower=frozen)
+        model.parts = parts_of(recipe)
+        return weighted(model, run)
 
     def reopen(self, run: Any, folder: Path) -> FusionClassifier:
         recipe: FinetuneRecipe = run.recipe

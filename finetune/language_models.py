@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from finetune.recipe import SmallLanguageModel
+from finetune.recipe_model import SmallLanguageModel
 from finetune.text import require_end_and_pad
 from pairstream.errors import require
 

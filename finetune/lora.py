@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune.recipe import Lora
+from finetune.recipe_model import Lora
 from pairstream.errors import require
 from pretrain.checkpoint import save_tensors
 

@@ -17,17 +17,10 @@ from finetune.connectors import build_connector, token_grid
 from finetune.language_models import no_bars
 from finetune.learning import Learns
 from finetune.lora import add_lora, has_lora, load_adapter, save_adapter, without_adapters
-from finetune.recipe import (
-    CaptionTask,
-    Connector,
-    Decoding,
-    FinetuneRecipe,
-    Lora,
-    MixedTask,
-    Task,
-    VqaTask,
-)
-from finetune.saved import TaskModel, opened
+from finetune.recipe import FinetuneRecipe
+from finetune.recipe_model import Connector, Lora
+from finetune.recipe_task import CaptionTask, Decoding, MixedTask, Task, VqaTask
+from finetune.saved import TaskModel, finite, opened
 from finetune.text import make_pair
 from finetune.tower_adapters import train_adapters_alone
 from finetune.writing import Continues, Picture
@@ -238,10 +231,13 @@ class VisionLanguageModel(Learns, Continues, TaskModel):
 
         Args:
             images: PIL images, file contents, uint8 `(3, H, W)`; or uint8 `(b, 3, h, w)` of the model's size.
+
+        Raises:
+            ValueError: The model's weights make numbers of it that are not finite.
         """
         if not (isinstance(images, Tensor) and images.shape[-2:] == self.encoder.image_size):
             images = torch.stack([self.encoder.preprocess(image) for image in images])
-        return self.connector(self.image_tokens(images))
+        return finite(self.connector(self.image_tokens(images)))
 
     def write_parts(self, folder: Path) -> dict[str, Any]:
         """Connector, language model and tokenizer."""
@@ -310,5 +306,12 @@ def load_task_model(folder: str | Path, *, device: str = "auto") -> VisionLangua
             load_adapter(add_lora(language_model, lora), place)
     encoder = load_encoder(place / "encoder", device=device)
     model = VisionLanguageModel(encoder, connector, language_model, tokenizer, task, decoding, lora=lora)
-    model.connector.load_state_dict(state)
+    try:
+        model.connector.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{place}: the connector does not fit the encoder and the language model beside it, so one of them is from "
+            f"another model: {error}"
+        ) from error
+    model.parts = content.get("parts", {})
     return model.eval()

@@ -2,156 +2,25 @@
 
 from __future__ import annotations
 
-from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask, check_heads
+from finetune.recipe_model import (
+    Connector,
+    ContinuedLanguageModel,
+    LanguageModel,
+    Lora,
+    Mlp,
+    PretrainedLanguageModel,
+    SmallLanguageModel,
+    TowerLora,
+)
+from finetune.recipe_task import Decoding, Reward, Task
 from pairstream.recipe import Config
 from pretrain.recipe import Checkpoints
 from pretrain.recipe_model import Model, OpenClipModel
 from pretrain.recipe_optim import AdamW, Cosine, Optimizer, Schedule, check_schedule
-
-
-class Linear(Config):
-    """One matrix from image tokens to the language model's width."""
-
-    kind: Literal["linear"] = "linear"
-    merge: int = Field(default=1, ge=1)
-    """Neighbouring image tokens, merge x merge, that become one (side by side in its channels); see `Mlp`."""
-
-
-class Mlp(Config):
-    """Two layers with a GELU between; more than a matrix can say, at a few percent of the time."""
-
-    kind: Literal["mlp"] = "mlp"
-    merge: int = Field(default=1, ge=1)
-    """Neighbouring image tokens, merge x merge, that become one (side by side in its channels).
-
-    The prefix is what the language model spends most of its time on: 2 makes it four times shorter and loses nothing.
-    """
-
-
-class Resampler(Config):
-    """A fixed number of learnt queries that look at the image tokens, as in Perceiver and Q-Former.
-
-    The prefix has `queries` positions whatever the tower gives: for towers of hundreds of tokens. It learns more slowly
-    than `mlp`, whose prefix keeps the places of things.
-    """
-
-    kind: Literal["resampler"] = "resampler"
-    queries: int = Field(default=16, ge=1)
-    """Positions of the prefix."""
-    width: int = Field(default=256, ge=8)
-    layers: int = Field(default=2, ge=1)
-    heads: int = Field(default=4, ge=1)
-
-    @model_validator(mode="after")
-    def fits(self) -> Resampler:
-        return check_heads(self)
-
-
-class CrossAttention(Config):
-    """Layers between those of the language model that look at the picture; the text alone stands in the sequence.
-
-    With `gated` and a frozen language model as in Flamingo: the gates start closed, so that training begins with the
-    language model as it was. Without, and with a language model that trains, a decoder as in BLIP and CoCa. A picture
-    takes one position, however many tokens it has, so several pictures and texts can follow each other.
-    """
-
-    kind: Literal["cross_attention"] = "cross_attention"
-    every: int = Field(default=1, ge=1)
-    """One in front of each such many layers of the language model."""
-    gated: bool = True
-    heads: int = Field(default=4, ge=1)
-    """Of the language model's width, which they must divide."""
-    feed_forward: int = Field(default=2, ge=1)
-    """Width of the layers' second half, as a multiple of the language model's."""
-    queries: int = Field(default=0, ge=0)
-    """Image tokens are first resampled to so many (see `resampler`); 0 looks at all of them."""
-
-
-Connector = Annotated[Linear | Mlp | Resampler | CrossAttention, Field(discriminator="kind")]
-
-
-class SmallLanguageModel(Config):
-    """A GPT-2-shaped language model with random weights, and a byte-level BPE vocabulary of the training texts.
-
-    The vocabulary is made from all texts of the shards, captions and questions, whatever the task.
-    """
-
-    kind: Literal["config"] = "config"
-    width: int = Field(default=256, ge=8)
-    layers: int = Field(default=4, ge=1)
-    heads: int = Field(default=4, ge=1)
-    context: int = Field(default=256, ge=8)
-    """Positions: image tokens, prompt and answer together must fit."""
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    vocabulary: int = Field(default=2000, ge=300)
-    """Pieces at the most; 256 of them are the bytes, so that any text can be said."""
-
-    @model_validator(mode="after")
-    def fits(self) -> SmallLanguageModel:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
-
-
-class PretrainedLanguageModel(Config):
-    """A causal language model of transformers' with its tokenizer."""
-
-    kind: Literal["pretrained"] = "pretrained"
-    name: str
-    """A hub name such as `openai-community/gpt2`, or a folder (config.json, model.safetensors, tokenizer files)."""
-    freeze: bool = False
-    """Train only the connector (and the image tower, unless it is frozen as well)."""
-    bits: Literal[32, 8, 4] = 32
-    """Of its matrices: 8 or 4 (bitsandbytes, on a CUDA GPU) take a quarter or an eighth of the memory, cannot train,
-    and want `lora` on top (QLoRA) or `freeze`."""
-
-
-class ContinuedLanguageModel(Config):
-    """Go on from the task model that `model.name` names: its connector, language model and tokenizer come along.
-
-    Questions are learnt several times faster by a model that can already name what it sees.
-    """
-
-    kind: Literal["continued"] = "continued"
-
-
-LanguageModel = Annotated[
-    SmallLanguageModel | PretrainedLanguageModel | ContinuedLanguageModel, Field(discriminator="kind")
-]
-
-
-class Lora(Config):
-    """Low-rank adapters on the language model, whose own weights are then frozen (peft)."""
-
-    rank: int = Field(default=0, ge=0)
-    """Of the adapters; 0 has none."""
-    alpha: float = Field(default=16.0, gt=0)
-    """Adapters count by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """In front of the adapters."""
-    dora: bool = False
-    """Learn size and direction of the weights apart (DoRA): a little better at low ranks, a third more time."""
-    targets: tuple[str, ...] = ()
-    """Names of the layers to adapt, such as `q_proj`; all linear ones but the output when empty."""
-
-
-class TowerLora(Config):
-    """Low-rank adapters in the image tower, whose own weights then stay; they train at `tower_lr`.
-
-    The saved encoder has them added, and opens as any other.
-    """
-
-    rank: int = Field(default=0, ge=0)
-    """Of the adapters; 0 has none."""
-    alpha: float = Field(default=16.0, gt=0)
-    """Adapters count by alpha / rank."""
-    dora: bool = False
-    """Learn size and direction of the weights apart (DoRA)."""
 
 
 class Rates(Config):
@@ -174,78 +43,6 @@ class Waits(Config):
     language_model: int = Field(default=0, ge=0)
 
 
-class Reward(Config):
-    """Self-critical training of captions after cross-entropy: drawn texts are learnt as far as they beat greedy ones.
-
-    The reward is CIDEr-D with the document frequencies of the training captions. It raises CIDEr-D by some points and
-    makes captions more alike; a step costs the writing of `samples` + 1 texts a picture.
-    """
-
-    after: int | None = Field(default=None, ge=0)
-    """Optimiser steps of cross-entropy before it; None never begins."""
-    samples: int = Field(default=4, ge=1)
-    """Captions drawn for each picture."""
-    rate: float = Field(default=0.1, gt=0)
-    """Learning rate from then on, as a multiple of what the schedule has."""
-
-
-class CaptionTask(Config):
-    """Write a caption of the picture."""
-
-    kind: Literal["caption"] = "caption"
-    prompt: str = ""
-    """Words before the caption; a pretrained language model may like `A photo of`."""
-
-
-class VqaTask(Config):
-    """Answer questions about the picture by writing the answer."""
-
-    kind: Literal["vqa"] = "vqa"
-    prompt: str = "{question}"
-    """The question's place in the prompt; `Question: {question} Answer:` suits a pretrained language model."""
-    questions: int = Field(default=4, ge=1)
-    """Questions drawn for each picture in a step. The picture is encoded once for all of them."""
-    target: Literal["majority", "sample"] = "majority"
-    """Train on the most frequent human answer, or on one drawn anew each time (softer, for real humans)."""
-    accuracy: Literal["official", "fixed"] = "fixed"
-    """Mode of the VQA accuracy; docs/finetuning.md has the difference."""
-
-    @field_validator("prompt")
-    @classmethod
-    def has_question(cls, value: str) -> str:
-        try:
-            names = [name for _, name, _, _ in Formatter().parse(value) if name is not None]
-        except ValueError as error:
-            raise ValueError(f"not a template: {error}") from error
-        if names != ["question"]:
-            raise ValueError("expected exactly one {question} in the prompt")
-        return value
-
-
-class MixedTask(Config):
-    """Captions and questions in one run; the prompts tell the model which is wanted.
-
-    A picture of the training shards gives what it has: a caption, questions, or both.
-    """
-
-    kind: Literal["mixed"] = "mixed"
-    caption: CaptionTask = CaptionTask(prompt="describe the picture:")
-    vqa: VqaTask = VqaTask(prompt="question: {question} answer:")
-
-    @model_validator(mode="after")
-    def possible(self) -> MixedTask:
-        if not self.caption.prompt.strip():
-            raise ValueError(
-                "task.caption.prompt is empty: the model could not tell a caption from an answer"
-            )
-        return self
-
-
-Task = Annotated[
-    CaptionTask | VqaTask | MixedTask | ClassifyTask | ChooseTask | MatchTask, Field(discriminator="kind")
-]
-
-
 class Data(Config):
     """Shards and how they are read."""
 
@@ -253,6 +50,8 @@ class Data(Config):
     """Shards: a folder, glob, braces or URL; or several."""
     val: str | tuple[str, ...]
     """Shards that the results are measured on."""
+    shifted: tuple[str, ...] = ()
+    """Shards of other distributions, measured at the end beside `val`; never what the best model is chosen by."""
     workers: int = Field(default=0, ge=0)
     """Loader processes of each rank."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
@@ -271,37 +70,6 @@ class Data(Config):
         if not value:
             raise ValueError("the shard list is empty: give a folder, glob or URL of .tar shards")
         return value
-
-
-class Decoding(Config):
-    """How text is written."""
-
-    num_beams: int = Field(default=1, ge=1)
-    """1 is greedy; 3 to 5 give captions a few CIDEr points more at about that many times the work."""
-    max_new_tokens: int = Field(default=30, ge=1)
-    """Tokens written at the most, the image and prompt not counted."""
-    min_new_tokens: int = Field(default=0, ge=0)
-    """Tokens written at the least."""
-    length_penalty: float = 1.0
-    """Beam search divides a text's log-probability by its length to this power: above 0 favours longer texts."""
-    no_repeat_ngram: int = Field(default=0, ge=0)
-    """No run of so many tokens is written twice; 0 allows it, 3 stops stuttering."""
-    sample: bool = False
-    """Draw each token instead of taking the likeliest: different texts each time, and lower scores."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Of drawing: below 1 keeps closer to the likeliest."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Of drawing: only from the likeliest tokens that have this probability together (nucleus)."""
-
-    @model_validator(mode="after")
-    def possible(self) -> Decoding:
-        if not self.sample and (self.temperature != 1.0 or self.top_p != 1.0):
-            raise ValueError("temperature and top_p are about drawing: set sample, or leave them at 1")
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"
-            )
-        return self
 
 
 class Evaluation(Config):

@@ -24,12 +24,28 @@ CAPTION_ROWS = (("CIDEr-D", "cider"), ("BLEU-4", "bleu4"), ("BLEU-1", "bleu1"), 
 
 
 def write_report(
-    folder: RunFolder, recipe: FinetuneRecipe, task: TaskKind, metrics: dict[str, Any], rows: Sequence[Row]
+    folder: RunFolder,
+    recipe: FinetuneRecipe,
+    task: TaskKind,
+    metrics: dict[str, Any],
+    rows: Sequence[Row],
+    *,
+    step: int,
 ) -> None:
-    """Write `report.html` and `report.json` of a finished run."""
+    """Write `report.html` and `report.json` of a run as it is: at each evaluation, and at its end.
+
+    Args:
+        folder: The run's, with its log.
+        recipe: The run.
+        task: Knows how its rows are shown.
+        metrics: Of the evaluation.
+        rows: The judged pictures.
+        step: Of the model that was judged.
+    """
     title, wall = TITLES[recipe.task.kind]
     report = Report(
-        f"{title}: {folder.path.name}", f"{encoder_name(recipe)}, {metrics['images']:,} held-out pictures"
+        f"{title}: {folder.path.name}",
+        f"{encoder_name(recipe)}, {metrics['images']:,} held-out pictures, after step {step:,} of {recipe.steps:,}",
     )
     if recipe.task.kind == "caption":
         add_caption_numbers(report, metrics)
@@ -40,6 +56,13 @@ def write_report(
         add_answer_numbers(report, metrics["vqa"])
     else:
         add_label_numbers(report, metrics, task.main)
+    if "shifted" in metrics:
+        sets = {"target": metrics, **metrics["shifted"]}
+        report.table(
+            ["set", task.main, "pictures"],
+            [[name, round(found[task.main], 3), found["images"]] for name, found in sets.items()],
+            caption="The target set, and shifted ones beside it",
+        )
     report.cards(wall, task.cards(rows))
     log = folder.read_log()
     lines = [record for record in log if record.get("loss") is not None]

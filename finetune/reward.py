@@ -12,7 +12,7 @@ from torch import Tensor
 from finetune import ptb
 from finetune.metrics import DocumentFrequencies, cider
 from finetune.model import VisionLanguageModel
-from finetune.recipe import Decoding, Reward
+from finetune.recipe_task import Decoding, Reward
 from finetune.text import Pair, pack, token_ids
 
 SOURCE = "training captions"

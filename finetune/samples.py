@@ -15,7 +15,7 @@ from data.faults import Fault
 from data.samples import RawSample
 from data.transforms import EvalTransform, TrainTransform, decode_image
 from finetune.fusion.recipe import ChooseTask, MatchTask
-from finetune.recipe import CaptionTask, MixedTask, Task, VqaTask
+from finetune.recipe_task import CaptionTask, MixedTask, Task, VqaTask
 from finetune.rows import Rows, Turn
 from finetune.text import Pair, make_pair, pack
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.tower_adapters import save_tower_adapters
 from pairstream.atomic import new_folder, write_text
@@ -26,6 +28,8 @@ class TaskModel(nn.Module, ABC):
     """What all models over an encoder have in common: the folder they are saved as."""
 
     encoder: Encoder
+    parts: Mapping[str, Any] = MappingProxyType({})
+    """Where the parts come from and under which licence; see `finetune.parts`."""
 
     @abstractmethod
     def write_parts(self, folder: Path) -> dict[str, Any]:
@@ -47,8 +51,22 @@ class TaskModel(nn.Module, ABC):
         (folder / "encoder").mkdir()
         self.encoder.write_into(folder / "encoder", final=final / "encoder")
         save_tower_adapters(self.encoder, folder)
-        content = {"format": FORMAT, **self.write_parts(folder)}
+        content = {"format": FORMAT, **self.write_parts(folder), "parts": dict(self.parts)}
         write_text(folder / TASK, json.dumps(content, indent=2) + "\n")
+
+
+def finite(numbers: Tensor) -> Tensor:
+    """Numbers that a model has made, as they are.
+
+    Raises:
+        ValueError: Some are not finite: text and labels made of them would mean nothing.
+    """
+    if not bool(torch.isfinite(numbers).all()):
+        raise ValueError(
+            "the model makes NaN or infinite numbers of these pictures: its weights are broken (a run that diverged or "
+            "a damaged file). Take an older checkpoint, or on a GPU --precision fp32"
+        )
+    return numbers
 
 
 def task_folder(folder: str | Path) -> Path:

@@ -17,7 +17,7 @@ from finetune.fusion.task import Classification
 from finetune.metrics import caption_metrics
 from finetune.model import VisionLanguageModel
 from finetune.questions import Questions
-from finetune.recipe import CaptionTask, MixedTask, Task, VqaTask
+from finetune.recipe_task import CaptionTask, MixedTask, Task, VqaTask
 from finetune.samples import Both, Question
 from pairstream.report import Card
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune.recipe import TowerLora
+from finetune.recipe_model import TowerLora
 from pretrain.adapters import LowRank, add_adapters
 from pretrain.checkpoint import save_tensors
 from pretrain.encoder import Encoder

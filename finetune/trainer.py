@@ -18,12 +18,14 @@ from data.transforms import TrainTransform
 from finetune.evaluation import judge, open_val, text_batches
 from finetune.families import make_family
 from finetune.guard import FirstStep
+from finetune.history import History
+from finetune.kept import keep_image_tokens
 from finetune.language_models import recompute_activations
 from finetune.recipe import FinetuneRecipe
 from finetune.regularize import perturbed, pull_back, starting_weights
 from finetune.report import write_report
 from finetune.reward import SelfCritic
-from finetune.samples import ImageCollate, ImageLoad, TextRow
+from finetune.samples import TextRow
 from finetune.saved import BEST
 from finetune.tasks import Row, make_task
 from pairstream.atomic import write_text
@@ -74,7 +76,8 @@ class Finetuner:
             )
         self.task = make_task(recipe.task)
         self.family = make_family(recipe.task)
-        self.step, self.samples_seen, self.history = 0, 0, {}
+        self.step, self.samples_seen = 0, 0
+        self.history = History(self.task.main, recipe.evaluate.patience)
         self.saved: dict[str, Tensor] = {}
         self.guard: FirstStep | None = None
         self.last: tuple[int, dict[str, Any], list[Row]] = (-1, {}, [])
@@ -95,7 +98,8 @@ class Finetuner:
         self.stream = self.open_train()
         if found:
             self.stream.counts = Counter(state["faults"])
-        self.open_val()  # shards that cannot be read are told now, not after the last step
+        for shards in ("", *recipe.data.shifted):
+            self.open_val(shards)  # shards that cannot be read are told now, not after the last step
         # Not before all else has been found good: `overwrite` deletes.
         self.folder = RunFolder(recipe.run, resume=resume, overwrite=overwrite, writes=self.main)
         if self.main:
@@ -109,7 +113,8 @@ class Finetuner:
             )
         if self.main and self.step == 0:
             self.folder.write_recipe(recipe)
-        self.kept = self.keep_image_tokens() if recipe.data.cache_image_tokens else None
+        keeps = recipe.data.cache_image_tokens
+        self.kept = keep_image_tokens(recipe, self.model, show=self.main) if keeps else None
 
     def read_texts(self) -> list[TextRow]:
         """All training texts, for the tokenizer and the baselines; the pictures are not decoded."""
@@ -133,7 +138,8 @@ class Finetuner:
                 f"{checkpoint}: cannot resume with another {', '.join(changed)}: the run would not be the one that "
                 "was begun. Change it back, or start a new run with --run NAME."
             )
-        self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
+        self.step, self.samples_seen = state["step"], state["samples_seen"]
+        self.history = History(self.task.main, self.recipe.evaluate.patience, state["history"])
         return self.family.reopen(self, checkpoint / "model")
 
     def identity(self) -> dict[str, Any]:
@@ -178,35 +184,9 @@ class Finetuner:
             max_faults=recipe.data.max_faults,
         )
 
-    def open_val(self) -> PairStream:
-        """The validation pictures of this rank, in the order of the shards."""
-        return open_val(self.recipe, self.model, rank=self.rank, world=self.world)
-
-    def keep_image_tokens(self) -> Tensor:
-        """The frozen tower's tokens of all training pictures, `(samples, n, token_dim)`, in main memory.
-
-        Every rank keeps all of them: an epoch deals the pictures anew.
-        """
-        encoder = self.model.encoder
-        stream = PairStream(
-            self.recipe.data.train,
-            ImageLoad(encoder.transform),
-            ImageCollate(encoder.image_size),
-            batch_size=64,
-            shuffle=False,
-            workers=self.recipe.data.workers,
-            max_faults=self.recipe.data.max_faults,
-        )
-        kept: Tensor | None = None
-        with ProgressBar("encode", stream.batches_per_epoch, show=self.main) as bar, torch.no_grad():
-            for batch in stream.epoch():
-                tokens = self.model.image_tokens(batch["images"]).cpu()
-                if kept is None:
-                    kept = torch.zeros((stream.samples, *tokens.shape[1:]), dtype=tokens.dtype)
-                kept[batch.indices] = tokens
-                bar.advance()
-        assert kept is not None, "an epoch has at least one batch"
-        return kept
+    def open_val(self, shards: str = "") -> PairStream:
+        """The validation pictures of this rank, in the order of the shards: the recipe's, or other ones."""
+        return open_val(self.recipe, self.model, shards=shards, rank=self.rank, world=self.world)
 
     def train(self) -> dict[str, Any]:
         """Run to the last step and measure.
@@ -226,7 +206,7 @@ class Finetuner:
             f"{trained:,} of {everything:,} parameters train, {self.stream.samples} pictures, "
             f"{recipe.steps} steps of {recipe.batch_size}"
         )
-        if self.given_up():  # a run that had stopped early is resumed: there is nothing left to do
+        if self.history.given_up:  # a run that had stopped early is resumed: there is nothing left to do
             return self.finish()
         late = set(self.waiting())
         waiting = [name for name, parameter in self.model.named_parameters() if parameter in late]
@@ -258,9 +238,11 @@ class Finetuner:
                 every = recipe.evaluate.every
                 if every and self.step % every == 0 and self.step < recipe.steps:
                     self.mean_loss(window)
-                    self.evaluate()
+                    numbers, rows = self.evaluate()
+                    if self.main:
+                        write_report(self.folder, recipe, self.task, numbers, rows, step=self.step)
                     self.keep_best()
-                    if self.given_up():
+                    if self.history.given_up:
                         many = recipe.evaluate.patience
                         self.say(f"stopping at step {self.step}: no new best in the last {many} evaluations")
                         self.save()
@@ -370,34 +352,20 @@ class Finetuner:
         """`judge` the model as it is, and put the numbers into history and log."""
         numbers, rows = self.judge()
         self.last = self.step, numbers, rows
-        self.history[str(self.step)] = {
-            name: value for name, value in numbers.items() if isinstance(value, int | float)
-        }
-        self.folder.log({"step": self.step, "evaluation": self.history[str(self.step)]})
+        self.folder.log({"step": self.step, "evaluation": self.history.add(self.step, numbers)})
         return numbers, rows
-
-    def best_step(self) -> int:
-        """The step of the best evaluation so far, the first of equally good ones."""
-        return int(max(self.history, key=lambda step: (self.history[step][self.task.main], -int(step))))
-
-    def given_up(self) -> bool:
-        """Whether the last `patience` evaluations brought no new best."""
-        patience = self.recipe.evaluate.patience
-        if patience is None or not self.history:
-            return False
-        best = self.best_step()
-        return sum(int(step) > best for step in self.history) >= patience
 
     def keep_best(self) -> None:
         """Write the model to the run folder's `best` when the last evaluation is the best (rank 0)."""
-        if self.recipe.evaluate.select == "best" and self.best_step() == self.step:
+        if self.recipe.evaluate.select == "best" and self.history.best == self.step:
             if self.main:
                 self.model.save(self.folder.path / BEST)
             self.accelerator.wait_for_everyone()
 
-    def judge(self) -> tuple[dict[str, Any], list[Row]]:
-        """The numbers of the validation pictures, and the pictures in the order of the shards."""
-        return judge(self.recipe, self.model, self.task, self.open_val(), world=self.world, main=self.main)
+    def judge(self, shards: str = "") -> tuple[dict[str, Any], list[Row]]:
+        """The numbers of the validation pictures (or of others), and the pictures in the order of the shards."""
+        stream = self.open_val(shards)
+        return judge(self.recipe, self.model, self.task, stream, world=self.world, main=self.main)
 
     def save(self) -> None:
         """Write a checkpoint (rank 0)."""
@@ -411,7 +379,7 @@ class Finetuner:
                 state={
                     "identity": self.identity(),
                     "samples_seen": self.samples_seen,
-                    "history": self.history,
+                    "history": self.history.state(),
                     "faults": self.stream.faults,
                 },
                 keep=self.recipe.checkpoint.keep,
@@ -426,12 +394,14 @@ class Finetuner:
         model, chosen = step_folder(self.folder.checkpoints, self.step) / "model", self.step
         self.keep_best()
         if self.recipe.evaluate.select == "best":
-            model, chosen = self.folder.path / BEST, self.best_step()
+            model, chosen = self.folder.path / BEST, self.history.best
             if chosen != self.step:
                 self.model = self.family.reopen(self, model)
                 numbers, rows = self.judge()
+        shifted = {shards: self.judge(shards)[0] for shards in self.recipe.data.shifted}
         metrics = {
             **numbers,
+            **({"shifted": shifted} if shifted else {}),
             "task": self.recipe.task.kind,
             "steps": self.step,
             "model_of_step": chosen,
@@ -446,7 +416,7 @@ class Finetuner:
             write_text(
                 self.folder.path / "predictions.json", json.dumps(predictions, ensure_ascii=False) + "\n"
             )
-            write_report(self.folder, self.recipe, self.task, metrics, rows)
+            write_report(self.folder, self.recipe, self.task, metrics, rows, step=chosen)
         if self.accelerator.trackers:
             self.accelerator.end_training()
         self.say(f"the model: {model}; the report: {self.folder.path / 'report.html'}")

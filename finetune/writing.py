@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from finetune.recipe import Decoding
+from finetune.recipe_task import Decoding
 from finetune.text import Pair, token_ids
 
 Picture = Image.Image | bytes | Tensor

@@ -41,7 +41,8 @@ class LabelPrompts(Config):
     """JSON key of the label: a name, a number, or a list of either. Samples without one keep their captions, so that
     pairs can be mixed in."""
     templates: tuple[str, ...] = Field(default=("a photo of a {}.",), min_length=1)
-    """Texts with {} for the class name; `captions: random` draws among them."""
+    """Texts with {} for the class name; `captions: random` draws among them. To `loss: multi_positive` pictures of one
+    class are no negatives where they drew the same text: with `captions_per_image` as many as templates, always."""
     classes: tuple[str, ...] = ()
     """Names of numbered classes, from 0; where they are given, labels must be among them."""
 

@@ -249,7 +249,8 @@ def make_writer():
 
         from finetune.language_models import small_language_model
         from finetune.model import VisionLanguageModel
-        from finetune.recipe import Decoding, SmallLanguageModel, VqaTask
+        from finetune.recipe_model import SmallLanguageModel
+        from finetune.recipe_task import Decoding, VqaTask
         from finetune.text import train_tokenizer
         from pretrain.encoder import build_encoder
         from pretrain.recipe_model import TextTransformer, TowersModel, ViT

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from finetune.fusion.heads import build_head
 from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask, Pooled
 from finetune.fusion.samples import MATCHES
-from finetune.recipe import TowerLora
-from finetune.saved import TASK, TaskModel, opened
+from finetune.recipe_model import TowerLora
+from finetune.saved import TASK, TaskModel, finite, opened
 from finetune.text import IGNORED
 from finetune.tower_adapters import adapt_image_tower, train_adapters_alone
 from pretrain.checkpoint import save_tensors
@@ -217,7 +217,8 @@ class FusionClassifier(TaskModel):
             float64 `(texts, labels)` on the CPU: rows that sum to 1, or each from 0 to 1 where outputs are logistic.
 
         Raises:
-            ValueError: Numbers differ, or a sample has neither a picture nor a text.
+            ValueError: Numbers differ, a sample has neither a picture nor a text, or the model's weights make numbers
+                that are not finite.
             data.faults.Fault: File contents that are no picture.
         """
         if isinstance(texts, str) or (image_of_text is None and len(images) != len(texts)):
@@ -248,6 +249,7 @@ class FusionClassifier(TaskModel):
             no_text.to(self.device),
         ).double()
         self.train(training)
+        finite(logits)
         return (logits.sigmoid() if self.logistic else logits.softmax(dim=-1)).cpu()
 
     def classify(
@@ -336,4 +338,5 @@ def load_classifier(
     absent = [name for name in missing if not name.startswith("towers.")]
     if absent or unexpected:
         raise ValueError(f"{place}: {WEIGHTS} does not fit {TASK}: {absent or unexpected}")
+    model.parts = content.get("parts", {})
     return model.eval()

@@ -183,7 +183,7 @@ def compare_writing(model: Any, edge: EdgeWriter) -> dict[str, Any]:
     Returns:
         `texts`; `different`: texts that are not the same; `max_abs`: of the first token's logits; `largest_logit`.
     """
-    from finetune.recipe import Decoding
+    from finetune.recipe_task import Decoding
 
     greedy = Decoding(num_beams=1, max_new_tokens=model.decoding.max_new_tokens)
     count = different = 0

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from data.shards import Sample, ShardWriter
 from finetune.cli import main
 from finetune.model import load_task_model
-from finetune.recipe import ContinuedLanguageModel, FinetuneRecipe, Linear
+from finetune.recipe import FinetuneRecipe
+from finetune.recipe_model import ContinuedLanguageModel, Linear
 from pairstream.cli import run_stage
 from pairstream.recipe import load_recipe, recipe_names, validate
 from pretrain.checkpoint import complete_checkpoints

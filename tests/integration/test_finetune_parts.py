@@ -16,7 +16,9 @@ from finetune.guard import FirstStep
 from finetune.language_models import pretrained_language_model, small_language_model
 from finetune.lora import add_lora, has_lora, load_adapter, without_adapters
 from finetune.model import build_task_model, load_task_model
-from finetune.recipe import FinetuneRecipe, Lora, SmallLanguageModel
+from finetune.recipe import FinetuneRecipe
+from finetune.recipe_model import Lora, SmallLanguageModel
+from finetune.report import write_report
 from finetune.text import train_tokenizer
 from finetune.trainer import Finetuner
 from pairstream.recipe import validate
@@ -229,6 +231,12 @@ def test_the_best_model_is_kept_and_a_run_without_progress_stops(world, tmp_path
         numbers, rows = judge(self)
         return {**numbers, "mean_of_tasks": next(scores)}, rows
 
+    def reported(*parts, step):
+        reports.append(step)
+        write_report(*parts, step=step)
+
+    reports = []
+    monkeypatch.setattr("finetune.trainer.write_report", reported)
     monkeypatch.setattr(Finetuner, "judge", judged)
     chosen = recipe(
         world,
@@ -240,6 +248,7 @@ def test_the_best_model_is_kept_and_a_run_without_progress_stops(world, tmp_path
     # 0.1, 0.5 and two that are worse; then the best one is judged once more.
     assert (metrics["steps"], metrics["model_of_step"]) == (8, 4)
     assert metrics["model"] == str(tmp_path / "run/best")
+    assert reports == [2, 4, 6, 8, 4]  # one at each evaluation, and at the end that of the best
     best = load_file(tmp_path / "run/best/connector.safetensors")
     fourth, eighth = (
         load_file(tmp_path / f"run/checkpoints/step-0000000{step}/model/connector.safetensors")
@@ -281,7 +290,7 @@ def test_groups_of_length_give_the_same_loss(world, tmp_path):
 
 def test_rewards_are_cider_with_the_frequencies_of_the_training_captions():
     from finetune.metrics import DocumentFrequencies, cider
-    from finetune.recipe import Reward
+    from finetune.recipe_task import Reward
     from finetune.reward import SelfCritic, until_end
 
     captions = {3: ["a red cat.", "the cat"], 5: ["a blue dog"], 9: ["a green bird"]}

@@ -171,3 +171,16 @@ def test_towers_that_were_never_trained_together(world, tmp_path):
     assert "vit + transformer" in (tmp_path / "a/report.html").read_text()
     with pytest.raises(ValueError, match=r"goes on from the task model that model\.name names"):
         recipe(world, tmp_path / "c", model=towers, language_model={"kind": "continued"})
+
+
+def test_shifted_sets_are_measured_beside_the_target(world, tmp_path):
+    """The words of `other` say the contrary, which a model that has learnt to read them falls for."""
+    data = {"train": str(world / "train"), "val": str(world / "val"), "shifted": [str(world / "other")]}
+    metrics = Finetuner(recipe(world, tmp_path / "run", data=data)).train()
+    [(name, found)] = metrics["shifted"].items()
+    assert (name, found["images"], metrics["images"]) == (str(world / "other"), 16, 16)
+    assert found["text_only"] < metrics["text_only"]
+    assert "shifted ones beside it" in (tmp_path / "run/report.html").read_text()
+    missing = data | {"shifted": [str(world / "none")]}
+    with pytest.raises(FileNotFoundError, match="none"):
+        Finetuner(recipe(world, tmp_path / "other", data=missing))

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from finetune.fusion.model import load_classifier
 from finetune.model import load_task_model
-from finetune.recipe import FinetuneRecipe, TowerLora
+from finetune.recipe import FinetuneRecipe
+from finetune.recipe_model import TowerLora
 from finetune.tower_adapters import FILE, adapt_image_tower
 from finetune.trainer import Finetuner
 from pairstream.recipe import validate

@@ -1,4 +1,4 @@
-"""The models that write, with the oldest transformers that pyproject.toml allows; `make oldest` makes .oldest."""
+"""The models that write, with the oldest transformers that pyproject.toml allows; `make oldest` sets it up."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import torch
 from finetune.connectors import build_connector
 from finetune.cross_attention import decoder_layers
 from finetune.model import VisionLanguageModel, load_task_model
-from finetune.recipe import CaptionTask, CrossAttention, Decoding, Mlp, Resampler
+from finetune.recipe_model import CrossAttention, Mlp, Resampler
+from finetune.recipe_task import CaptionTask, Decoding
 from finetune.text import make_pair, pack, token_ids
 
 CONNECTORS = {

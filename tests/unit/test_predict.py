@@ -13,7 +13,8 @@ from finetune.cli import main
 from finetune.language_models import small_language_model
 from finetune.model import VisionLanguageModel, load_task_model
 from finetune.predict import predict
-from finetune.recipe import CaptionTask, Decoding, Linear, SmallLanguageModel, VqaTask
+from finetune.recipe_model import Linear, SmallLanguageModel
+from finetune.recipe_task import CaptionTask, Decoding, VqaTask
 from finetune.text import train_tokenizer
 from pairstream.cli import run_stage
 from pretrain.encoder import build_encoder

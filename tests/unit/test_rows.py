@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from finetune.examples import read_examples
-from finetune.recipe import CaptionTask, CrossAttention, Decoding, Mlp, VqaTask
+from finetune.recipe_model import CrossAttention, Mlp
+from finetune.recipe_task import CaptionTask, Decoding, VqaTask
 from finetune.rows import Rows, Turn
 from finetune.samples import TrainCollate
 from finetune.text import IGNORED, Pair, make_pair, token_ids

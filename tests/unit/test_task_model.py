@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from finetune.connectors import build_connector, merge_neighbours, token_grid
 from finetune.language_models import pretrained_language_model, small_language_model
 from finetune.model import VisionLanguageModel, load_task_model
-from finetune.recipe import CaptionTask, Decoding, Linear, Mlp, SmallLanguageModel, VqaTask
+from finetune.recipe_model import Linear, Mlp, SmallLanguageModel
+from finetune.recipe_task import CaptionTask, Decoding, VqaTask
 from finetune.text import END, IGNORED, Pair, make_pair, pack, require_end_and_pad, train_tokenizer
 from pretrain.encoder import build_encoder
 from pretrain.recipe_model import ResNet, TextTransformer, TowersModel, ViT
@@ -220,6 +222,24 @@ def test_damaged_models_are_refused(answerer, tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="damaged or missing"):
         load_task_model(folder)
+
+
+def test_parts_of_two_models_are_refused(answerer, files, tmp_path):
+    folder = answerer.save(tmp_path / "model")
+    shutil.rmtree(folder / "encoder")
+    make_encoder(ViT(image_size=32, patch_size=8, width=16, layers=1, head_width=16)).save(folder / "encoder")
+    with pytest.raises(
+        ValueError, match="the connector does not fit the encoder and the language model beside it"
+    ):
+        load_task_model(folder, device="cpu")
+
+
+def test_weights_that_are_not_finite_write_nothing(files):
+    model = make_model(VqaTask())
+    with torch.no_grad():
+        next(iter(model.image_tower.parameters())).fill_(float("nan"))
+    with pytest.raises(ValueError, match="makes NaN or infinite numbers of these pictures"):
+        model.answer(files[:1], ["dog?"])
 
 
 def test_bad_questions(answerer, files):

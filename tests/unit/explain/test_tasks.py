@@ -13,7 +13,8 @@ from finetune.fusion.model import FusionClassifier
 from finetune.fusion.recipe import ClassifyTask
 from finetune.language_models import small_language_model
 from finetune.model import VisionLanguageModel
-from finetune.recipe import CaptionTask, Decoding, Mlp, SmallLanguageModel, VqaTask
+from finetune.recipe_model import Mlp, SmallLanguageModel
+from finetune.recipe_task import CaptionTask, Decoding, VqaTask
 from finetune.text import make_pair, pack, train_tokenizer
 
 WORDS = ["a red cat on the left", "two blue dogs", "Is there a dog?", "yes", "no"]

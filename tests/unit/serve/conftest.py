@@ -19,7 +19,8 @@ from finetune.fusion.model import FusionClassifier
 from finetune.fusion.recipe import ClassifyTask, Pooled
 from finetune.language_models import small_language_model
 from finetune.model import VisionLanguageModel
-from finetune.recipe import CaptionTask, Decoding, Mlp, SmallLanguageModel, VqaTask
+from finetune.recipe_model import Mlp, SmallLanguageModel
+from finetune.recipe_task import CaptionTask, Decoding, VqaTask
 from finetune.text import train_tokenizer
 from pretrain.encoder import build_encoder, load_encoder
 from pretrain.recipe_model import TextTransformer, TowersModel, ViT
