@@ -180,8 +180,10 @@ def consistency(
     pretrained: str | None = None,
     seed: int = 0,
     device: str = "auto",
-) -> None:
+) -> int:
     """Do encoder, captioner and VQA model say the same of the same pictures? A report with the worst cases.
+
+    Exit code 1 when shuffled captions do not score at chance: then no figure of the ranking can be believed.
 
     Args:
         model: The dual encoder: a checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO.
@@ -196,7 +198,7 @@ def consistency(
         device: auto, cpu, cuda or cuda:N.
     """
     from explain.consistency import check_consistency
-    from explain.consistency_page import consistency_report, summary_lines
+    from explain.consistency_page import consistency_report, sound, summary_lines
 
     if (out / "log.jsonl").exists():
         raise FileExistsError(f"{out} holds a training run, whose report would be lost: give another --out")
@@ -216,6 +218,7 @@ def consistency(
     for line in summary_lines(found.numbers):
         print(line)
     print(f"report: {consistency_report(found).write(out)}")
+    return 0 if sound(found.numbers) else 1
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

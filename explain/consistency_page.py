@@ -12,6 +12,16 @@ INTRO = (
     "would give says how far apart the two are; one at chance means that the model does not tell the cases apart."
 )
 
+SHUFFLED = {
+    "shuffled_data_captions": "the data's captions shuffled",
+    "shuffled_captions": "the captioner's captions shuffled",
+}
+
+
+def sound(numbers: dict[str, Any]) -> bool:
+    """Whether captions that were shuffled among the pictures score at chance."""
+    return all(numbers["controls"][name]["at_chance"] for name in SHUFFLED if name in numbers["controls"])
+
 
 def cell(value: float | None) -> str | None:
     return None if value is None else f"{value:.4f}"
@@ -41,11 +51,13 @@ def summary_lines(numbers: dict[str, Any]) -> list[str]:
 def control_lines(numbers: dict[str, Any]) -> list[str]:
     """What the same numbers are with captions and pictures shuffled."""
     lines = []
-    shuffled = numbers["controls"].get("shuffled_captions")
-    if shuffled:
+    for name, words in SHUFFLED.items():
+        shuffled = numbers["controls"].get(name)
+        if shuffled is None:
+            continue
         verdict = "at chance" if shuffled["at_chance"] else "NOT AT CHANCE: the ranking itself is wrong"
         lines.append(
-            f"control, shuffled captions: mean rank {shuffled['mean_rank']:.1f}, expected "
+            f"control, {words}: mean rank {shuffled['mean_rank']:.1f}, expected "
             f"{shuffled['expected_mean_rank']:.1f}, first {shuffled['recall@1']:.4f}: {verdict}"
         )
     answered = numbers["controls"].get("vqa_agreement_shuffled_pictures")
