@@ -17,6 +17,14 @@ SHUFFLED = {
     "shuffled_captions": "the captioner's captions shuffled",
 }
 
+ENCODER = "The encoder with itself"
+GROUPS = {"caption_": "The captioner, seen by the encoder", "vqa_": "The VQA model against the captions"}
+
+
+def group_of(name: str) -> tuple[str, str]:
+    """The group of a check, and the beginning of its name that says so."""
+    return next(((title, each) for each, title in GROUPS.items() if name.startswith(each)), (ENCODER, ""))
+
 
 def sound(numbers: dict[str, Any]) -> bool:
     """Whether captions that were shuffled among the pictures score at chance."""
@@ -93,24 +101,26 @@ def consistency_report(found: Consistency) -> Report:
         if name in checks
     )
     report.text(INTRO)
-    report.heading("Checks")
-    report.table(
-        ["check", "value", "by chance", "cases", "what it says"],
-        [
+    for title in (ENCODER, *GROUPS.values()):
+        rows = [
             [
-                name.replace("_", " "),
+                name.removeprefix(group_of(name)[1]).replace("_", " "),
                 cell(check["value"]),
                 cell(check["chance"]),
                 check["count"],
                 check["says"],
             ]
             for name, check in checks.items()
-        ],
-    )
+            if group_of(name)[0] == title
+        ]
+        if rows:
+            report.heading(title)
+            report.table(["check", "value", "by chance", "cases", "what it says"], rows)
     notes = control_lines(numbers)
     if numbers["chair"]:
         notes.append(chair_line(numbers["chair"]))
     notes = [line[0].upper() + line[1:] + "." for line in notes] + left_out_lines(numbers)
+    report.heading("Controls, and what was not checked")
     report.text("\n\n".join(notes))
     if any(found.worst.values()):
         report.heading("Worst cases")
