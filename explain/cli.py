@@ -52,10 +52,7 @@ def explain(
     """
     from explain.picture import save_picture
 
-    given = {"--model": model, "--captioner": captioner, "--vqa": vqa, "--classifier": classifier}
-    chosen = [name for name, value in given.items() if value is not None]
-    if len(chosen) != 1:
-        raise ValueError(f"give one of {', '.join(given)}; got {' and '.join(chosen) or 'none'}")
+    only_one({"--model": model, "--captioner": captioner, "--vqa": vqa, "--classifier": classifier})
     if question is not None and vqa is None:
         raise ValueError("--question goes with --vqa")
     if pretrained is not None and model is None:
@@ -100,9 +97,23 @@ def explain(
     print(f"picture: {out}")
 
 
+def only_one(given: dict[str, Any]) -> None:
+    """Refuse none and several.
+
+    Raises:
+        ValueError: Not exactly one model is given.
+    """
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise ValueError(f"give one of {', '.join(given)}; got {' and '.join(chosen) or 'none'}")
+
+
 def verify(
     *,
-    model: str,
+    model: str | None = None,
+    captioner: Path | None = None,
+    vqa: Path | None = None,
+    classifier: Path | None = None,
     data: tuple[str, ...] = (),
     pictures: int = 100,
     method: str = "auto",
@@ -116,6 +127,9 @@ def verify(
 
     Args:
         model: A checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO.
+        captioner: A captioner of `pairstream finetune` instead: its words for the two kinds of objects.
+        vqa: A VQA model: "is there ...?" of both.
+        classifier: A classifier: a post's two likeliest labels.
         data: Shards whose JSON has objects with masks, as scenes have; fresh scenes when not given.
         pictures: So many, with a text for each of the two kinds of objects that they show.
         method: The method that the gates are for; auto is the model's default.
@@ -125,19 +139,29 @@ def verify(
         json: Also write the numbers to this file.
         device: auto, cpu, cuda or cuda:N.
     """
-    from explain.verify import verify_encoder
     from explain.verify_table import print_table
-    from pretrain.encoder import load_encoder
 
-    result = verify_encoder(
-        load_encoder(model, pretrained=pretrained, device=device),
-        data=list(data) or None,
-        pictures=pictures,
-        method=method,
-        methods=methods,
-        seed=seed,
-        show=True,
-    )
+    only_one({"--model": model, "--captioner": captioner, "--vqa": vqa, "--classifier": classifier})
+    if pretrained is not None and model is None:
+        raise ValueError("--pretrained goes with --model")
+    wishes: dict[str, Any] = {
+        "data": list(data) or None,
+        "pictures": pictures,
+        "method": method,
+        "methods": methods,
+        "seed": seed,
+        "show": True,
+    }
+    if model is not None:
+        from explain.verify import verify_encoder
+        from pretrain.encoder import load_encoder
+
+        result = verify_encoder(load_encoder(model, pretrained=pretrained, device=device), **wishes)
+    else:
+        from explain.verify_tasks import verify_task
+
+        kind = "caption" if captioner else "vqa" if vqa else "classify"
+        result = verify_task(captioner or vqa or classifier, kind, device=device, **wishes)
     print_table(result)
     if json is not None:
         write_json(json, result)
@@ -156,8 +180,10 @@ def consistency(
     pretrained: str | None = None,
     seed: int = 0,
     device: str = "auto",
-) -> None:
+) -> int:
     """Do encoder, captioner and VQA model say the same of the same pictures? A report with the worst cases.
+
+    Exit code 1 when shuffled captions do not score at chance: then no figure of the ranking can be believed.
 
     Args:
         model: The dual encoder: a checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO.
@@ -172,7 +198,7 @@ def consistency(
         device: auto, cpu, cuda or cuda:N.
     """
     from explain.consistency import check_consistency
-    from explain.consistency_page import consistency_report, summary_lines
+    from explain.consistency_page import consistency_report, sound, summary_lines
 
     if (out / "log.jsonl").exists():
         raise FileExistsError(f"{out} holds a training run, whose report would be lost: give another --out")
@@ -192,6 +218,7 @@ def consistency(
     for line in summary_lines(found.numbers):
         print(line)
     print(f"report: {consistency_report(found).write(out)}")
+    return 0 if sound(found.numbers) else 1
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

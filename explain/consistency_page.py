@@ -12,6 +12,24 @@ INTRO = (
     "would give says how far apart the two are; one at chance means that the model does not tell the cases apart."
 )
 
+SHUFFLED = {
+    "shuffled_data_captions": "the data's captions shuffled",
+    "shuffled_captions": "the captioner's captions shuffled",
+}
+
+ENCODER = "The encoder with itself"
+GROUPS = {"caption_": "The captioner, seen by the encoder", "vqa_": "The VQA model against the captions"}
+
+
+def group_of(name: str) -> tuple[str, str]:
+    """The group of a check, and the beginning of its name that says so."""
+    return next(((title, each) for each, title in GROUPS.items() if name.startswith(each)), (ENCODER, ""))
+
+
+def sound(numbers: dict[str, Any]) -> bool:
+    """Whether captions that were shuffled among the pictures score at chance."""
+    return all(numbers["controls"][name]["at_chance"] for name in SHUFFLED if name in numbers["controls"])
+
 
 def cell(value: float | None) -> str | None:
     return None if value is None else f"{value:.4f}"
@@ -41,11 +59,13 @@ def summary_lines(numbers: dict[str, Any]) -> list[str]:
 def control_lines(numbers: dict[str, Any]) -> list[str]:
     """What the same numbers are with captions and pictures shuffled."""
     lines = []
-    shuffled = numbers["controls"].get("shuffled_captions")
-    if shuffled:
+    for name, words in SHUFFLED.items():
+        shuffled = numbers["controls"].get(name)
+        if shuffled is None:
+            continue
         verdict = "at chance" if shuffled["at_chance"] else "NOT AT CHANCE: the ranking itself is wrong"
         lines.append(
-            f"control, shuffled captions: mean rank {shuffled['mean_rank']:.1f}, expected "
+            f"control, {words}: mean rank {shuffled['mean_rank']:.1f}, expected "
             f"{shuffled['expected_mean_rank']:.1f}, first {shuffled['recall@1']:.4f}: {verdict}"
         )
     answered = numbers["controls"].get("vqa_agreement_shuffled_pictures")
@@ -81,24 +101,26 @@ def consistency_report(found: Consistency) -> Report:
         if name in checks
     )
     report.text(INTRO)
-    report.heading("Checks")
-    report.table(
-        ["check", "value", "by chance", "cases", "what it says"],
-        [
+    for title in (ENCODER, *GROUPS.values()):
+        rows = [
             [
-                name.replace("_", " "),
+                name.removeprefix(group_of(name)[1]).replace("_", " "),
                 cell(check["value"]),
                 cell(check["chance"]),
                 check["count"],
                 check["says"],
             ]
             for name, check in checks.items()
-        ],
-    )
+            if group_of(name)[0] == title
+        ]
+        if rows:
+            report.heading(title)
+            report.table(["check", "value", "by chance", "cases", "what it says"], rows)
     notes = control_lines(numbers)
     if numbers["chair"]:
         notes.append(chair_line(numbers["chair"]))
     notes = [line[0].upper() + line[1:] + "." for line in notes] + left_out_lines(numbers)
+    report.heading("Controls, and what was not checked")
     report.text("\n\n".join(notes))
     if any(found.worst.values()):
         report.heading("Worst cases")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from explain.edits import deny, swap_colours, swap_sides
-from explain.findings import WORST, Consistency, Pair, card, in_batches
+from explain.findings import WORST, Consistency, Pair, at_chance, card, in_batches, own_ranks
 from pretrain.encoder import Encoder
 
 NEIGHBOURS = 10
@@ -27,6 +27,8 @@ def encoder_checks(
     n = len(pairs)
     first = in_batches(encoder.encode_texts, [pair.captions[0] for pair in pairs], 256)
     own = (images * first).sum(1)
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    result.numbers["controls"]["shuffled_data_captions"] = at_chance(own_ranks(images, first, shuffled))
     edits: dict[str, tuple[str, Callable[[str], str | None]]] = {
         "colours": (
             "prefers the caption to one with colours exchanged",

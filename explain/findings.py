@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from data.samples import index_shards, read_sample
 from data.scenes.vocabulary import BACKGROUNDS
 from data.tar import ShardReader
 from pairstream.report import Card
+from retrieval.metrics import retrieval_ranks
 
 WORST = 12  # cases of each check that are shown
 
@@ -100,3 +102,21 @@ def card(pair: Pair, title: str, lines: list[str]) -> Card:
     from finetune.tasks import shrink
 
     return Card(shrink(pair.file), title, lines)
+
+
+def own_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> Tensor:
+    """Expected rank from 0 of each text's picture, ties shared, float64 `(n,)`."""
+    return retrieval_ranks(images, texts, owner)[1].best().expected().double() - 1
+
+
+def at_chance(ranks: Tensor) -> dict[str, Any]:
+    """Whether ranks are those of a random order: the mean rank within four standard errors of the middle."""
+    n = len(ranks)
+    middle, error = (n - 1) / 2, float(np.sqrt((n**2 - 1) / 12 / n))
+    mean = float(ranks.mean())
+    return {
+        "recall@1": float((ranks < 1).double().mean()),
+        "mean_rank": mean + 1,
+        "expected_mean_rank": middle + 1,
+        "at_chance": abs(mean - middle) <= 4 * error,
+    }

@@ -13,9 +13,8 @@ from torch import Tensor
 from data.scenes.language import article
 from data.scenes.vocabulary import alike, kinds
 from explain.edits import mirror
-from explain.findings import WORST, Consistency, Pair, card, in_batches
+from explain.findings import WORST, Consistency, Pair, at_chance, card, in_batches, own_ranks
 from pretrain.encoder import Encoder
-from retrieval.metrics import retrieval_ranks
 
 
 def caption_checks(
@@ -76,24 +75,6 @@ def caption_checks(
 def write(writer: Any, images: Tensor, batch_size: int) -> list[str]:
     """Captions of pictures, a batch at a time."""
     return [text for part in images.split(batch_size) for text in writer.caption(list(part))]
-
-
-def own_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> Tensor:
-    """Expected rank from 0 of each text's picture, ties shared, float64 `(n,)`."""
-    return retrieval_ranks(images, texts, owner)[1].best().expected().double() - 1
-
-
-def at_chance(ranks: Tensor) -> dict[str, Any]:
-    """Whether ranks are those of a random order: the mean rank within four standard errors of the middle."""
-    n = len(ranks)
-    middle, error = (n - 1) / 2, float(np.sqrt((n**2 - 1) / 12 / n))
-    mean = float(ranks.mean())
-    return {
-        "recall@1": float((ranks < 1).double().mean()),
-        "mean_rank": mean + 1,
-        "expected_mean_rank": middle + 1,
-        "at_chance": abs(mean - middle) <= 4 * error,
-    }
 
 
 def chair_check(result: Consistency, pairs: Sequence[Pair], written: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from explain.gradients import chefer, resize_map
 from explain.layout import tower_layout
 from explain.methods import check_method, default_method, heatmaps
 from explain.randomise import cascade
-from explain.targets import PairTarget, mean_colour, score
+from explain.targets import PairTarget, Target, mean_colour, score
 from explain.trials import Trials, make_trials, scene_samples, shard_samples
 from pairstream.progress import ProgressBar
 from pretrain.encoder import Encoder
@@ -40,54 +40,87 @@ GATES = (
 )
 
 
-def random_map(target: PairTarget, images: Tensor, *, seed: int = 0) -> Tensor:
+class Asked(Protocol):
+    """What is explained: trials, and the score that each is about.
+
+    Attributes:
+        encoder: Whose image tower sees.
+        trials: Pictures with their masks; neighbours (2i, 2i + 1) are two questions about one picture.
+        batch: Trials that one target can be about.
+    """
+
+    encoder: Encoder
+    trials: Trials
+    batch: int
+
+    def target(self, encoder: Encoder, part: Tensor) -> Target:
+        """The score of some trials (int64, at most `batch`), seen by another encoder."""
+        ...
+
+
+class PairsAsked:
+    """Trials whose score is the cosine of picture and text."""
+
+    batch = BATCH
+
+    def __init__(self, encoder: Encoder, trials: Trials):
+        self.encoder, self.trials = encoder, trials
+        self.rows = encoder.encode_texts(trials.texts)
+
+    def target(self, encoder: Encoder, part: Tensor) -> Target:
+        return PairTarget(encoder, self.rows[part.to(self.rows.device)])
+
+
+def random_map(images: Tensor, seed: int) -> Tensor:
     """Heatmaps of nothing: 8 x 8 random numbers each."""
     return torch.rand(len(images), 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def maps(encoder: Encoder, trials: Trials, method: str, *, flipped: bool = False) -> Tensor:
-    """Maps of all trials, in the method's own resolution, `(n, rows, columns)`."""
-    rows = encoder.encode_texts(trials.texts)
-    images = trials.images.flip(-1) if flipped else trials.images
+def maps(asked: Asked, method: str, *, encoder: Encoder | None = None, flipped: bool = False) -> Tensor:
+    """Maps of all trials, in the method's own resolution, `(n, rows, columns)`; by another encoder where given."""
+    encoder = asked.encoder if encoder is None else encoder
+    images = asked.trials.images.flip(-1) if flipped else asked.trials.images
     found = []
-    for number, part in enumerate(torch.arange(len(images)).split(BATCH)):
-        target = PairTarget(encoder, rows[part.to(rows.device)])
+    for number, part in enumerate(torch.arange(len(images)).split(asked.batch)):
         if method == RANDOM:
-            found.append(random_map(target, images[part], seed=number + 1000 * flipped))
-        elif method == LAST_LAYER:
+            found.append(random_map(images[part], number + 1000 * flipped))
+            continue
+        target = asked.target(encoder, part)
+        if method == LAST_LAYER:
             found.append(chefer(target, encoder.pixels(images[part]), layers=1).cpu())
         else:
             found.append(heatmaps(target, images[part], method))
     return torch.cat(found)
 
 
-def measure(encoder: Encoder, trials: Trials, method: str, randomised: Sequence[Encoder]) -> dict[str, Any]:
+def measure(asked: Asked, method: str, randomised: Sequence[Encoder]) -> dict[str, Any]:
     """All numbers of one method.
 
     Args:
-        encoder: The model.
-        trials: What to explain.
+        asked: What to explain.
         method: Its name.
-        randomised: The model with more and more random weights; see `explain.randomise.cascade`.
+        randomised: The encoder with more and more random weights; see `explain.randomise.cascade`.
 
     Returns:
         `target_over_distractor`, `pointing`, `energy_in_box`, `insertion`, `deletion` and their difference
-        `insertion_minus_deletion` (mean cosines), `span` (the cosine of the picture less that of a blank one),
+        `insertion_minus_deletion` (mean scores), `span` (the score of the picture less that of a blank one),
         `two_text_spearman`, `flip_spearman`, `cascade` (one number a stage), `random_weights_spearman` (its last),
         `empty` (share of constant maps).
     """
-    native = maps(encoder, trials, method)
-    size = encoder.image_size
-    heat = resize_map(native, size)
-    rows = encoder.encode_texts(trials.texts)
+    encoder, trials = asked.encoder, asked.trials
+    native = maps(asked, method)
+    heat = resize_map(native, encoder.image_size)
     curves = []
-    for part in torch.arange(len(heat)).split(BATCH):
-        target = PairTarget(encoder, rows[part.to(rows.device)])
+    for part in torch.arange(len(heat)).split(asked.batch):
         pixels = encoder.pixels(trials.images[part])
-        curves.append(torch.stack(faithful.insertion_deletion(target, pixels, heat[part])))
+        curves.append(
+            torch.stack(faithful.insertion_deletion(asked.target(encoder, part), pixels, heat[part]))
+        )
     inserted, deleted, span = torch.cat(curves, dim=1).mean(1).tolist()
-    stages = [float(faithful.spearman(native, maps(each, trials, method)).mean()) for each in randomised]
-    flipped = maps(encoder, trials, method, flipped=True).flip(-1)
+    stages = [
+        float(faithful.spearman(native, maps(asked, method, encoder=each)).mean()) for each in randomised
+    ]
+    flipped = maps(asked, method, flipped=True).flip(-1)
     return {
         "target_over_distractor": mean(
             faithful.target_over_distractor(heat, trials.target, trials.distractor)
@@ -110,30 +143,30 @@ def mean(values: Tensor) -> float:
     return float(values.double().mean())
 
 
-def completeness(encoder: Encoder, trials: Trials, *, count: int = 64) -> dict[str, float]:
+def completeness(asked: Asked, *, count: int = 64) -> dict[str, float]:
     """Whether integrated gradients add up to the difference of the scores.
 
     Returns:
         `error`: mean absolute error as a share of the mean absolute difference; `trials`.
     """
-    rows = encoder.encode_texts(trials.texts[:count])
+    encoder, images = asked.encoder, asked.trials.images[:count]
     wrong, whole = [], []
-    for part in torch.arange(min(count, len(trials.texts))).split(BATCH):
-        target = PairTarget(encoder, rows[part.to(rows.device)])
-        pixels = encoder.pixels(trials.images[part])
+    for part in torch.arange(len(images)).split(asked.batch):
+        target = asked.target(encoder, part)
+        pixels = encoder.pixels(images[part])
         with torch.no_grad():
             blank = mean_colour(pixels).expand_as(pixels)
             difference = (score(target, pixels) - score(target, blank)).double().cpu()
-        total = heatmaps(target, trials.images[part], "integrated_gradients").double().sum((1, 2))
+        total = heatmaps(target, images[part], "integrated_gradients").double().sum((1, 2))
         wrong.append((total - difference).abs())
         whole.append(difference.abs())
     return {
         "error": float(torch.cat(wrong).mean() / torch.cat(whole).mean()),
-        "trials": float(min(count, len(trials.texts))),
+        "trials": float(len(images)),
     }
 
 
-def judge(numbers: dict[str, Any]) -> list[dict[str, Any]]:
+def judge(numbers: dict[str, Any], gates: Sequence[Gate] = GATES) -> list[dict[str, Any]]:
     """Each gate with the value it saw and whether it holds."""
     return [
         {
@@ -142,7 +175,7 @@ def judge(numbers: dict[str, Any]) -> list[dict[str, Any]]:
             "value": numbers[gate.number],
             "holds": gate.holds(numbers[gate.number]),
         }
-        for gate in GATES
+        for gate in gates
     ]
 
 
@@ -175,26 +208,64 @@ def verify_encoder(
     Raises:
         ValueError: No such method, or no picture that the model knows.
     """
-    if pictures < 2:
-        raise ValueError(f"pictures {pictures}: expected at least 2")
-    vit = tower_layout(encoder).kind == "vit"
-    method = default_method(encoder) if method == "auto" else method
-    for name in (method, *methods):
-        if name not in (RANDOM, LAST_LAYER):
-            check_method(name)
-    chosen = list(methods) or ([LAST_LAYER, "rollout", "gradcam"] if vit else []) + ["occlusion"]
-    names = list(dict.fromkeys([RANDOM, method, *chosen]))
+    check_wishes(pictures, method, methods)
     samples = (
         scene_samples(20 * pictures, max(encoder.image_size), seed) if data is None else shard_samples(data)
     )
-    trials = make_trials(encoder, samples, pictures)
-    randomised = []
-    for _, changed in cascade(encoder, STAGES, seed):
-        randomised.append(freeze_copy(changed))
+    asked = PairsAsked(encoder, make_trials(encoder, samples, pictures))
+    result = hold(asked, GATES, method=method, methods=methods, seed=seed, show=show)
+    return {"model": encoder.name, "data": "scenes (val)" if data is None else data, **result}
+
+
+def check_wishes(pictures: int, method: str, methods: Sequence[str]) -> None:
+    """Refuse what cannot be measured before anything is.
+
+    Raises:
+        ValueError: Too few pictures, or no such method.
+    """
+    if pictures < 2:
+        raise ValueError(f"pictures {pictures}: expected at least 2")
+    for name in (method, *methods):
+        if name not in ("auto", RANDOM, LAST_LAYER):
+            check_method(name)
+
+
+def hold(
+    asked: Asked,
+    gates: Sequence[Gate],
+    *,
+    method: str = "auto",
+    methods: Sequence[str] = (),
+    slow: Sequence[str] = ("occlusion",),
+    seed: int = 0,
+    show: bool = False,
+    complete: int = 64,
+) -> dict[str, Any]:
+    """Measure methods on trials and judge one of them.
+
+    Args:
+        asked: What to explain.
+        gates: What the method is held to.
+        method: The one that the gates are for; `auto` is the tower's default.
+        methods: Others beside it; when empty, on a ViT Chefer's last layer, rollout and Grad-CAM, and `slow`.
+        slow: See there.
+        seed: Of random weights.
+        show: Print progress.
+        complete: Trials on which integrated gradients are added up.
+
+    Returns:
+        What `verify_encoder` says, without `model` and `data`.
+    """
+    encoder, trials = asked.encoder, asked.trials
+    vit = tower_layout(encoder).kind == "vit"
+    method = default_method(encoder) if method == "auto" else method
+    chosen = methods or (*((LAST_LAYER, "rollout", "gradcam") if vit else ()), *slow)
+    names = list(dict.fromkeys([RANDOM, method, *chosen]))
+    randomised = [freeze_copy(changed) for _, changed in cascade(encoder, STAGES, seed)]
     found: dict[str, Any] = {}
     with ProgressBar("verify", len(names), show=show) as bar:
         for name in names:
-            found[name] = measure(encoder, trials, name, randomised)
+            found[name] = measure(asked, name, randomised)
             bar.advance(note=name)
     for numbers in found.values():
         gain = numbers["insertion_minus_deletion"] - found[RANDOM]["insertion_minus_deletion"]
@@ -202,20 +273,18 @@ def verify_encoder(
         # Beside it, since cosines of some models go from 0.1 to 0.3 at all. No gate: where a blank picture is almost
         # as like the text as the picture is, any gain is many times that difference.
         numbers["gain_of_span"] = gain / numbers["span"] if numbers["span"] > 0 else 0.0
-        numbers["passed"] = all(each["holds"] for each in judge(numbers))
-    gates = judge(found[method])
+        numbers["passed"] = all(each["holds"] for each in judge(numbers, gates))
+    judged = judge(found[method], gates)
     result: dict[str, Any] = {
-        "model": encoder.name,
         "method": method,
-        "data": "scenes (val)" if data is None else data,
         "trials": len(trials.texts),
         "tried": trials.tried,
         "unknown": trials.unknown,
         "box_area": mean(trials.boxes.double()),
         "methods": found,
-        "completeness": completeness(encoder, trials),
-        "gates": gates,
-        "passed": all(each["holds"] for each in gates),
+        "completeness": completeness(asked, count=complete),
+        "gates": judged,
+        "passed": all(each["holds"] for each in judged),
     }
     if "rollout" in found and method != "rollout":
         result["rollout_fails"] = not found["rollout"]["passed"]

@@ -32,13 +32,18 @@ def print_table(result: dict[str, Any]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("gates", no_wrap=True)
     for name, numbers in result["methods"].items():
-        cells = [f"{numbers[key]:.3f}" for _, key in COLUMNS]
+        cells = ["-" if numbers[key] is None else f"{numbers[key]:.3f}" for _, key in COLUMNS]
         verdict = "-" if name == "random" else "pass" if numbers["passed"] else "fail"
         table.add_row(name, *cells, verdict, style="bold" if name == result["method"] else "")
     Console(width=max(120, Console().width)).print(table)
     stages = result["methods"][result["method"]]["cascade"]
     print(
-        f"box area {result['box_area']:.3f} (energy in box by chance); cascading randomisation of {result['method']}: "
+        (
+            ""
+            if result["box_area"] is None
+            else f"box area {result['box_area']:.3f} (energy in box by chance); "
+        )
+        + f"cascading randomisation of {result['method']}: "
         + ", ".join(f"{value:.2f}" for value in stages)
         + f"; integrated gradients miss the score's difference by {result['completeness']['error']:.1%}"
     )

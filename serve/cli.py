@@ -9,6 +9,8 @@ from typing import Any
 import tyro
 
 from pairstream.errors import require
+from serve.keys import Keys, read_keys
+from serve.settings import Batching, Fetching, Scaling, Settings, Sources
 
 
 def serve(
@@ -72,11 +74,7 @@ def serve(
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
     )  # before torch: idle threads must not spin between requests
-    from serve.app import create_app
-    from serve.keys import Keys, read_keys
-    from serve.models import load_models
     from serve.server import is_loopback, make_server
-    from serve.settings import Batching, Fetching, Settings
 
     if not is_loopback(host) and api_keys is None and not open_to_all:
         raise ValueError(
@@ -97,42 +95,32 @@ def serve(
     keys = Keys() if api_keys is None else read_keys(api_keys)
     if cluster is not None and replicas is None:
         raise ValueError("--cluster goes with --replicas LEAST MOST")
-    if replicas is not None:
-        if port == 0:
-            raise ValueError("--replicas needs a --port: the proxies of all machines listen on the same")
-        serve_on_cluster(
-            {
-                "model": model,
-                "captioner": where(captioner),
-                "vqa": where(vqa),
-                "classifier": where(classifier),
-                "index": where(index),
-                "data": data,
-                "pretrained": pretrained,
-                "device": device,
-            },
-            {
-                "least": replicas[0],
-                "most": replicas[1],
-                "cpus": replica_cpus,
-                "gpus": replica_gpus,
-                "ongoing": replica_requests,
-            },
-            settings,
-            keys,
-            {"cluster": cluster, "host": host, "port": port},
-        )
-        return
-    models = load_models(
-        model,
-        captioner=captioner,
-        vqa=vqa,
-        classifier=classifier,
-        index=index,
+    sources = Sources(
+        model=where(Path(model)) if Path(model).exists() else model,  # a name of a hub stays one
+        captioner=where(captioner),
+        vqa=where(vqa),
+        classifier=where(classifier),
+        index=where(index),
         data=data,
         pretrained=pretrained,
         device=device,
     )
+    if replicas is not None:
+        if port == 0:
+            raise ValueError("--replicas needs a --port: the proxies of all machines listen on the same")
+        scaling = Scaling(
+            least=replicas[0],
+            most=replicas[1],
+            cpus=replica_cpus,
+            gpus=replica_gpus,
+            ongoing=replica_requests,
+        )
+        serve_on_cluster(sources, scaling, settings, keys, {"cluster": cluster, "host": host, "port": port})
+        return
+    from serve.app import create_app
+    from serve.models import load_models
+
+    models = load_models(**dict(sources))
 
     def listening(bound: int) -> None:
         name = f"[{host}]" if ":" in host else host
@@ -149,7 +137,7 @@ def where(path: Path | None) -> str | None:
 
 
 def serve_on_cluster(
-    sources: dict[str, Any], scaling: dict[str, Any], settings: Any, keys: Any, place: dict[str, Any]
+    sources: Sources, scaling: Scaling, settings: Settings, keys: Keys, place: dict[str, Any]
 ) -> None:
     """Run replicas until the end is asked for.
 
@@ -158,20 +146,16 @@ def serve_on_cluster(
         FileNotFoundError: No model there.
     """
     require("ray.serve", "ray", "serving on a Ray cluster")
-    from serve.cluster import Scaling, Sources, application, run
-
-    if Path(sources["model"]).exists():  # a name of a hub stays one
-        sources["model"] = where(Path(sources["model"]))
-    app = application(Sources(**sources), settings, keys, Scaling(**scaling))
+    from serve.cluster import application, run
 
     def started() -> None:
         print(
-            f"PairStream serves {Path(sources['model']).name} on {scaling['least']} to {scaling['most']} replicas at "
+            f"PairStream serves {Path(sources.model).name} on {scaling.least} to {scaling.most} replicas at "
             f"http://{place['host']}:{place['port']}/ (Ctrl-C ends it)",
             flush=True,
         )
 
-    run(app, started, **place)
+    run(application(sources, settings, keys, scaling), started, **place)
 
 
 def explain_methods(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,55 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import Field, model_validator
 
 from pairstream.errors import require
-from pairstream.recipe import Config
 from serve.keys import Keys
-from serve.settings import Settings
+from serve.settings import Scaling, Settings, Sources
 
 NAME = "pairstream"
 PURPOSE = "serving on a Ray cluster"
-
-
-class Sources(Config):
-    """Where a replica finds what it serves; paths that all machines of the cluster see."""
-
-    model: str
-    captioner: str | None = None
-    vqa: str | None = None
-    classifier: str | None = None
-    index: str | None = None
-    data: tuple[str, ...] = ()
-    pretrained: str | None = None
-    device: str = "auto"
-
-
-class Scaling(Config):
-    """How many replicas there are, and what each takes of the cluster."""
-
-    least: int = Field(default=1, ge=1)
-    """Replicas that are always there."""
-    most: int = Field(default=1, ge=1)
-    """Replicas that there may be."""
-    ongoing: float = Field(default=8.0, gt=0)
-    """Requests in progress or waiting for each replica that their number is steered by: more of them start another."""
-    cpus: float = Field(default=1.0, ge=0)
-    """CPUs that a replica takes."""
-    gpus: float = Field(default=0.0, ge=0)
-    """GPUs that a replica takes; a fraction shares one."""
-    up_seconds: float = Field(default=10.0, ge=0)
-    """Seconds of load before a replica is added."""
-    down_seconds: float = Field(default=300.0, ge=0)
-    """Seconds without it before one is taken away."""
-
-    @model_validator(mode="after")
-    def ordered(self) -> Scaling:
-        if self.most < self.least:
-            raise ValueError(
-                f"at most {self.most} replicas and at least {self.least}: expected no more at least"
-            )
-        return self
 
 
 def application(sources: Sources, settings: Settings, keys: Keys, scaling: Scaling) -> Any:
@@ -74,8 +32,7 @@ def application(sources: Sources, settings: Settings, keys: Keys, scaling: Scali
         from serve.app import create_app
         from serve.models import load_models
 
-        given = sources.model_dump()
-        return create_app(load_models(given.pop("model"), **given), settings, keys=keys)
+        return create_app(load_models(**dict(sources)), settings, keys=keys)
 
     deployment = ray_serve.deployment(
         name=NAME,

@@ -1,8 +1,8 @@
-"""What the server allows; no torch here. Every default is the safe one."""
+"""What is served, what the server allows, and how many of it there are; no torch here. Every default is safe."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pairstream.recipe import Config
 
@@ -77,3 +77,43 @@ class Settings(Config):
     """Names by which the server may be addressed; `*` allows any. It stops pages that rebind their own name."""
     decoders: int = Field(default=2, ge=1)
     """Threads that decode pictures."""
+
+
+class Sources(Config):
+    """What is served, and where it lies; on a cluster, paths that all machines see. See `serve.models.load_models`."""
+
+    model: str
+    captioner: str | None = None
+    vqa: str | None = None
+    classifier: str | None = None
+    index: str | None = None
+    data: tuple[str, ...] = ()
+    pretrained: str | None = None
+    device: str = "auto"
+
+
+class Scaling(Config):
+    """How many replicas there are, and what each takes of the cluster."""
+
+    least: int = Field(default=1, ge=1)
+    """Replicas that are always there."""
+    most: int = Field(default=1, ge=1)
+    """Replicas that there may be."""
+    ongoing: float = Field(default=8.0, gt=0)
+    """Requests in progress or waiting for each replica that their number is steered by: more of them start another."""
+    cpus: float = Field(default=1.0, ge=0)
+    """CPUs that a replica takes."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs that a replica takes; a fraction shares one."""
+    up_seconds: float = Field(default=10.0, ge=0)
+    """Seconds of load before a replica is added."""
+    down_seconds: float = Field(default=300.0, ge=0)
+    """Seconds without it before one is taken away."""
+
+    @model_validator(mode="after")
+    def ordered(self) -> Scaling:
+        if self.most < self.least:
+            raise ValueError(
+                f"at most {self.most} replicas and at least {self.least}: expected no more at least"
+            )
+        return self

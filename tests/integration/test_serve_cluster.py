@@ -20,7 +20,7 @@ pytest.importorskip("ray.serve")
 
 from pairstream.cli import main as pairstream
 from pretrain.encoder import load_encoder
-from serve.cluster import Scaling
+from serve.settings import Scaling
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,9 +55,9 @@ def test_replicas_answer_as_the_library_does_and_grow_under_load(tiny_models, tm
     port = free_port()
     code = f"""
 import sys
-from serve import cli, cluster
-real = cluster.Scaling
-cluster.Scaling = lambda **given: real(**given, up_seconds=0)
+from serve import cli
+real = cli.Scaling
+cli.Scaling = lambda **given: real(**given, up_seconds=0)
 def watch():
     import time
     while True:

@@ -12,11 +12,11 @@ from data.scenes.vocabulary import kinds
 from data.shards import ShardWriter
 from explain.cli import main
 from explain.consistency import check_consistency
-from explain.consistency_page import consistency_report, summary_lines
+from explain.consistency_page import consistency_report, sound, summary_lines
 from explain.edits import deny, mirror, swap_colours, swap_sides
 from explain.encoder_checks import neighbour_overlap
-from explain.findings import read_pairs, shown_objects
-from explain.task_checks import at_chance, object_names, object_tokens, own_ranks
+from explain.findings import at_chance, own_ranks, read_pairs, shown_objects
+from explain.task_checks import object_names, object_tokens
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +101,14 @@ def test_perfect_models_agree_and_shuffled_captions_are_at_chance(paired, scenes
     assert checks["vqa_contradiction"] == 0
     assert checks["vqa_paraphrase_same"] == checks["vqa_mirror_same"] == 1
     assert found.numbers["chair"]["chair_i"] == 0
-    shuffled = found.numbers["controls"]["shuffled_captions"]
-    assert shuffled["at_chance"]
-    assert shuffled["recall@1"] < 0.3
+    for control in ("shuffled_captions", "shuffled_data_captions"):
+        shuffled = found.numbers["controls"][control]
+        assert shuffled["at_chance"]
+        assert shuffled["recall@1"] < 0.3
+    assert sound(found.numbers)
+    shuffled["at_chance"] = False
+    assert not sound(found.numbers)
+    assert "NOT AT CHANCE" in "".join(summary_lines(found.numbers))
     assert found.numbers["controls"]["vqa_agreement_shuffled_pictures"] < 0.8
     assert not found.worst["Captions that do not find their picture"]
 

@@ -109,7 +109,9 @@ def test_trials_name_what_their_masks_show(explained, trials):
 
 def test_rollout_fails_the_gates_whatever_the_model(explained, trials):
     encoder = explained["vit"]
-    numbers = verify.measure(encoder, trials, "rollout", [each for _, each in cascade(encoder, 1)])
+    numbers = verify.measure(
+        verify.PairsAsked(encoder, trials), "rollout", [each for _, each in cascade(encoder, 1)]
+    )
     assert numbers["two_text_spearman"] == pytest.approx(1)
     assert numbers["target_over_distractor"] == pytest.approx(0.5)
     numbers["gain_over_random"] = 1.0

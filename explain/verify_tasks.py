@@ -1,0 +1,213 @@
+"""`pairstream explain verify` for captioners, VQA models and classifiers: do their heatmaps hang on what is asked?
+
+Neighbouring trials are two questions about one picture: the words for each of its two kinds in the model's own caption;
+"is there ...?" of each kind, where the model says yes; the two likeliest labels of a post. The gates are those that
+need no truth about the picture and no unit of the score: maps of the two differ, and maps of random weights are others.
+What scenes know of their objects stands beside them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.scenes.language import article, plural
+from data.scenes.vocabulary import kinds
+from data.transforms import decode_image
+from explain.targets import Target
+from explain.tasks import LabelTarget, TextTarget, load, text_pieces
+from explain.trials import Raw, Trials, read_trial, scene_samples, shard_samples
+from explain.verify import GATES, check_wishes, hold
+from pretrain.encoder import Encoder
+
+Samples = Iterable[tuple[bytes, dict[str, Any]]]
+TASK_GATES = tuple(gate for gate in GATES if gate.number in ("two_text_spearman", "random_weights_spearman"))
+WITH_OBJECTS = ("target_over_distractor", "pointing", "energy_in_box")
+BATCH = 16  # pictures that a model writes about at a time
+
+
+class Question(NamedTuple):
+    """A picture with two scores that should not have the same map."""
+
+    raw: Raw
+    targets: tuple[Target, Target]
+
+
+class TasksAsked:
+    """Trials that each have a target of their own."""
+
+    batch = 1
+
+    def __init__(self, encoder: Encoder, trials: Trials, targets: Sequence[Target]):
+        self.encoder, self.trials, self.targets = encoder, trials, targets
+
+    def target(self, encoder: Encoder, part: Tensor) -> Target:
+        changed = copy.copy(self.targets[int(part)])
+        changed.encoder = encoder
+        return changed
+
+
+def verify_task(
+    model: str | Path | Any,
+    kind: str,
+    *,
+    data: str | Sequence[str] | None = None,
+    pictures: int = 40,
+    method: str = "auto",
+    methods: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "auto",
+    show: bool = False,
+) -> dict[str, Any]:
+    """Hold the heatmaps of a task model against each other, and against those of random weights.
+
+    Args:
+        model: The model, or its folder.
+        kind: `caption`, `vqa` or `classify`.
+        data: Shards whose JSON has `objects` with masks (for a classifier: `text`); fresh scenes when None.
+        pictures: So many, with two questions each.
+        method: The one that is judged; `auto` is the tower's default.
+        methods: Others beside it.
+        seed: Of fresh scenes and random weights.
+        device: For a folder.
+        show: Print progress.
+
+    Returns:
+        As `explain.verify.verify_encoder`; scores are log-probabilities, or a label's logit. A classifier's numbers
+        of objects are None.
+
+    Raises:
+        ValueError: No picture that the model could be asked about, or a model for another task.
+        FileNotFoundError: No task model is there.
+    """
+    check_wishes(pictures, method, methods)
+    opened: Any = load(model, device, kind)
+    opened.eval()
+    encoder: Encoder = opened.encoder
+    samples = (
+        scene_samples(20 * pictures, max(encoder.image_size), seed) if data is None else shard_samples(data)
+    )
+    makers = {"caption": caption_questions, "vqa": vqa_questions, "classify": label_questions}
+    counts = [0, 0]
+    found = list(islice(makers[kind](opened, samples, counts), pictures))
+    if not found:
+        raise ValueError(
+            f"no picture to ask about: {counts[0]} were looked at, and the model "
+            + {
+                "caption": "names both kinds of objects of none in its caption",
+                "vqa": "sees both kinds of objects in none",
+                "classify": "needs a text with them, which none has",
+            }[kind]
+        )
+    asked = TasksAsked(encoder, as_trials(found, counts), [each for one in found for each in one.targets])
+    result = hold(
+        asked, TASK_GATES, method=method, methods=methods, slow=(), seed=seed, show=show, complete=16
+    )
+    if kind == "classify":
+        result["box_area"] = None
+        for numbers in result["methods"].values():
+            numbers |= dict.fromkeys(WITH_OBJECTS)
+    name = str(getattr(model, "name", model)) if isinstance(model, str | Path) else type(opened).__name__
+    return {"model": name, "data": "scenes (val)" if data is None else data, **result}
+
+
+def as_trials(found: Sequence[Question], counts: Sequence[int]) -> Trials:
+    """Questions in the form of trials."""
+    raws = [one.raw for one in found]
+    return Trials(
+        images=torch.stack([raw.image for raw in raws]).repeat_interleave(2, 0),
+        texts=[text for raw in raws for text in raw.texts],
+        target=torch.cat([raw.masks for raw in raws]),
+        distractor=torch.cat([raw.masks.flip(0) for raw in raws]),
+        boxes=torch.cat([raw.boxes for raw in raws]),
+        tried=counts[0],
+        unknown=counts[1],
+    )
+
+
+def batches(model: Any, samples: Samples) -> Iterator[list[Raw]]:
+    """Pictures of exactly two kinds, some at a time."""
+    kept: list[Raw] = []
+    for image, record in samples:
+        raw = read_trial(model.encoder, image, record)
+        if raw is not None:
+            kept.append(raw)
+        if len(kept) == BATCH:
+            yield kept
+            kept = []
+    if kept:
+        yield kept
+
+
+def caption_questions(model: Any, samples: Samples, counts: list[int]) -> Iterator[Question]:
+    """The words for each kind in the model's own caption; `counts` grows by pictures seen and left out."""
+    prompt = model.caption_task.prompt
+    before = model.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    for raws in batches(model, samples):
+        for raw, caption in zip(raws, model.caption([raw.image for raw in raws]), strict=True):
+            counts[0] += 1
+            spans: list[tuple[int, int] | None] = [None]
+            ids: list[int] = []
+            if caption.strip():
+                ids, words, places = text_pieces(model.tokenizer, caption, behind_prompt=bool(prompt))
+                spans = [named(words, places, name) for name in raw.names]
+            if None in spans:
+                counts[1] += 1
+                continue
+            one, other = (TextTarget(model, before, ids, span) for span in spans if span is not None)
+            yield Question(raw, (one, other))
+
+
+def named(words: Sequence[str], places: Sequence[tuple[int, int]], name: str) -> tuple[int, int] | None:
+    """The span of token ids of the words for a kind, in either number; None where there are none."""
+    known = kinds().get(name)
+    names = known.names if known else (name,)
+    plain = [word.lower().strip(".,;!?") for word in words]
+    for form in [each for one in names for each in (one, plural(one))]:
+        parts = form.split()
+        for start in range(len(plain) - len(parts) + 1):
+            if plain[start : start + len(parts)] == parts:
+                return places[start][0], places[start + len(parts) - 1][1]
+    return None
+
+
+def vqa_questions(model: Any, samples: Samples, counts: list[int]) -> Iterator[Question]:
+    """Whether there is each of the two kinds, where the model says yes to both."""
+    ids, _, _ = text_pieces(model.tokenizer, "yes", behind_prompt=True)
+    for raws in batches(model, samples):
+        questions = [f"is there {article(name)} in the picture?" for raw in raws for name in raw.names]
+        answers = model.answer([raw.image for raw in raws for _ in raw.names], questions)
+        for number, raw in enumerate(raws):
+            counts[0] += 1
+            both = slice(2 * number, 2 * number + 2)
+            if any(answer.strip().lower() != "yes" for answer in answers[both]):
+                counts[1] += 1
+                continue
+            prompts = [
+                model.tokenizer(model.prompt(question), add_special_tokens=False)["input_ids"]
+                for question in questions[both]
+            ]
+            one, other = (TextTarget(model, prompt, ids, (0, len(ids))) for prompt in prompts)
+            yield Question(raw, (one, other))
+
+
+def label_questions(model: Any, samples: Samples, counts: list[int]) -> Iterator[Question]:
+    """The two likeliest labels of each picture with a text."""
+    for image, record in samples:
+        text = record.get("text")
+        if not text:
+            continue
+        counts[0] += 1
+        pixels = model.encoder.preprocess(decode_image(image))
+        shares = model.classify([pixels], [text])[0]
+        labels = sorted(shares, key=lambda name: -shares[name])[:2]
+        nothing = torch.zeros(2, *model.encoder.image_size, dtype=torch.bool)
+        raw = Raw(pixels, (labels[0], labels[1]), (labels[0], labels[1]), nothing, nothing)
+        one, other = (LabelTarget(model, [text], model.labels.index(label)) for label in labels)
+        yield Question(raw, (one, other))
