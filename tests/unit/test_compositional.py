@@ -160,6 +160,18 @@ def test_readers_of_real_layouts(encoder, pictures, tmp_path, make_picture):
     assert set(got["groups"]) == {"on", "under"}
     assert compositional_metrics(encoder, "aro_attribute", tmp_path)["groups"].keys() == {"red_round"}
 
+    options = [
+        {"image": f"p{n}.jpg", "caption_options": [f"a {n} here", f"{n} a here", f"here {n} a"]}
+        for n in range(3)
+    ]
+    (tmp_path / "order.json").write_text(json.dumps(options))
+    got = compositional_metrics(encoder, "aro_order", tmp_path)
+    scores = [
+        (rows[n] @ encoder.encode_texts(one["caption_options"]).T).tolist() for n, one in enumerate(options)
+    ]
+    assert got == accuracy(scores)
+    assert got["chance"] == pytest.approx(1 / 3)
+
     cues = [
         {"cue": "egg", "candidates": ["p0", "p1", "p2"], "associations": ["p2"]},
         {"cue": "dog", "candidates": "['p3', 'p4', 'p5']", "associations": "['p3', 'p5']"},
@@ -190,6 +202,10 @@ def test_bad_sets_are_refused(encoder, pictures, tmp_path):
     (tmp_path / "examples.jsonl").write_text("{")
     with pytest.raises(ValueError, match="line 1: no JSON"):
         compositional_metrics(encoder, "winoground", tmp_path)
+    uneven = [{"image": "p0.jpg", "caption_options": ["a"] * count} for count in (2, 3)]
+    (tmp_path / "order.json").write_text(json.dumps(uneven))
+    with pytest.raises(ValueError, match=r"as many captions in every case of aro_order, found \[2, 3\]"):
+        compositional_metrics(encoder, "aro_order", tmp_path)
     record = {"0": {"filename": "gone.jpg", "caption": "a", "negative_caption": "b"}}
     (tmp_path / "add_att.json").write_text(json.dumps(record))
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg does not exist"):
