@@ -130,6 +130,8 @@ def test_readers_of_real_layouts(encoder, pictures, tmp_path, make_picture):
     got = compositional_metrics(encoder, "sugarcrepe", tmp_path, pictures)
     assert got["cases"] == 5
     assert set(got["kinds"]) == set(kinds)
+    few = compositional_metrics(encoder, "sugarcrepe", tmp_path, pictures, limit=2)
+    assert (few["cases"], set(few["kinds"])) == (2, set(kinds))  # of all kinds
     scores = rows[:3] @ encoder.encode_texts([f"add_att {n}" for n in range(3)]).T
     wrong = rows[:3] @ encoder.encode_texts([f"{n} no" for n in range(3)]).T
     assert got["kinds"]["add_att"] == pytest.approx(float((scores.diag() > wrong.diag()).double().mean()))
@@ -206,6 +208,13 @@ def test_bad_sets_are_refused(encoder, pictures, tmp_path):
     (tmp_path / "order.json").write_text(json.dumps(uneven))
     with pytest.raises(ValueError, match=r"as many captions in every case of aro_order, found \[2, 3\]"):
         compositional_metrics(encoder, "aro_order", tmp_path)
+    cue = {"cue": "egg", "candidates": ["p0", "p1"], "associations": ["p3"]}
+    (tmp_path / "winogavil.jsonl").write_text(json.dumps(cue))
+    with pytest.raises(ValueError, match="the cue 'egg' has 'p3' that is no candidate of it"):
+        compositional_metrics(encoder, "winogavil", tmp_path)
+    (tmp_path / "winogavil.jsonl").write_text(json.dumps({**cue, "candidates": "['p0'"}))
+    with pytest.raises(ValueError, match="expected a list of pictures' names, got"):
+        compositional_metrics(encoder, "winogavil", tmp_path)
     record = {"0": {"filename": "gone.jpg", "caption": "a", "negative_caption": "b"}}
     (tmp_path / "add_att.json").write_text(json.dumps(record))
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg does not exist"):

@@ -137,6 +137,7 @@ def test_the_choice_follows_rows_memory_and_recall():
         ({"rows": 0}, "the gallery is empty"),
         ({"recall": 1.5}, r"recall is a share in \(0, 1\], got 1.5"),
         ({"kind": "tree"}, "kind 'tree': expected one of auto, flat"),
+        ({"kind": "ivf", "rows": 9}, "kind 'ivf' needs at least 64 rows to be trained on, got 9: take auto"),
         ({"kind": "ivf", "dim": 33}, "kind 'ivf' cannot hold 200,000 rows of 33 dimensions"),
         (
             {"memory": 1_000_000},
