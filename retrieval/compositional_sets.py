@@ -29,6 +29,7 @@ from pretrain.encoder import Encoder
 from retrieval import compositional
 from retrieval.embed import evaluating
 from retrieval.labelled import spaced
+from retrieval.provenance import text_hash
 from retrieval.share import ALONE, Share
 
 SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -197,6 +198,31 @@ def compositional_metrics(
         ValueError: An unknown set, damaged annotations, no cases, or a picture that cannot be decoded: a
             number over fewer cases would be another number.
     """
+    cases = read_cases(name, folder, images, limit=limit)
+    options = {len(case.texts) for case in cases}
+    if len(options) > 1:
+        raise ValueError(
+            f"{folder}: expected as many captions in every case of {name}, found {sorted(options)}"
+        )
+    scores = case_scores(encoder, cases, batch_size, share)
+    groups = [case.group for case in cases]
+    if name == "winoground":
+        return compositional.winoground(np.stack([each.T for each in scores]))  # caption by image
+    if name == "winogavil":
+        return compositional.winogavil([each[:, 0] for each in scores], [case.right for case in cases])
+    rows = np.concatenate(scores)  # one picture a case
+    if name == "aro_order":
+        return compositional.accuracy(rows)
+    if name == "sugarcrepe":
+        return compositional.sugarcrepe(rows, groups)
+    least = compositional.VG_A_LEAST if name == "aro_attribute" else 1
+    return compositional.aro(rows, groups, least=least)
+
+
+def read_cases(
+    name: str, folder: str | Path, images: str | Path | None = None, *, limit: int | None = None
+) -> list[Case]:
+    """The cases of a set; see `compositional_metrics`."""
     if name not in READERS:
         raise ValueError(f"no compositional set {name!r}: expected one of {', '.join(READERS)}")
     folder = Path(folder)
@@ -207,26 +233,15 @@ def compositional_metrics(
         raise ValueError(f"{folder}: not the layout of {name}: {error!r}") from error
     if not cases:
         raise ValueError(f"{folder}: no cases of {name}")
-    if limit is not None:
-        cases = [cases[place] for place in spaced(len(cases), limit)]
-    scores = case_scores(encoder, cases, batch_size, share)
-    groups = [case.group for case in cases]
-    if name == "winoground":
-        return compositional.winoground(np.stack([each.T for each in scores]))  # caption by image
-    if name == "winogavil":
-        return dict(compositional.winogavil([each[:, 0] for each in scores], [case.right for case in cases]))
-    options = {len(case.texts) for case in cases}
-    if len(options) > 1:
-        raise ValueError(
-            f"{folder}: expected as many captions in every case of {name}, found {sorted(options)}"
-        )
-    rows = np.concatenate(scores)  # one picture a case
-    if name == "aro_order":
-        return dict(compositional.accuracy(rows))
-    if name == "sugarcrepe":
-        return compositional.sugarcrepe(rows, groups)
-    least = compositional.VG_A_LEAST if name == "aro_attribute" else 1
-    return compositional.aro(rows, groups, least=least)
+    return cases if limit is None else [cases[place] for place in spaced(len(cases), limit)]
+
+
+def cases_hash(cases: Sequence[Case]) -> str:
+    """A hash of what is asked: names of pictures, captions, groups, boxes and right answers."""
+    return text_hash(
+        repr(([path.name for path in case.images], case.texts, case.group, case.box, case.right))
+        for case in cases
+    )
 
 
 def case_scores(

@@ -22,6 +22,10 @@ def test_winoground_by_hand():
     assert (got["text"], got["image"], got["group"]) == (0.5, 0.5, 0.25)
     assert (got["strict_text"], got["strict_image"], got["strict_group"]) == (0.5, 0.5, 0.25)
     assert got["ties"] == 0
+    for name, (low, high) in got["intervals"].items():
+        assert low <= got[name] <= high
+        assert low < high
+    assert winoground([right] * 3)["intervals"]["group"] == [1, 1]
 
 
 def test_a_constant_model_gets_exact_chance_and_nothing_strictly():
