@@ -293,8 +293,12 @@ def test_bad_input_is_refused(arguments, error, message):
 def test_huge_and_tiny_rows_have_the_places_of_usual_ones():
     image, text, owner = draw(10)
     expected = retrieval_metrics(image, text, owner)
-    for power in (-1070, -300, 300, 1020):  # past what float32 holds, and near the ends of float64
+    for power in (-1000, -300, 300, 1000):  # past what float32 holds, and near the ends of float64
         assert retrieval_metrics(image.astype(np.float64) * 2.0**power, text, owner) == expected
+    subnormal = image.astype(np.float64) * 2.0**-1065
+    assert retrieval_metrics(subnormal, text, owner) == retrieval_metrics(
+        np.ldexp(subnormal, 1065), text, owner
+    )
     assert retrieval_metrics(image * np.float32(2.0**-120), text * np.float32(2.0**120), owner) == expected
 
 
