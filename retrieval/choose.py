@@ -8,6 +8,7 @@ from dataclasses import dataclass
 KINDS = ("auto", "flat", "hnsw", "ivf", "ivf_fp16", "ivf_sq8", "ivf_pq")
 FLAT_ROWS = 20_000  # up to here looking at every row takes under a millisecond a query
 HNSW_LINKS = 32
+LEAST_TRAINED = 64  # rows: cells and codes of fewer mean nothing, and FAISS refuses to train them
 TRAIN_PER_CELL = 40  # k-means gains little from more, and warns below 39
 
 
@@ -99,6 +100,10 @@ def choose_plans(
         plans = [plan for plan in [flat, *plans] if plan.kind == kind]
         if not plans:
             raise ValueError(f"kind {kind!r} cannot hold {rows:,} rows of {dim} dimensions: take auto")
+        if kind.startswith("ivf") and rows < LEAST_TRAINED:
+            raise ValueError(
+                f"kind {kind!r} needs at least {LEAST_TRAINED} rows to be trained on, got {rows}: take auto"
+            )
     elif rows <= FLAT_ROWS or recall == 1:
         plans = [flat]
         if recall < 1:

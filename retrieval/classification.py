@@ -231,8 +231,12 @@ def checked_labels(labels: Any, classes: int, rows: int) -> torch.Tensor:
 
     Raises:
         ValueError: Another number of them, or one outside the classes.
+        TypeError: They are not whole numbers.
     """
-    label = torch.as_tensor(np.asarray(labels)).reshape(-1).long()
+    array = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"labels: expected whole numbers of classes, got {array.dtype}")
+    label = torch.as_tensor(array.astype(np.int64)).reshape(-1)
     if len(label) != rows:
         raise ValueError(f"expected a label for each of {rows} pictures, got {len(label)}")
     outside = ((label < 0) | (label >= classes)).nonzero()[:, 0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_bytes
 
@@ -170,7 +171,8 @@ def build_classifier(
         )
     owner = torch.tensor(owners)
     sums = torch.zeros((len(names), encoder.embed_dim), dtype=torch.float64)
-    sums.index_add_(0, owner, rows[torch.tensor(numbers)].double())
+    rows = F.normalize(rows.double(), dim=1)  # whatever the encoder does
+    sums.index_add_(0, owner, rows[torch.tensor(numbers)])
     means = sums / torch.bincount(owner, minlength=len(names)).double()[:, None]
     norms = means.norm(dim=1)
     if (norms < 1e-6).any():

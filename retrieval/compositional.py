@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from retrieval.bootstrap import bootstrap_intervals
+
 VG_A_LEAST = 25  # ARO leaves out attributes with fewer cases
 
 
@@ -34,7 +36,13 @@ def checked_scores(scores: Any, shape: str, dims: int) -> np.ndarray:
     return array
 
 
-def winoground(scores: Any) -> dict[str, float]:
+def intervals(**values: np.ndarray) -> dict[str, list[float]]:
+    """95 % bootstrap intervals of means over cases, by name."""
+    found = bootstrap_intervals(values, np.arange(len(next(iter(values.values())))))
+    return {name: [each.low, each.high] for name, each in found.items()}
+
+
+def winoground(scores: Any) -> dict[str, Any]:
     """Text, image and group score.
 
     Args:
@@ -43,7 +51,7 @@ def winoground(scores: Any) -> dict[str, float]:
     Returns:
         `text` (each image prefers its caption), `image` (each caption prefers its image), `group` (both), ties by
         expectation: 1/4, 1/4 and 1/6 for a constant model; the same with `strict_`, where a tie is wrong;
-        `ties`, the cases with one; `cases`.
+        `ties`, the cases with one; `cases`; and `intervals` of the first three by bootstrap over cases.
 
     Raises:
         ValueError: Another shape, NaN or infinity.
@@ -78,6 +86,7 @@ def winoground(scores: Any) -> dict[str, float]:
         "strict_group": float((strict_text & strict_image).mean()),
         "ties": int(np.any([flat[:, a] == flat[:, b] for a, b in compared], axis=0).sum()),
         "cases": len(flat),
+        "intervals": intervals(text=text, image=image, group=group),
     }
 
 
@@ -98,14 +107,15 @@ def right_first(scores: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.where(lost, 0.0, 1 / (level + 1)), (~lost & (level == 0)).astype(np.float64)
 
 
-def accuracy(scores: Any) -> dict[str, float]:
+def accuracy(scores: Any) -> dict[str, Any]:
     """How often the right caption wins.
 
     Args:
         scores: `(n, candidates)`, the right one first.
 
     Returns:
-        `accuracy` (ties by expectation), `strict_accuracy` (a tie is wrong), `chance`, `ties`, `cases`.
+        `accuracy` (ties by expectation), `strict_accuracy` (a tie is wrong), `chance`, `ties`, `cases`, and
+        `intervals` of the accuracy by bootstrap over cases.
 
     Raises:
         ValueError: Another shape, NaN or infinity.
@@ -117,6 +127,7 @@ def accuracy(scores: Any) -> dict[str, float]:
         "chance": 1 / np.asarray(scores).shape[1],
         "ties": int(((expected > 0) & (expected < 1)).sum()),
         "cases": len(expected),
+        "intervals": intervals(accuracy=expected),
     }
 
 
@@ -180,7 +191,7 @@ def aro(scores: Any, groups: Sequence[str], *, least: int = 1) -> dict[str, Any]
     }
 
 
-def winogavil(scores: Sequence[Any], associations: Sequence[Sequence[int]]) -> dict[str, float]:
+def winogavil(scores: Sequence[Any], associations: Sequence[Sequence[int]]) -> dict[str, Any]:
     """WinoGAViL: Jaccard index of the top images of a cue and its associations, as many as there are.
 
     Args:
@@ -188,7 +199,7 @@ def winogavil(scores: Sequence[Any], associations: Sequence[Sequence[int]]) -> d
         associations: For each cue, the numbers of the right candidates.
 
     Returns:
-        `jaccard` (ties by expectation), `ties`, `cases`.
+        `jaccard` (ties by expectation), `ties`, `cases`, and `intervals` of it by bootstrap over cues.
 
     Raises:
         ValueError: A candidate that is out of range or given twice, no association, NaN or infinity.
@@ -217,7 +228,12 @@ def winogavil(scores: Sequence[Any], associations: Sequence[Sequence[int]]) -> d
             chance = hypergeometric(int(tied.sum()), pool, slots, more)
             jaccards.append(chance * (hits + more) / (2 * n - hits - more))
         found.append(sum(jaccards))
-    return {"jaccard": float(np.mean(found)), "ties": open_, "cases": len(found)}
+    return {
+        "jaccard": float(np.mean(found)),
+        "ties": open_,
+        "cases": len(found),
+        "intervals": intervals(jaccard=np.array(found)),
+    }
 
 
 def hypergeometric(total: int, good: int, draws: int, hits: int) -> float:

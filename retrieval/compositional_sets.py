@@ -21,12 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from data.faults import Fault
 from pretrain.encoder import Encoder
 from retrieval import compositional
 from retrieval.embed import evaluating
+from retrieval.labelled import spaced
+from retrieval.provenance import text_hash
 from retrieval.share import ALONE, Share
 
 SUGARCREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -120,6 +123,11 @@ def winogavil_cases(folder: Path, images: Path) -> list[Case]:
     cases = []
     for record in read_lines(folder / "winogavil.jsonl"):
         candidates, right = listed(record["candidates"]), listed(record["associations"])
+        strange = [name for name in right if name not in candidates]
+        if strange:
+            raise ValueError(
+                f"{folder}: the cue {record['cue']!r} has {strange[0]!r} that is no candidate of it"
+            )
         article = "An" if record["cue"][:1].lower() in "aeiou" else "A"
         cases.append(
             Case(
@@ -133,7 +141,10 @@ def winogavil_cases(folder: Path, images: Path) -> list[Case]:
 
 def listed(value: Any) -> list[str]:
     """A list, also where a table holds it as its text."""
-    return list(ast.literal_eval(value)) if isinstance(value, str) else list(value)
+    try:
+        return list(ast.literal_eval(value)) if isinstance(value, str) else list(value)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"expected a list of pictures' names, got {value!r}") from error
 
 
 def named(folder: Path, name: str) -> Path:
@@ -176,7 +187,7 @@ def compositional_metrics(
         folder: Where the annotations are.
         images: Where the pictures are; `folder/images` when None.
         batch_size: Pictures at a time.
-        limit: Only the first so many cases.
+        limit: Only so many cases, spread evenly over the set.
         share: This process's share of the embedding; all processes get the numbers.
 
     Returns:
@@ -187,34 +198,50 @@ def compositional_metrics(
         ValueError: An unknown set, damaged annotations, no cases, or a picture that cannot be decoded: a
             number over fewer cases would be another number.
     """
-    if name not in READERS:
-        raise ValueError(f"no compositional set {name!r}: expected one of {', '.join(READERS)}")
-    folder = Path(folder)
-    place = folder / "images" if images is None else Path(images)
-    try:
-        cases = READERS[name](folder, place)[:limit]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: not the layout of {name}: {error!r}") from error
-    if not cases:
-        raise ValueError(f"{folder}: no cases of {name}")
-    scores = case_scores(encoder, cases, batch_size, share)
-    groups = [case.group for case in cases]
-    if name == "winoground":
-        return compositional.winoground(np.stack([each.T for each in scores]))  # caption by image
-    if name == "winogavil":
-        return dict(compositional.winogavil([each[:, 0] for each in scores], [case.right for case in cases]))
+    cases = read_cases(name, folder, images, limit=limit)
     options = {len(case.texts) for case in cases}
     if len(options) > 1:
         raise ValueError(
             f"{folder}: expected as many captions in every case of {name}, found {sorted(options)}"
         )
+    scores = case_scores(encoder, cases, batch_size, share)
+    groups = [case.group for case in cases]
+    if name == "winoground":
+        return compositional.winoground(np.stack([each.T for each in scores]))  # caption by image
+    if name == "winogavil":
+        return compositional.winogavil([each[:, 0] for each in scores], [case.right for case in cases])
     rows = np.concatenate(scores)  # one picture a case
     if name == "aro_order":
-        return dict(compositional.accuracy(rows))
+        return compositional.accuracy(rows)
     if name == "sugarcrepe":
         return compositional.sugarcrepe(rows, groups)
     least = compositional.VG_A_LEAST if name == "aro_attribute" else 1
     return compositional.aro(rows, groups, least=least)
+
+
+def read_cases(
+    name: str, folder: str | Path, images: str | Path | None = None, *, limit: int | None = None
+) -> list[Case]:
+    """The cases of a set; see `compositional_metrics`."""
+    if name not in READERS:
+        raise ValueError(f"no compositional set {name!r}: expected one of {', '.join(READERS)}")
+    folder = Path(folder)
+    place = folder / "images" if images is None else Path(images)
+    try:
+        cases = READERS[name](folder, place)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: not the layout of {name}: {error!r}") from error
+    if not cases:
+        raise ValueError(f"{folder}: no cases of {name}")
+    return cases if limit is None else [cases[place] for place in spaced(len(cases), limit)]
+
+
+def cases_hash(cases: Sequence[Case]) -> str:
+    """A hash of what is asked: names of pictures, captions, groups, boxes and right answers."""
+    return text_hash(
+        repr(([path.name for path in case.images], case.texts, case.group, case.box, case.right))
+        for case in cases
+    )
 
 
 def case_scores(
@@ -238,7 +265,7 @@ def case_scores(
                 for start in share.part(range(0, len(pictures), batch_size))
             )
         )
-    x, y = torch.cat(image_rows).double().numpy(), torch.cat(text_rows).double().numpy()
+    x, y = (F.normalize(torch.cat(rows).double(), dim=1).numpy() for rows in (image_rows, text_rows))
     image_place = {each: row for row, each in enumerate(pictures)}
     text_place = {text: row for row, text in enumerate(texts)}
     return [

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
-from retrieval.rows import GRID, Rows
+from retrieval.rows import GRID, Rows, exact_scores
 
 RIGHT = -2.0  # in the place of a right candidate's score: below every cosine
 GATHER = 64  # one exact product of a gathered pair costs about as much as this many inside a matrix product
+WAITING = 1 << 16  # pairs in doubt that are decided together
 PICK = 32  # picking one candidate out costs about as much as counting this many against one level
 
 
@@ -74,6 +76,9 @@ class Side:
         doubt = (1.5 * dim + 16) * 2.0**-24
         self.high = (self.level / GRID**2 + doubt).float()
         self.low = (self.level / GRID**2 - doubt).float()
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.waits = 0
+        self.flags = np.empty(0, dtype=bool)
 
     def count(self, scores: torch.Tensor, mine: Part, other: Part) -> None:
         """Add the wrong candidates of one block.
@@ -92,12 +97,12 @@ class Side:
         most = int(counts.max())
         if not most:
             return
-        least = torch.full_like(first, torch.inf, dtype=torch.float32)  # no queries: nothing reaches it
-        least[counts > 0] = self.low[last[counts > 0] - 1]
-        reached = scores >= least[:, None]
-        if int(count_true(reached)) * PICK <= reached.numel() * most:
-            query, candidate = places(reached)
-            self.pick(scores[query, candidate], query, candidate, mine, other)
+        least = self.low[(last - 1).clamp(min=0)]
+        if not bool((counts > 0).all()):
+            least = torch.where(counts > 0, least, torch.inf)  # no queries: nothing reaches it
+        reached = self.reached(scores, least)
+        if count_true(reached) * PICK <= reached.numel() * most:
+            self.pick(scores, reached, mine, other)
             return
         for number in range(most):
             has = (counts > number).nonzero()[:, 0]
@@ -105,28 +110,44 @@ class Side:
             group = (first if whole else first[has]) + number
             self.sweep(scores if whole else scores[has], group, has, mine, other)
 
-    def pick(
-        self,
-        score: torch.Tensor,
-        query: torch.Tensor,
-        candidate: torch.Tensor,
-        mine: Part,
-        other: Part,
-    ) -> None:
-        """Count candidates that were picked out, from the worst level of their query to the best."""
-        stop = self.offset[mine.which][query]
-        group = self.offset[mine.which.start + 1 : mine.which.stop + 1][query] - 1
+    def reached(self, scores: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+        """Which scores are at least their query's `least`; bool, in the layout of `scores`."""
+        if scores.is_cuda:
+            return scores >= least[:, None]
+        # numpy compares several times faster than torch, and into memory that is there already.
+        if len(self.flags) < scores.numel():
+            self.waits = 0
+        self.flags = np.empty(scores.numel(), dtype=bool)
+        flags = self.flags[: scores.numel()]
+        turned = not scores.is_contiguous()
+        flags = flags.reshape(scores.T.shape).T if turned else flags.reshape(scores.shape)
+        return torch.from_numpy(np.greater_equal(scores.numpy(), least.numpy()[:, None], out=flags))
+
+    def pick(self, scores: torch.Tensor, reached: torch.Tensor, mine: Part, other: Part) -> None:
+        """Count the candidates that reached their query's worst level, from that to the best."""
+        base, stop = (int(self.offset[place]) for place in (mine.which.start, mine.which.stop))
+        tables = [
+            self.offset[mine.which] - base,
+            self.offset[mine.which.start + 1 : mine.which.stop + 1] - base,
+            self.high[base:stop],
+            self.low[base:stop],
+        ]
+        score, query, candidate = places(reached, scores)
+        # The same words are arithmetic of torch on a GPU and of numpy, which is faster at it, on a CPU.
+        first, last, high, low = tables if scores.is_cuda else [each.numpy() for each in tables]
+        bincount = torch.bincount if scores.is_cuda else np.bincount
+        group, end = last[query] - 1, first[query]
         while len(query):
-            sure = score > self.high[group]
-            self.add(self.above, group[sure])
+            sure = score > high[group]
+            self.above[base:stop] += torch.as_tensor(bincount(group[sure], minlength=stop - base))
             close = ~sure
             if close.any():
-                self.settle(group[close], query[close], candidate[close], mine, other)
+                which = [each[close] for each in (group, query, candidate)]
+                which = [torch.as_tensor(each) for each in which]
+                self.doubt(which[0] + base, which[1], which[2], mine, other)
             group = group - 1
-            on = (group >= stop) & (score >= self.low[group])
-            if not on.all():
-                score, query, candidate = score[on], query[on], candidate[on]
-                group, stop = group[on], stop[on]
+            on = (group >= end) & (score >= low[group])
+            score, query, candidate, group, end = (each[on] for each in (score, query, candidate, group, end))
 
     def sweep(
         self, scores: torch.Tensor, group: torch.Tensor, query: torch.Tensor, mine: Part, other: Part
@@ -156,27 +177,42 @@ class Side:
             self.above[group] += ((exact > level) & near).sum(1)
             self.tied[group] += ((exact == level) & near).sum(1)
             return
-        row, candidate = places(near)
-        self.settle(group[row], query[row], candidate, mine, other)
+        row, candidate = near.nonzero(as_tuple=True)
+        self.doubt(group[row], query[row], candidate, mine, other)
 
-    def settle(
+    def doubt(
         self, group: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor, mine: Part, other: Part
     ) -> None:
-        """Decide pairs by their exact scores; int64 `(pairs,)` each."""
-        asked, row = query.unique(return_inverse=True)
-        if len(query) * GATHER > len(asked) * len(other):
-            exact = (mine.some(asked) @ other.exact.T)[row, candidate]
-        else:
-            pieces = zip(query.split(2048), candidate.split(2048), strict=True)
-            exact = torch.cat([(mine.some(one) * other.some(two)).sum(1) for one, two in pieces])
-        self.add(self.above, group[exact > self.level[group]])
-        self.add(self.tied, group[exact == self.level[group]])
+        """Decide pairs by their exact scores: many at once by a product, few when some have come together.
 
-    def add(self, counts: torch.Tensor, group: torch.Tensor) -> None:
-        """Add one for each entry of `group`."""
-        if len(group):
-            start, stop = int(group.min()), int(group.max()) + 1
-            counts[start:stop] += torch.bincount(group - start, minlength=stop - start)
+        Args:
+            group: int64 `(pairs,)`.
+            query: int64 `(pairs,)` within `mine`.
+            candidate: int64 `(pairs,)` within `other`.
+            mine: The queries' rows.
+            other: The candidates' rows.
+        """
+        if len(query) * GATHER > len(mine) * len(other):
+            asked, row = query.unique(return_inverse=True)
+            self.settle(group, (mine.some(asked) @ other.exact.T)[row, candidate])
+            return
+        self.waiting.append((group, query + mine.which.start, candidate + other.which.start))
+        self.waits += len(group)
+        if self.waits >= WAITING:
+            self.settle_waiting(mine.rows, other.rows)
+
+    def settle_waiting(self, mine: Rows, other: Rows) -> None:
+        """Decide the pairs that wait for it; the counts are whole only after that."""
+        if self.waiting:
+            group, query, candidate = (torch.cat(each) for each in zip(*self.waiting, strict=True))
+            self.waiting, self.waits = [], 0
+            self.settle(group, exact_scores(mine, other, query, candidate))
+
+    def settle(self, group: torch.Tensor, exact: torch.Tensor) -> None:
+        """Count pairs by their exact scores, float64 `(pairs,)`."""
+        level, one = self.level[group], torch.ones_like(group)
+        self.above.index_add_(0, group, one * (exact > level))
+        self.tied.index_add_(0, group, one * (exact == level))
 
 
 def count_true(flags: torch.Tensor) -> int:
@@ -184,11 +220,20 @@ def count_true(flags: torch.Tensor) -> int:
     return int(flags.sum()) if flags.is_cuda else int(np.count_nonzero(flags.numpy()))
 
 
-def places(flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of what is True, int64; few of many are found fastest by numpy on a CPU."""
-    turned = not flags.is_contiguous()  # the transpose of what is
-    flat = (flags.T if turned else flags).reshape(-1)
-    found = flat.nonzero()[:, 0] if flags.is_cuda else torch.from_numpy(np.flatnonzero(flat.numpy()))
+def places(flags: torch.Tensor, scores: torch.Tensor) -> tuple[Any, Any, Any]:
+    """Scores, rows and columns of what is True; numpy's on a CPU, where it finds few among many fastest.
+
+    Args:
+        flags: bool `(q, c)`, and
+        scores: float32 `(q, c)`, both contiguous or the transpose of what is.
+    """
+    turned = not flags.is_contiguous()
+    flat, values = ((each.T if turned else each).reshape(-1) for each in (flags, scores))
+    if flags.is_cuda:
+        found = flat.nonzero()[:, 0]
+    else:
+        found, values = np.flatnonzero(flat.numpy()), values.numpy()
     width = flags.shape[0] if turned else flags.shape[1]
-    row, column = found // width, found % width
-    return (column, row) if turned else (row, column)
+    row = found // width
+    column = found - row * width
+    return (values[found], column, row) if turned else (values[found], row, column)

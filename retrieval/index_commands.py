@@ -173,12 +173,17 @@ def search(
         from pretrain.encoder import load_encoder
 
         encoder = load_encoder(model, pretrained=pretrained, device=device)
+    rows = None
+    if vector is not None:
+        rows = np.atleast_2d(np.load(vector, allow_pickle=False))
+        if len(rows) != 1:
+            raise ValueError(f"{vector}: expected one vector, got an array of shape {rows.shape}")
     hits = find(
         Index.load(index),
         encoder,
         texts=[] if text is None else [text],
         images=[] if image is None else [image],
-        vectors=None if vector is None else np.load(vector, allow_pickle=False),
+        vectors=rows,
         image_weight=image_weight,
         among=among,
         k=k,

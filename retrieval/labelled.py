@@ -110,8 +110,7 @@ class LabelledPictures:
         if len(names) == 1 and folder.is_dir() and not any(folder.glob("*.tar")):
             self.folders, self.files = class_folders(folder)
             if limit is not None:  # the first ones would all be of the first class
-                chosen = np.linspace(0, len(self.files) - 1, min(limit, len(self.files))).round()
-                self.files = [self.files[place] for place in np.unique(chosen.astype(int)).tolist()]
+                self.files = [self.files[place] for place in spaced(len(self.files), limit)]
             self.total = len(self.files)
         else:
             self.stream = PairStream(
@@ -236,6 +235,11 @@ def class_numbers(label: Label, classes: Sequence[str], key: str) -> list[int]:
             )
         numbers.append(places[0])
     return numbers
+
+
+def spaced(total: int, count: int) -> list[int]:
+    """At most `count` numbers below `total`, evenly spaced, each once."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
 
 
 def readable(names: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ from pairstream.run import RunFolder
 from pretrain.report import add_training
 from retrieval.evaluate import Evaluation, cell, interval_rows, result_rows
 from retrieval.index import top_k
-from retrieval.labelled import class_folders, folder_key
+from retrieval.labelled import class_folders, folder_key, spaced
 from retrieval.metrics import DIRECTIONS
 
 SHOWN = 5  # results of each query
@@ -157,11 +157,6 @@ def add_walls(report: Report, evaluation: Evaluation, queries: int) -> None:
 
 def place_of(rank: float, gallery: int, what: str) -> str:
     return f"{what}: rank {cell('rank', rank)} of {gallery:,}"
-
-
-def spaced(total: int, count: int) -> list[int]:
-    """At most `count` numbers below `total`, evenly spaced, each once."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
 
 
 def thumbnails(shards: Iterable[str], numbers: Iterable[int]) -> dict[int, bytes]:

@@ -129,7 +129,7 @@ def linear_probe(
         Radford et al. 2021, appendix A.3.
     """
     x, y = checked(train_rows, train_labels, classes, "train")
-    test, target = checked(test_rows, test_labels, classes, "test")
+    test, target = checked(test_rows, test_labels, classes, "test", width=x.shape[1])
     if len(x) < 2:
         raise ValueError(f"expected two or more training rows, got {len(x)}")
     if (val_rows is None) != (val_labels is None):
@@ -140,7 +140,7 @@ def linear_probe(
         (vx, vy), (fx, fy) = (x[order[:cut]], y[order[:cut]]), (x[order[cut:]], y[order[cut:]])
         everything, labels = x, y
     else:
-        vx, vy = checked(val_rows, val_labels, classes, "val")
+        vx, vy = checked(val_rows, val_labels, classes, "val", width=x.shape[1])
         fx, fy, everything, labels = x, y, torch.cat([x, vx]), torch.cat([y, vy])
     probe: Probe | None = None
 
@@ -219,7 +219,7 @@ def knn_probe(
         Wu et al. 2018 (weighted votes, temperature 0.07), as DINO evaluates.
     """
     x, y = checked(train_rows, train_labels, classes, "train")
-    test, target = checked(test_rows, test_labels, classes, "test")
+    test, target = checked(test_rows, test_labels, classes, "test", width=x.shape[1])
     if not 1 <= k <= len(x):
         raise ValueError(f"k must lie between 1 and the {len(x)} training rows, got {k}")
     x, hits = F.normalize(x, dim=1), 0.0
@@ -266,7 +266,7 @@ def few_shot_probe(
         ValueError: A class with fewer pictures than asked for, and as `linear_probe`.
     """
     x, y = checked(train_rows, train_labels, classes, "train")
-    test, target = checked(test_rows, test_labels, classes, "test")
+    test, target = checked(test_rows, test_labels, classes, "test", width=x.shape[1])
     counts = torch.bincount(y, minlength=classes)
     if int(counts.min()) < max(shots):
         raise ValueError(
@@ -317,8 +317,10 @@ def image_features(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
     return encoder.model.encode_image(pixels).float()
 
 
-def checked(rows: Any, labels: Any, classes: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and labels that fit each other.
+def checked(
+    rows: Any, labels: Any, classes: int, name: str, width: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and labels that fit each other, and other features of a width.
 
     Raises:
         ValueError: They do not, or values are not finite.
@@ -328,6 +330,8 @@ def checked(rows: Any, labels: Any, classes: int, name: str) -> tuple[torch.Tens
         raise ValueError(
             f"{name} rows: expected (rows, dimensions) with at least one row, got {tuple(x.shape)}"
         )
+    if width not in (None, x.shape[1]):
+        raise ValueError(f"{name} rows have {x.shape[1]} dimensions, the training rows {width}")
     if not torch.isfinite(x).all():
         raise ValueError(
             f"{name} rows: row {int((~torch.isfinite(x).all(1)).nonzero()[0])} has NaN or infinity"

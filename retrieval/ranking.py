@@ -204,6 +204,8 @@ def rank_pairs(
                     by_image.count(scores, image_part, text_part)
                 if directions[1]:
                     by_text.count(scores.T, text_part, image_part)
+    by_image.settle_waiting(images, texts)
+    by_text.settle_waiting(texts, images)
     if shared:
         for counts in (by_image.above, by_image.tied, by_text.above, by_text.tied):
             add_up(counts)

@@ -52,7 +52,7 @@ class CompositionalTask(Config):
     images: str | None = None
     """Where its pictures are; FOLDER/images when None."""
     limit: int | None = Field(None, ge=1)
-    """Only the first so many cases."""
+    """Only so many cases, spread evenly over the set."""
 
 
 class ProbeTask(Config):

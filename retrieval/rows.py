@@ -56,7 +56,6 @@ class Rows:
         if not self.norms.all():
             row = int((self.norms == 0).nonzero()[0])
             raise ValueError(f"{name}: row {row} is all zeros and has no direction")
-        self.scales = GRID / self.norms
         # Lengths that a float32 and its reciprocal hold.
         usual = bool((self.norms > 1e-30).all() and (self.norms < 1e30).all())
         self.lengths = (1 / self.norms).float() if narrow and usual else None
@@ -76,7 +75,8 @@ class Rows:
 
     def take(self, which: slice | torch.Tensor) -> torch.Tensor:
         """Unit rows as whole multiples of 2^-26, float64."""
-        return self.read(which).mul_(self.scales[which, None]).round_()
+        # Divided, since the reciprocal of a tiny length is infinite.
+        return self.read(which).div_(self.norms[which, None]).mul_(GRID).round_()
 
     def rough(self, which: slice) -> torch.Tensor:
         """Unit rows in float32, each value within two roundings: what a first look at the scores takes."""

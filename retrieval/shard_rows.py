@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -218,8 +219,8 @@ def cut(index: ShardIndex, first: int, stop: int) -> ShardIndex:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a JSON value is one that a filter can compare."""
-    return isinstance(value, str | int | float)
+    """Whether a JSON value is one that a filter can compare; NaN is none, and servers refuse it."""
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def count_faults(records: Sequence[FaultRecord | Mapping[str, Any]]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 from pretrain.encoder import Encoder
 from retrieval.artifact import write_json
 from retrieval.cache import cache_key, cached
-from retrieval.compositional_sets import compositional_metrics
+from retrieval.compositional_sets import cases_hash, compositional_metrics, read_cases
 from retrieval.embed import Embeddings, embed_shards
 from retrieval.evaluate import Evaluation, measure
 from retrieval.metrics import DIRECTIONS
@@ -100,6 +100,7 @@ def run_task(
     metrics = {
         **encoder_facts(encoder),
         "data": [task.folder],
+        "data_hash": cases_hash(read_cases(task.set, task.folder, task.images, limit=limit)),
         "limit": limit,
         "compositional": numbers,
         "ties": "by expectation; strict_ numbers count a tie as wrong",
@@ -168,10 +169,8 @@ def headline_intervals(metrics: dict[str, Any]) -> dict[str, list[float]]:
             f"{direction.replace('_', ' ')} recall@1": found[direction]["recall@1"]
             for direction in DIRECTIONS
         }
-    if "classification" in metrics:
-        found = metrics["classification"].get("intervals", {})
-        return {name.replace("_", " "): ends for name, ends in found.items()}
-    return {}
+    numbers = next((metrics[kind] for kind in ("classification", "compositional") if kind in metrics), {})
+    return {name.replace("_", " "): ends for name, ends in numbers.get("intervals", {}).items()}
 
 
 def chances(metrics: dict[str, Any]) -> dict[str, float]:

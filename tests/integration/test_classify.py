@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import open_clip
@@ -14,6 +15,7 @@ from data.shards import Sample, ShardWriter
 from pairstream.cli import main as pairstream
 from pretrain.encoder import Encoder
 from pretrain.towers import instantiate
+from retrieval.cache import cache_key
 from retrieval.classifier import Classifier, build_classifier
 from retrieval.classify import classify
 from retrieval.labelled import class_numbers
@@ -86,6 +88,28 @@ def test_numbers_are_clip_benchmarks_on_shards_and_folders(encoder, shards, fold
     assert from_folder.metrics["templates_hash"] == result.metrics["templates_hash"]
     few = classify(encoder, shards, classes=CLASSES, limit=9, batch_size=4).metrics
     assert few["classification"]["pictures"] == 9
+
+
+def test_a_limit_takes_pictures_of_all_class_folders(encoder, folder):
+    found = classify(encoder, folder, limit=6, batch_size=4).metrics["classification"]
+    assert (found["pictures"], found["classes_without_pictures"]) == (6, 0)
+    assert classify(encoder, folder, limit=500).metrics["classification"]["pictures"] == PICTURES
+
+
+def test_names_that_are_no_utf8_and_folders_in_folders(encoder, make_picture, tmp_path):
+    try:
+        odd = tmp_path / os.fsdecode(b"caf\xe9_{}")
+        (odd / "deeper").mkdir(parents=True)
+    except OSError:
+        pytest.skip("this file system has only UTF-8 names")
+    (tmp_path / "d\u00f3g, \u201ebig\u201c & 犬").mkdir()
+    for number, place in enumerate((odd, odd / "deeper", next(tmp_path.glob("d*")))):
+        (place / "same.jpg").write_bytes(make_picture(number))
+    found = classify(encoder, tmp_path, templates=["a {} in a {}", "{}"])
+    assert found.metrics["class_names"] == ["caf\ufffd {}", "d\u00f3g, \u201ebig\u201c & 犬"]
+    assert found.metrics["classification"]["pictures"] == 3
+    json.dumps(found.metrics, ensure_ascii=False).encode()  # it can be written
+    assert cache_key(encoder, str(tmp_path), limit=None)
 
 
 def test_names_and_numbers_as_labels():

@@ -294,6 +294,10 @@ def test_embed_index_and_search_commands(model, shards, found, make_picture, tmp
     ):
         assert pairstream(words) == 2
         assert message in capsys.readouterr().err
+    np.save(tmp_path / "several.npy", found.images[:3])
+    several = ["retrieval", "search", "--index", index, "--vector", str(tmp_path / "several.npy")]
+    assert pairstream(several) == 2
+    assert "expected one vector, got an array of shape (3," in capsys.readouterr().err
     np.save(tmp_path / "vector.npy", found.images[5])
     ask = ["retrieval", "search", "--index", index, "--vector", str(tmp_path / "vector.npy"), "--k", "1"]
     assert pairstream(ask) == 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,17 @@ import yaml
 from data.shards import Sample, ShardWriter
 from pairstream.cli import main as pairstream
 from pairstream.recipe import dump_recipe, load_recipe
-from pretrain.encoder import Encoder, load_encoder
+from pretrain.encoder import Encoder, Normalize, load_encoder
 from pretrain.evaluator import load_evaluator
 from pretrain.recipe import Evaluation
 from retrieval.cache import cache_key
 from retrieval.evaluator import RetrievalEvaluator, SuiteEvaluator
+from retrieval.labelled import LabelledPictures
+from retrieval.probes import image_features, knn_probe
+from retrieval.queries import compare_results
 from retrieval.recipe import SuiteRecipe
-from retrieval.suite import folder_names, run_task
+from retrieval.suite import chances, folder_names, headline, run_task
+from retrieval.suite_page import suite_report
 
 CLASSES = ("dog", "hill", "red_bus")
 
@@ -102,6 +108,10 @@ def test_two_models_a_second_run_and_the_page(sets, tmp_path, forwards, capsys, 
         "best texts",
         "recall against k",
         "confused most often",
+        "pictures behind the confusions",
+        "classes and what they were taken for",
+        "Paired bootstrap and sign-flip test",
+        *(f"{name}: worst texts" for name in names),
         "0.5000",
     ):
         assert text in page
@@ -109,7 +119,25 @@ def test_two_models_a_second_run_and_the_page(sets, tmp_path, forwards, capsys, 
     table = next(block for block in blocks if block["kind"] == "table")
     assert table["header"] == ["task", "number", "chance", *names]
     row = next(row for row in table["rows"] if row[0] == "pairs" and row[1].startswith("text"))
-    assert row[3] == f"{first[names[0], 'pairs']['retrieval']['text_to_image']['recall@1']:.4f}"
+    value = first[names[0], "pairs"]["retrieval"]["text_to_image"]["recall@1"]
+    low, high = first[names[0], "pairs"]["intervals"]["text_to_image"]["recall@1"]
+    assert row[3] == f"{value:.4f} ({low:.3f}–{high:.3f})"
+    tested = next(block for block in blocks if block["kind"] == "table" and "p" in block["header"])
+    paired = compare_results(*[tmp_path / "out" / name / "pairs.json" for name in names], resamples=2000)
+    found = paired["text_to_image"]["recall@10"]
+    shown = next(row for row in tested["rows"] if row[1] == "text to image recall@10")
+    assert shown == [
+        names[1],
+        "text to image recall@10",
+        f"{found['difference']:+.4f}",
+        f"{found['low']:+.4f} to {found['high']:+.4f}",
+        f"{found['p']:.4f}",
+    ]
+    numbers = first[names[0], "classes"]["classification"]
+    wrong = [key for each in numbers["confusions"] for key in each["examples"]]
+    assert all((tmp_path / "classes" / key).is_file() for key in wrong)
+    assert sum(map(sum, numbers["confusion"])) == 12
+    assert sum(numbers["confusion"][n][n] for n in range(3)) == round(12 * numbers["acc1"])
     results = [str(tmp_path / "out" / name / "pairs.json") for name in names]
     assert pairstream(["retrieval", "compare", *results, "--resamples", "200"]) == 0
 
@@ -155,6 +183,20 @@ def test_no_key_answers_for_something_else(sets, tmp_path, make_picture, small_e
     other.tokenizer = lambda texts: plain([text.upper() + "!" for text in texts])
     keys["tokenizer"] = cache_key(other, pairs, limit=None, kind="retrieval")
     other = small_encoder(0)
+    other.tokenizer = copy.deepcopy(plain)
+    first, second = (
+        next(word for word in plain.encoder if word == f"{name}</w>") for name in ("zebra", "quilt")
+    )
+    ids = other.tokenizer.encoder
+    ids[first], ids[second] = ids[second], ids[first]  # two words that no probe has
+    keys["vocabulary"] = cache_key(other, pairs, limit=None, kind="retrieval")
+    other = small_encoder(0)
+    other.transform = replace(other.transform, resize_mode="squash")  # behind the configuration's back
+    keys["applied transform"] = cache_key(other, pairs, limit=None, kind="retrieval")
+    other = small_encoder(0)
+    other.normalize = Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    keys["applied constants"] = cache_key(other, pairs, limit=None, kind="retrieval")
+    other = small_encoder(0)
     other.model.bfloat16()
     keys["precision"] = cache_key(other, pairs, limit=None, kind="retrieval")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -198,6 +240,114 @@ def test_changed_data_and_damaged_entries_are_embedded_again(
             file.write_bytes(rows)
     assert both() == (27, [False, False])  # a checksum each: damaged entries are never used
     assert both() == (0, [True, True])
+
+
+def test_data_that_moved_is_found_in_the_cache_and_shown_from_its_new_place(
+    sets, tmp_path, forwards, small_encoder
+):
+    recipe, encoder, cache = (
+        load_recipe(SuiteRecipe, "retrieval", str(sets)),
+        small_encoder(0),
+        tmp_path / "cache",
+    )
+    run_task(encoder, recipe.tasks[0], recipe, cache=cache)
+    (tmp_path / "pairs").rename(tmp_path / "elsewhere")
+    task = recipe.tasks[0].model_copy(update={"data": str(tmp_path / "elsewhere")})
+    forwards["pictures"] = 0
+    again = run_task(encoder, task, recipe, cache=cache)
+    assert (again.from_cache, forwards["pictures"]) == (True, 0)
+    assert again.metrics["data"] == [str(tmp_path / "elsewhere")]
+    assert "worst texts" in suite_report(["m"], [[again]]).html()  # its pictures are read again
+
+
+@pytest.mark.parametrize("form", ["folder", "shards"])
+def test_probes_are_tasks_and_embed_once(tmp_path, forwards, make_picture, small_encoder, form):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 12)):
+        pictures = [(number % 3, make_picture(int(rng.integers(1000)))) for number in range(count)]
+        if form == "shards":
+            with ShardWriter(tmp_path / split) as writer:
+                for number, (label, content) in enumerate(pictures):
+                    writer.write(Sample(f"{number:03d}", content, "jpg", ["x"], {"label": label}))
+            continue
+        for number, (label, content) in enumerate(pictures):
+            place = tmp_path / split / CLASSES[label]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number:03d}.jpg").write_bytes(content)
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES))
+    classes = str(tmp_path / "names.txt") if form == "shards" else None
+    tasks = [
+        {
+            "kind": "probe",
+            "name": name,
+            "probe": name,
+            "train": str(tmp_path / "train"),
+            "test": str(tmp_path / "test"),
+            "classes": classes,
+        }
+        for name in ("linear", "knn", "few_shot")
+    ]
+    recipe = SuiteRecipe.model_validate({"out": str(tmp_path / "out"), "tasks": tasks})
+    encoder, cache = small_encoder(0), tmp_path / "cache"
+    found = [run_task(encoder, task, recipe, cache=cache) for task in recipe.tasks]
+    assert [each.from_cache for each in found] == [False, True, True]
+    numbers = {each.task.name: each.metrics["probe"] for each in found}
+    for each in numbers.values():
+        assert (each["train_pictures"], each["test_pictures"], each["chance"]) == (30, 12, 1 / 3)
+        assert 0 <= each["accuracy"] <= 1
+    assert list(numbers["few_shot"]["shots"]) == ["1", "2", "4", "8"]  # ten pictures of each class
+    assert found[0].metrics["features"] == "before_projection"
+    loaded = LabelledPictures(str(tmp_path / "train"), encoder.transform)
+    rows = torch.cat([image_features(encoder, batch.images) for batch in loaded.batches()])
+    labels = [label for batch in loaded.batches() for label in batch.labels]
+    other = LabelledPictures(str(tmp_path / "test"), encoder.transform)
+    test = torch.cat([image_features(encoder, batch.images) for batch in other.batches()])
+    target = [label for batch in other.batches() for label in batch.labels]
+    expected = knn_probe(rows, labels, test, target, 3, k=20)
+    assert numbers["knn"]["accuracy"] == pytest.approx(expected["accuracy"])
+    page = suite_report(["m"], [found]).html()
+    for words in ("weight of the L2 term", "accuracy by pictures of each class", "30 pictures to fit on"):
+        assert words in page
+    assert headline(found[0].metrics).keys() <= chances(found[0].metrics).keys()
+    if form == "shards":
+        unnamed = recipe.tasks[0].model_copy(update={"classes": None})
+        with pytest.raises(ValueError, match="task linear: shards do not name their classes: give `classes`"):
+            run_task(encoder, unnamed, recipe)
+        return
+    (tmp_path / "test" / CLASSES[0]).rename(tmp_path / "test" / "zebra")
+    with pytest.raises(ValueError, match=r"train and test have other class folders: .*zebra"):
+        run_task(encoder, recipe.tasks[0], recipe)
+
+
+def test_several_labels_show_the_precision_of_classes(tmp_path, make_picture, small_encoder):
+    with ShardWriter(tmp_path / "set") as writer:
+        for number in range(8):
+            labels = [number % 3, *([3] if number % 2 else [])]
+            writer.write(Sample(f"{number:03d}", make_picture(number), "jpg", ["x"], {"label": labels}))
+    (tmp_path / "names.json").write_text(json.dumps(["one", "two", "three", "four", "never"]))
+    task = {
+        "kind": "classification",
+        "name": "voc",
+        "data": str(tmp_path / "set"),
+        "classes": str(tmp_path / "names.json"),
+    }
+    recipe = SuiteRecipe.model_validate({"out": str(tmp_path / "out"), "tasks": [task]})
+    result = run_task(small_encoder(0), recipe.tasks[0], recipe)
+    blocks = suite_report(["m"], [[result]]).blocks
+    (table,) = [b for b in blocks if b["kind"] == "table" and b["header"] == ["class", "average precision"]]
+    assert {row[0] for row in table["rows"]} == {"one", "two", "three", "four"}
+    values = [float(row[1]) for row in table["rows"]]
+    assert values == sorted(values, reverse=True)
+    probe = {
+        "kind": "probe",
+        "name": "p",
+        "train": task["data"],
+        "test": task["data"],
+        "classes": task["classes"],
+    }
+    recipe = SuiteRecipe.model_validate({"out": str(tmp_path / "out"), "tasks": [probe]})
+    with pytest.raises(ValueError, match="sample '001' has 2 labels, a probe needs exactly one"):
+        run_task(small_encoder(0), recipe.tasks[0], recipe)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,10 @@ def test_winoground_by_hand():
     assert (got["text"], got["image"], got["group"]) == (0.5, 0.5, 0.25)
     assert (got["strict_text"], got["strict_image"], got["strict_group"]) == (0.5, 0.5, 0.25)
     assert got["ties"] == 0
+    for name, (low, high) in got["intervals"].items():
+        assert low <= got[name] <= high
+        assert low < high
+    assert winoground([right] * 3)["intervals"]["group"] == [1, 1]
 
 
 def test_a_constant_model_gets_exact_chance_and_nothing_strictly():
@@ -130,6 +134,8 @@ def test_readers_of_real_layouts(encoder, pictures, tmp_path, make_picture):
     got = compositional_metrics(encoder, "sugarcrepe", tmp_path, pictures)
     assert got["cases"] == 5
     assert set(got["kinds"]) == set(kinds)
+    few = compositional_metrics(encoder, "sugarcrepe", tmp_path, pictures, limit=2)
+    assert (few["cases"], set(few["kinds"])) == (2, set(kinds))  # of all kinds
     scores = rows[:3] @ encoder.encode_texts([f"add_att {n}" for n in range(3)]).T
     wrong = rows[:3] @ encoder.encode_texts([f"{n} no" for n in range(3)]).T
     assert got["kinds"]["add_att"] == pytest.approx(float((scores.diag() > wrong.diag()).double().mean()))
@@ -159,6 +165,18 @@ def test_readers_of_real_layouts(encoder, pictures, tmp_path, make_picture):
     assert got["accuracy"] == pytest.approx(float((true > false).double().mean()))
     assert set(got["groups"]) == {"on", "under"}
     assert compositional_metrics(encoder, "aro_attribute", tmp_path)["groups"].keys() == {"red_round"}
+
+    options = [
+        {"image": f"p{n}.jpg", "caption_options": [f"a {n} here", f"{n} a here", f"here {n} a"]}
+        for n in range(3)
+    ]
+    (tmp_path / "order.json").write_text(json.dumps(options))
+    got = compositional_metrics(encoder, "aro_order", tmp_path)
+    scores = [
+        (rows[n] @ encoder.encode_texts(one["caption_options"]).T).tolist() for n, one in enumerate(options)
+    ]
+    assert got == accuracy(scores)
+    assert got["chance"] == pytest.approx(1 / 3)
 
     cues = [
         {"cue": "egg", "candidates": ["p0", "p1", "p2"], "associations": ["p2"]},
@@ -190,6 +208,17 @@ def test_bad_sets_are_refused(encoder, pictures, tmp_path):
     (tmp_path / "examples.jsonl").write_text("{")
     with pytest.raises(ValueError, match="line 1: no JSON"):
         compositional_metrics(encoder, "winoground", tmp_path)
+    uneven = [{"image": "p0.jpg", "caption_options": ["a"] * count} for count in (2, 3)]
+    (tmp_path / "order.json").write_text(json.dumps(uneven))
+    with pytest.raises(ValueError, match=r"as many captions in every case of aro_order, found \[2, 3\]"):
+        compositional_metrics(encoder, "aro_order", tmp_path)
+    cue = {"cue": "egg", "candidates": ["p0", "p1"], "associations": ["p3"]}
+    (tmp_path / "winogavil.jsonl").write_text(json.dumps(cue))
+    with pytest.raises(ValueError, match="the cue 'egg' has 'p3' that is no candidate of it"):
+        compositional_metrics(encoder, "winogavil", tmp_path)
+    (tmp_path / "winogavil.jsonl").write_text(json.dumps({**cue, "candidates": "['p0'"}))
+    with pytest.raises(ValueError, match="expected a list of pictures' names, got"):
+        compositional_metrics(encoder, "winogavil", tmp_path)
     record = {"0": {"filename": "gone.jpg", "caption": "a", "negative_caption": "b"}}
     (tmp_path / "add_att.json").write_text(json.dumps(record))
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg does not exist"):

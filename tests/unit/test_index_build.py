@@ -137,6 +137,7 @@ def test_the_choice_follows_rows_memory_and_recall():
         ({"rows": 0}, "the gallery is empty"),
         ({"recall": 1.5}, r"recall is a share in \(0, 1\], got 1.5"),
         ({"kind": "tree"}, "kind 'tree': expected one of auto, flat"),
+        ({"kind": "ivf", "rows": 9}, "kind 'ivf' needs at least 64 rows to be trained on, got 9: take auto"),
         ({"kind": "ivf", "dim": 33}, "kind 'ivf' cannot hold 200,000 rows of 33 dimensions"),
         (
             {"memory": 1_000_000},
@@ -295,6 +296,14 @@ def test_filters_that_cannot_be_are_refused(built):
         search(index, vectors=query, where=["width>500", "label=l1"])
     key, fulfils = read_condition("a<=5")
     assert (key, fulfils(5), fulfils(6), fulfils(None), fulfils("x")) == ("a", True, False, False, False)
+    _, wide = read_condition("width>=512")
+    assert [wide(value) for value in ("1024", "640.0", "99", " 512 ", ["512"])] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
     with pytest.raises(ValueError, match="allowed: expected one truth value for each of 3000 rows"):
         top_k(index.images, query, 3, allowed=np.ones(4, dtype=bool))
 
@@ -311,6 +320,13 @@ def test_near_duplicates_are_left_out_best_first(tmp_path):
     assert hits[0].row in range(100, 110)
     assert not {hit.row for hit in hits[1:]} & set(range(100, 110))
     assert [hit.rank for hit in hits] == list(range(1, 9))
+    # However many there are of one kind, the search goes on until it has as many kinds as were asked for.
+    images[:400] = images[100]
+    again = build_index(write(tmp_path / "more", images=images, texts=texts), tmp_path / "j")
+    hits = search(again, vectors=query, k=8, dedup=0.999)[0]
+    assert len(hits) == 8
+    assert sum(hit.row < 400 for hit in hits) == 1
+    assert len(search(again, vectors=query, k=250, dedup=0.999)[0]) == 201  # there are no more
     with pytest.raises(ValueError, match=r"dedup is a cosine in \(0, 1\], got 1.5"):
         search(index, vectors=query, dedup=1.5)
 

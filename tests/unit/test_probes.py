@@ -97,6 +97,7 @@ def test_features_before_the_projection(tiny_models):
         ({"train_labels": [0, 1, 7]}, "label 7 is outside the 2 classes"),
         ({"train_rows": np.full((3, 2), np.nan)}, "train rows: row 0 has NaN or infinity"),
         ({"test_rows": np.ones((0, 2))}, "test rows: expected"),
+        ({"test_rows": np.eye(3)[:2]}, "test rows have 3 dimensions, the training rows 2"),
         ({"val_rows": np.ones((2, 2))}, "val_rows and val_labels together"),
         ({"train_rows": np.ones((1, 2)), "train_labels": [0]}, "two or more training rows, got 1"),
     ],
@@ -116,6 +117,8 @@ def test_bad_input_is_refused(change, message):
 
 def test_bad_options_are_refused():
     rows, labels = np.eye(3), [0, 1, 0]
+    with pytest.raises(TypeError, match="labels: expected whole numbers of classes, got float64"):
+        knn_probe(rows, [0.0, 1.0, 0.5], rows, labels, 2, k=1)
     with pytest.raises(ValueError, match="k must lie between 1 and the 3 training rows, got 4"):
         knn_probe(rows, labels, rows, labels, 2, k=4)
     with pytest.raises(ValueError, match="class 1 has 1 training rows, 2 shots need more"):

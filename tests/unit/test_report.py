@@ -56,6 +56,7 @@ def full_report(picture: bytes) -> Report:
     report.curves(HOSTILE, {HOSTILE: [(0, 2.0), (10, 1.0), (20, float("nan"))]}, lines={HOSTILE: 4.0})
     report.curves("none", {"empty": []})
     cards = [Card(picture, HOSTILE, [HOSTILE], "right"), Card(None, "only text", [], "wrong"), Card(picture)]
+    report.picture(HOSTILE, picture, HOSTILE)
     report.cards(HOSTILE, cards)
     report.results(HOSTILE, [(Card(None, HOSTILE), cards), (Card(picture, "query"), [Card(None, HOSTILE)])])
     return report
@@ -69,7 +70,7 @@ def test_page_is_well_formed_escaped_and_self_contained(make_picture, tmp_path):
     assert page.words.count("<script>alert('x')</script>") >= 15  # shown as words, nowhere read as markup
     assert all(picture["src"].startswith("data:image/jpeg;base64,") for picture in page.all("img"))
     assert all(picture["alt"].strip() for picture in page.all("img"))
-    assert len(page.all("img")) == 2 + 2 + 1
+    assert len(page.all("img")) == 1 + 2 + 2 + 1
     css = re.search(r"<style>(.*?)</style>", text, re.S)
     assert css is not None
     assert "url(" not in css.group(1)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retrieval import counting
 from retrieval.metrics import fold_metrics, relevance_metrics, retrieval_metrics, retrieval_ranks
 from retrieval.ranking import Ranking
 
@@ -174,6 +175,47 @@ def test_judged_pairs_with_several_answers_and_a_larger_gallery():
 def test_bad_pairs_are_refused(pairs, error, message):
     with pytest.raises(error, match=message):
         relevance_metrics(np.eye(4)[:2], np.eye(4), pairs)
+
+
+@pytest.mark.parametrize("pick", [0, 10**9])
+@pytest.mark.parametrize("waiting", [1, 1 << 16])
+def test_picking_out_and_sweeping_count_alike(monkeypatch, pick, waiting):
+    # Candidates picked out of a block, or counted level by level; doubts decided at once, or together at the end.
+    rng = np.random.default_rng(11)
+    image, text, owner = draw(8, images=70, texts=400, dim=20)
+    text[::7] = text[3]  # ties with right and wrong ones
+    text[5::11] = text[5] + rng.integers(-2, 3, text[5::11].shape) * np.spacing(text[5])
+    images, texts = ([int(v) for v in each] for each in (np.arange(70), np.arange(400)))
+    grid = [np.round(unit(rows.astype(np.float64)) * 2.0**26).astype(int).tolist() for rows in (image, text)]
+    scores = [
+        [sum(a * b for a, b in zip(grid[0][i], grid[1][t], strict=True)) for t in texts] for i in images
+    ]
+    monkeypatch.setattr(counting, "PICK", pick)
+    monkeypatch.setattr(counting, "WAITING", waiting)
+    seen = {"pick": 0, "sweep": 0}
+    for name in seen:
+        real = getattr(counting.Side, name)
+        monkeypatch.setattr(
+            counting.Side,
+            name,
+            lambda *given, name=name, real=real: (seen.update({name: seen[name] + 1}), real(*given))[1],
+        )
+    by_image, by_text = retrieval_ranks(image, text, owner, block=64)
+    assert seen["sweep"] == 0 if pick == 0 else seen["pick"] < seen["sweep"]
+    for query, above, level, right in zip(
+        *(each.tolist() for each in (by_image.query, by_image.above, by_image.level, by_image.right)),
+        strict=True,
+    ):
+        mine = [scores[query][t] for t in texts if owner[t] == query]
+        wrong = [scores[query][t] for t in texts if owner[t] != query]
+        places = {(sum(s > one for s in wrong), wrong.count(one), mine.count(one)) for one in mine}
+        assert (above, level, right) in places
+    assert int(by_image.right.sum()) == 400
+    for query in texts:
+        own = scores[owner[query]][query]
+        wrong = [scores[i][query] for i in images if i != owner[query]]
+        assert int(by_text.above[query]) == sum(s > own for s in wrong)
+        assert int(by_text.level[query]) == wrong.count(own)
 
 
 def test_many_near_ties_take_the_exact_product_and_few_the_gathered_one():

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval.metrics import DIRECTIONS, Ranks, chance, retrieval_metrics, retrieval_ranks
+from retrieval.rows import Rows, same_width
 
 
 def draw(seed, images=30, captions=3, dim=16, signal=0.5):
@@ -212,6 +213,8 @@ def test_takes_torch_numpy_memmap_and_other_floats(tmp_path):
     kept = double.clone()
     retrieval_metrics(double, torch.from_numpy(text).requires_grad_(), owner)
     assert torch.equal(double, kept)
+    assert retrieval_metrics(image.tolist(), text.tolist(), owner.tolist()) == expected
+    assert retrieval_metrics(np.asfortranarray(image), torch.from_numpy(text.T.copy()).T, owner) == expected
     half = image.astype(np.float16)
     assert retrieval_metrics(half, text, owner) == retrieval_metrics(half.astype(np.float32), text, owner)
 
@@ -285,6 +288,25 @@ def broken(rows, row, value):
 def test_bad_input_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         retrieval_metrics(*arguments)
+
+
+def test_huge_and_tiny_rows_have_the_places_of_usual_ones():
+    image, text, owner = draw(10)
+    expected = retrieval_metrics(image, text, owner)
+    for power in (-1000, -300, 300, 1000):  # past what float32 holds, and near the ends of float64
+        assert retrieval_metrics(image.astype(np.float64) * 2.0**power, text, owner) == expected
+    subnormal = image.astype(np.float64) * 2.0**-1065
+    assert retrieval_metrics(subnormal, text, owner) == retrieval_metrics(
+        np.ldexp(subnormal, 1065), text, owner
+    )
+    assert retrieval_metrics(image * np.float32(2.0**-120), text * np.float32(2.0**120), owner) == expected
+
+
+def test_rows_on_two_devices_are_refused():
+    first, second = Rows(IMAGE, "image_embeddings", 8), Rows(TEXT, "text_embeddings", 8)
+    second.device = torch.device("cuda:0")
+    with pytest.raises(ValueError, match="image_embeddings are on cpu, text_embeddings on cuda:0"):
+        same_width(first, second)
 
 
 def test_bad_block_is_refused():
