@@ -66,7 +66,12 @@ def settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         # Micro-batches want rows that do not depend on each other: a locked tower's batch norms do not.
         larger = {"batch_size": 4 * BATCH, "micro_batch": BATCH, "steps": args.steps // 4}
         found["lit_gradcache"] = {**found["lit"], **larger}
-    return found
+    unknown = sorted(set(args.only or ()) - set(found))
+    if unknown:
+        raise SystemExit(f"--only {' '.join(unknown)}: expected some of {' '.join(found)}")
+    return {
+        name: changes for name, changes in found.items() if name == "info_nce" or name in (args.only or found)
+    }
 
 
 def recipe_of(args: argparse.Namespace, changes: dict[str, Any], seed: int, run: Path) -> dict[str, Any]:
