@@ -140,10 +140,16 @@ def index_shards(
                 if is_remote(name) and (tolerant or path.is_file())
                 else None
             )
+            if known is None and tolerant and is_remote(name) and not path.is_file():
+                known = cache.index_from_afar(name, expected)
             if known is not None:
                 return known
             path, tag = cache.local(name)
-            return index_shard(path, name, expected, tag=tag)
+            try:
+                return index_shard(path, name, expected, tag=tag)
+            except FileNotFoundError:  # it had to make room for another shard in between
+                path, tag = cache.local(name)
+                return index_shard(path, name, expected, tag=tag)
         except OSError as error:
             if not tolerant or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -152,6 +158,7 @@ def index_shards(
     if any(map(is_remote, names)):
         with ThreadPoolExecutor(FETCHES) as pool:
             found = list(pool.map(look, names))
+        cache.make_room(0, "")  # of those that came at the same time none could make room for the others
     else:
         found = list(map(look, names))
     sizes = [len(index) for index in found if isinstance(index, ShardIndex)]
