@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from data.faults import Fault
 from data.pictures import MAX_PIXELS, Picture
@@ -125,7 +126,9 @@ class PairCollate:
     def __call__(self, rows: list[tuple[torch.Tensor, list[str]]]) -> dict[str, Any]:
         texts = [text for _, several in rows for text in several]
         if rows:
-            images = torch.stack([image for image, _ in rows])  # (b, 3, h, w)
+            images = default_collate(
+                [image for image, _ in rows]
+            )  # (b, 3, h, w); a worker's, in shared memory
             tokens = self.tokenize(texts)
         else:
             images = torch.zeros((0, 3, *self.size), dtype=torch.uint8)
