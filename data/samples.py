@@ -86,7 +86,7 @@ def read_sample(index: ShardIndex, sample: int, number: int, reader: ShardReader
     if "json" in members:
         try:
             record = json.loads(reader.read(index, *members["json"]))
-        except ValueError as error:  # also text that is not UTF-8
+        except (ValueError, RecursionError) as error:  # also text that is not UTF-8; brackets without end
             raise Fault("bad_json", str(error)) from error
         if not isinstance(record, dict):
             raise Fault("bad_json", f"expected an object, got {type(record).__name__}")
