@@ -161,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--only", nargs="+", help="these settings beside info_nce; all when left out")
     parser.add_argument("--data", required=True, help="folder of the shards `train` and of the held-out ones")
     parser.add_argument("--val", default="dev", help="name of the held-out shards")
     parser.add_argument("--name", default="flickr8k")

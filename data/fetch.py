@@ -9,15 +9,16 @@ import logging
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from data.index import SUFFIX, cache_home
+from data.index import SUFFIX, cache_home, confirm_index, far_file, far_index, keep_far_index
 from data.tar import ShardIndex
 from pairstream.atomic import TEMPORARY, aside, fsync_path
 
@@ -30,6 +31,7 @@ ABANDONED = 3600.0  # seconds; a half-written file that nobody has touched for s
 GIVE_UP = {400, 401, 403, 404, 405, 410, 451}  # another attempt gets the same answer
 PIPE = "pipe:"
 VERSION = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime", "updated", "created")
+Check: TypeAlias = Callable[[Path, str], None]
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 
 
@@ -61,11 +63,13 @@ class ShardCache:
         limit: Bytes that all shards in it may take together; None for no limit.
         backoff: Seconds before the second attempt; doubled for each further one, five attempts in all without
             progress.
+        confirmed: Shards whose index came without them and was found to be theirs by this process.
     """
 
     folder: Path
     limit: int | None = None
     backoff: float = 1.0
+    confirmed: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def path(self, name: str) -> Path:
         """Where the shard of a name lies, or would lie."""
@@ -75,11 +79,13 @@ class ShardCache:
         last = "" if name.startswith(PIPE) else Path(urlsplit(name).path).name
         return self.folder / f"{digest}-{last or 'shard.tar'}"
 
-    def local(self, name: str) -> tuple[Path, str | None]:
+    def local(self, name: str, check: Check | None = None) -> tuple[Path, str | None]:
         """The local file of a shard, fetched first when it is not there.
 
         Args:
             name: A path, a URL of any scheme that fsspec knows, or `pipe:` and a shell command that writes the shard.
+            check: Called with a shard that was fetched just now, and the version of its source, before others see it;
+                what it raises is raised here, and the shard is not kept.
 
         Returns:
             The path, and the version of its source: empty when unknown or not asked for, None for a local path.
@@ -97,7 +103,7 @@ class ShardCache:
             locks.mkdir(parents=True, exist_ok=True)
             with FileLock(locks / path.name):
                 if not self.use(path):
-                    return path, self.fetch(name, path)
+                    return path, self.fetch(name, path, check)
         return path, ""
 
     def locate(self, index: ShardIndex) -> str:
@@ -106,18 +112,46 @@ class ShardCache:
         Raises:
             FetchError: It cannot be had, or is another than the one that was indexed.
         """
+
+        def same(path: Path, tag: str) -> None:
+            if not confirm_index(index, path, tag):
+                raise FetchError(
+                    "is another at its source than when it was indexed; the next start takes the new one"
+                )
+
         try:
-            path, tag = self.local(index.name)
+            path, tag = self.local(index.name, same)
         except FileNotFoundError as error:
             raise FetchError(str(error)) from error
-        # The tag is there only when the shard was fetched just now.
-        if tag and (path.stat().st_size != index.bytes or tag != (index.tag or tag)):
-            Path(index.path + SUFFIX).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            raise FetchError(
-                "is another at its source than when it was indexed; the next start takes the new one"
-            )
+        if not index.seen and index.name not in self.confirmed:
+            if not tag:  # it was there already, and may have come after the index by other ways
+                same(path, "")
+            self.confirmed.add(index.name)
         return str(path)
+
+    def index_from_afar(self, name: str, expected: int | None) -> ShardIndex | None:
+        """The index of a shard elsewhere from the file that lies beside it there, which saves fetching the shard.
+
+        Args:
+            name: A URL.
+            expected: Samples that its manifest promises, when there is one.
+
+        Returns:
+            None when there is none, it is damaged, or the shard has another size now; the shard says all then.
+        """
+        path = self.path(name)
+        if far_file(path).is_file() or name.startswith(PIPE):
+            return far_index(path, name, expected)
+        require_scheme(name)
+        source = Ranges(name)
+        try:
+            source.begin()
+            content = source.system.cat_file(source.path_beside(SUFFIX))
+        except Exception as error:  # whatever a file system or its network library raises
+            logger.debug("no index beside %s: %s", name, error)
+            return None
+        keep_far_index(content, path, name, source.size, source.tag)
+        return far_index(path, name, expected)
 
     def use(self, path: Path) -> bool:
         """Note that a shard is read now; False when it is not there."""
@@ -127,7 +161,7 @@ class ShardCache:
             return False
         return True
 
-    def fetch(self, name: str, path: Path) -> str:
+    def fetch(self, name: str, path: Path, check: Check | None = None) -> str:
         """Bring a shard into the cache; returns its source's version."""
         require_scheme(name)
         for left in self.folder.glob(
@@ -141,6 +175,8 @@ class ShardCache:
                 self.persist(transfer, file)
             if transfer.size is None:
                 self.make_room(0, name)  # it has become known only now
+            if check is not None:
+                check(temporary, transfer.tag)
             fsync_path(temporary)
             temporary.replace(path)
         finally:
@@ -188,7 +224,9 @@ class ShardCache:
             raise TooLargeError(
                 f"shard {name} has {size:,} bytes, more than cache_limit ({self.limit:,}): raise the limit"
             )
-        with FileLock(self.folder / ".locks" / "room"):
+        locks = self.folder / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / "room"):
             held = []
             for entry in os.scandir(self.folder):
                 with suppress(FileNotFoundError):  # dropped by another process
@@ -239,6 +277,11 @@ class Ranges:
         self.ranges = info.get("partial", True)
         self.tag = next((str(info[key]) for key in VERSION if info.get(key)), "")
         self.begun = True
+
+    def path_beside(self, suffix: str) -> str:
+        """The path of the file whose name has this suffix more; what follows a URL's `?` stays behind it."""
+        path, mark, query = self.path.partition("?") if "://" in self.path else (self.path, "", "")
+        return path + suffix + mark + query
 
     def carry_on(self, file: BinaryIO) -> None:
         """Go on where the last range ended."""

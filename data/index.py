@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data.faults import FaultRecord
-from data.tar import ShardIndex, scan_shard
+from data.tar import ShardIndex, same_places, scan_shard
 from pairstream.atomic import aside
 
 logger = logging.getLogger(__name__)
@@ -81,21 +81,81 @@ def fetched_index(path: Path, name: str, expected: int | None) -> ShardIndex | N
     return index if index is not None and not (expected and expected != len(index)) else None
 
 
+def far_file(path: Path) -> Path:
+    """Where the index is kept that lay beside a shard elsewhere, until the shard itself has been seen."""
+    return path.with_name(f"{path.name}.far{SUFFIX}")
+
+
+def far_index(path: Path, name: str, expected: int | None) -> ShardIndex | None:
+    """What `keep_far_index` kept; None when there is nothing, or the manifest promises another number of samples."""
+    index = read_index(far_file(path), path, name, None)
+    if index is None or (expected and expected != len(index)):
+        return None
+    return replace(index, seen=False)
+
+
+def keep_far_index(content: bytes, path: Path, name: str, size: int | None, tag: str) -> None:
+    """Keep the index that lies beside a shard elsewhere, when it can be that of the shard which lies there now.
+
+    It can be when the sizes agree. Whether it is shows when the shard is fetched, and only then `confirm_index` makes
+    it one that others trust.
+
+    Args:
+        content: Of the index file.
+        path: Where the shard will lie.
+        name: The shard.
+        size: Bytes that it has at its source.
+        tag: Its version at its source.
+    """
+    index = parse_index(content, path, name, None)
+    if index is not None and index.bytes == size:
+        write_index(far_file(path), pack(index, [size, tag, None]))
+
+
+def confirm_index(index: ShardIndex, path: Path, tag: str) -> bool:
+    """Whether a shard that has just been fetched is the one that was indexed; if not, the index is forgotten.
+
+    Sizes and times tell little, and not every source has a tag: the headers are read, 10 us a sample.
+
+    Args:
+        index: What is believed of it.
+        path: Where it lies for now.
+        tag: The version that its source gave.
+    """
+    home = Path(index.path)
+    same = not (tag and index.tag and tag != index.tag) and path.stat().st_size == index.bytes
+    same = same and same_places(scan_shard(path), index)
+    if not same:
+        home.with_name(home.name + SUFFIX).unlink(missing_ok=True)
+        write_index(far_file(home), b"")  # what lies at the source is not believed again
+    elif far_file(home).is_file():
+        keep_index(index, home, [index.bytes, tag, None])
+        far_file(home).unlink(missing_ok=True)
+    return same
+
+
 def keep_index(index: ShardIndex, path: Path, stamp: list[Any]) -> None:
     """Write an index beside its shard, or into the cache; not being able to is no error."""
     content = pack(index, stamp)
     for file in index_files(path):
-        temporary = aside(file)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            # No fsync, which would take longer than the scan: a torn file is known by its checksum.
-            temporary.write_bytes(content)
-            temporary.replace(file)
+        if write_index(file, content):
             return
-        except OSError as error:
-            logger.debug("index %s cannot be kept: %s", file, error)
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+
+
+def write_index(file: Path, content: bytes) -> bool:
+    """Write an index file, whole or not at all; False when it cannot be."""
+    temporary = aside(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # No fsync, which would take longer than the scan: a torn file is known by its checksum.
+        temporary.write_bytes(content)
+        temporary.replace(file)
+        return True
+    except OSError as error:
+        logger.debug("index %s cannot be kept: %s", file, error)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        return False
 
 
 def pack(index: ShardIndex, stamp: list[Any]) -> bytes:
@@ -128,6 +188,11 @@ def read_index(file: Path, path: Path, name: str, stamp: list[Any] | None) -> Sh
         content = file.read_bytes()
     except OSError:
         return None
+    return parse_index(content, path, name, stamp)
+
+
+def parse_index(content: bytes, path: Path, name: str, stamp: list[Any] | None) -> ShardIndex | None:
+    """An index from the content of its file; as `read_index`."""
     line, _, body = content.partition(b"\n")
     try:
         head = json.loads(line)

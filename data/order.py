@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -130,8 +131,11 @@ def source_seed(seed: int, source: int) -> int:
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one sample in one epoch, whoever loads it."""
-    return np.random.default_rng((seed, epoch, SAMPLE, index))
+    """The random numbers of one sample in one epoch, whoever loads it: `default_rng((seed, epoch, SAMPLE, index))`."""
+    words: Any = (seed, epoch, SAMPLE, index)
+    if max(words) < 1 << 32:  # what numpy makes of such numbers, at half the time
+        words = np.array(words, dtype=np.uint32)
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
 def rank_slice(count: int, rank: int, world_size: int) -> tuple[int, int]:

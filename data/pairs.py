@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from data.faults import Fault
 from data.labels import LabelTexts
@@ -223,7 +224,8 @@ class PairCollate:
     def __call__(self, rows: list[Pair]) -> dict[str, Any]:
         texts = [text for row in rows for text in row.texts]
         if rows:
-            images = torch.stack([row.image for row in rows])  # (b, 3, h, w)
+            # (b, 3, h, w); a worker's, in shared memory
+            images = default_collate([row.image for row in rows])
             tokens = self.tokenize(texts)
         else:
             images = torch.zeros((0, 3, *self.size), dtype=torch.uint8)

@@ -91,7 +91,7 @@ def read_sample(
     if "json" in members:
         try:
             record = json.loads(reader.read(index, *members["json"]))
-        except ValueError as error:  # also text that is not UTF-8
+        except (ValueError, RecursionError) as error:  # also text that is not UTF-8; brackets without end
             raise Fault("bad_json", str(error)) from error
         if not isinstance(record, dict):
             raise Fault("bad_json", f"expected an object, got {type(record).__name__}")
@@ -146,10 +146,16 @@ def index_shards(
                 if is_remote(name) and (tolerant or path.is_file())
                 else None
             )
+            if known is None and tolerant and is_remote(name) and not path.is_file():
+                known = cache.index_from_afar(name, expected)
             if known is not None:
                 return known
             path, tag = cache.local(name)
-            return index_shard(path, name, expected, tag=tag)
+            try:
+                return index_shard(path, name, expected, tag=tag)
+            except FileNotFoundError:  # it had to make room for another shard in between
+                path, tag = cache.local(name)
+                return index_shard(path, name, expected, tag=tag)
         except OSError as error:
             if not tolerant or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -158,6 +164,7 @@ def index_shards(
     if any(map(is_remote, names)):
         with ThreadPoolExecutor(FETCHES) as pool:
             found = list(pool.map(look, names))
+        cache.make_room(0, "")  # of those that came at the same time none could make room for the others
     else:
         found = list(map(look, names))
     sizes = [len(index) for index in found if isinstance(index, ShardIndex)]

@@ -54,6 +54,7 @@ class ShardIndex:
         faults: What the scan found wrong.
         bytes: Size of the shard.
         tag: Version of a fetched shard's source (its ETag or time); empty for a local one.
+        seen: False for an index that came without its shard and may be that of another one.
     """
 
     path: str
@@ -67,6 +68,7 @@ class ShardIndex:
     faults: tuple[FaultRecord, ...] = ()
     bytes: int = 0
     tag: str = ""
+    seen: bool = True
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -125,6 +127,14 @@ class _Building:
         rows = zip(samples, self.files[1::4], self.files[2::4], self.files[3::4], strict=True)
         kept = [(row[0] - (row[0] > dropped), *row[1:]) for row in rows if row[0] != dropped]
         self.files = [number for row in kept for number in row]
+
+
+def same_places(one: ShardIndex, other: ShardIndex) -> bool:
+    """Whether two indices say the same of where each file of each sample lies."""
+    columns = ("keys", "starts", "extensions", "offsets", "sizes")
+    return one.names == other.names and all(
+        np.array_equal(getattr(one, column), getattr(other, column)) for column in columns
+    )
 
 
 def split_name(name: bytes) -> tuple[bytes, bytes]:
@@ -359,11 +369,11 @@ class ShardReader:
     """Reads files out of indexed shards and keeps the descriptors of the last few shards open.
 
     Args:
-        capacity: Shards that stay open.
+        capacity: Shards that stay open; a shuffle window of the usual size has 65 of 1,000 samples.
         locate: Gives the path of a shard that is to be opened, fetching it where needed.
     """
 
-    def __init__(self, capacity: int = 32, locate: Callable[[ShardIndex], str] = lies_there):
+    def __init__(self, capacity: int = 128, locate: Callable[[ShardIndex], str] = lies_there):
         self.capacity, self.locate = capacity, locate
         self.open: OrderedDict[str, int] = OrderedDict()
         self.failed: dict[str, str] = {}  # what could not be had is not asked for again, sample by sample

@@ -55,8 +55,13 @@ def _resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> t
     if tuple(image.shape[-2:]) == size:
         return image.contiguous()
     if interpolation == "bicubic":
-        # torchvision's own call without its dispatch, which costs a tenth of the work at 224 px.
-        return interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].contiguous()
+        # torchvision's own call without its dispatch, which costs a tenth of the work at 224 px. The rows are made
+        # contiguous before the batch dimension comes: only then has that dimension the stride by which torch knows
+        # interleaved pixels for such, and writes them as such (at 256 px a third faster than into planes).
+        rows = image.permute(1, 2, 0).contiguous()[None]  # (1, H, W, 3)
+        return interpolate(rows.permute(0, 3, 1, 2), size=size, mode="bicubic", antialias=True)[
+            0
+        ].contiguous()
     # torchvision knows on which processors the integer kernel of `bilinear` can be trusted.
     return F.resize(image, list(size), _interpolation(interpolation), antialias=True).contiguous()
 
@@ -247,9 +252,11 @@ class TrainTransform:
 
     def crop(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Draw the crop box: (top, left, height, width) in pixels of the source."""
+        (least, most), lowest, highest = self.scale, math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(10):
-            area = height * width * rng.uniform(*self.scale)
-            ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            # As `rng.uniform(low, high)` to the bit, at a fifth of its time.
+            area = height * width * (least + (most - least) * rng.random())
+            ratio = math.exp(lowest + (highest - lowest) * rng.random())
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
                 return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w

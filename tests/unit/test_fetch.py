@@ -14,6 +14,7 @@ import pytest
 import data.fetch as module
 from data.ahead import NAME, Ahead
 from data.fetch import ShardCache, cache_folder, local_shard
+from data.index import index_shard
 from data.shards import Sample, ShardWriter
 from data.stream import PairStream
 
@@ -29,6 +30,7 @@ class Server:
         self.script: list[int | str] = []
         self.asked: list[tuple[str, str | None]] = []
         self.ranges, self.version = True, '"v1"'
+        self.index: bytes | None = None  # what lies beside every shard
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -40,6 +42,12 @@ class Server:
 
             def do_GET(self):
                 wanted = self.headers.get("Range")
+                if self.path.partition("?")[0].endswith(".idx"):
+                    self.send_response(404 if outer.index is None else 200)
+                    self.send_header("Content-Length", str(len(outer.index or b"")))
+                    self.end_headers()
+                    self.wfile.write(outer.index or b"")
+                    return
                 outer.asked.append((self.path, wanted))
                 step = outer.script.pop(0) if outer.script else 200
                 if step not in (200, "cut"):
@@ -322,6 +330,58 @@ def test_a_shard_that_changed_at_its_source_is_not_read_by_the_old_index(server,
     list(stream.epoch())
     assert stream.faults == {"unreadable_shard": 5}
     assert PairStream(urls, load, collate, **options).faults == {}
+
+
+def index_of(folder: Path, shard: bytes) -> bytes:
+    """What a team copies to its bucket along with the shard."""
+    folder.mkdir()
+    path = folder / "0.tar"
+    path.write_bytes(shard)
+    os.utime(path, (1, 1))  # one that was just written keeps no index
+    index_shard(path)
+    return path.with_name("0.tar.idx").read_bytes()
+
+
+def test_an_index_beside_a_shard_elsewhere_saves_fetching_it(server, shard, tmp_path):
+    server.index = index_of(tmp_path / "kept", shard)
+    urls = [f"{server.url}/{n}.tar?key=1" for n in range(4)]
+    options = {"batch_size": 5, "cache_dir": tmp_path / "cache", "shuffle": False}
+    stream = PairStream(urls, load, collate, **options)
+    assert (stream.samples, server.asked) == (20, [])
+    again = PairStream(urls, load, collate, **options)
+    assert again.identity == stream.identity
+    assert keys_of(stream) == sorted(list("01234") * 4)
+    assert stream.faults == {}
+    # The shards were seen now: their indices are as good as those of a scan.
+    assert len(list((tmp_path / "cache").glob("*.tar.idx"))) == 4
+    assert not list((tmp_path / "cache").glob("*.far.idx"))
+
+
+def test_a_stale_index_beside_a_shard_is_never_read_by(server, shard, tmp_path, make_picture):
+    with ShardWriter(tmp_path / "other") as writer:
+        for n in range(5):
+            writer.write(Sample(f"{9 - n}", make_picture(n), "jpg", ["a text"]))
+    other = (tmp_path / "other/00000.tar").read_bytes()
+    assert len(other) == len(shard)
+    server.index = index_of(tmp_path / "kept", other)
+    urls = [f"{server.url}/{n}.tar" for n in range(2)]
+    options = {"batch_size": 5, "cache_dir": tmp_path / "cache", "shuffle": False}
+    stream = PairStream(urls, load, collate, max_faults=0.99, **options)
+    assert stream.samples == 10
+    ShardCache(tmp_path / "cache").local(urls[1])  # by something that knows no index
+    assert [next(stream.iterate(step, step + 1))["keys"] for step in (0, 1)] == [[], []]
+    assert stream.faults == {"unreadable_shard": 10}
+    assert keys_of(PairStream(urls, load, collate, **options)) == sorted(list("01234") * 2)
+
+
+@pytest.mark.parametrize("trouble", ["longer", "damaged", "web page"])
+def test_what_cannot_be_the_index_of_a_shard_is_not_taken(server, shard, tmp_path, trouble):
+    longer = shard[: shard.rstrip(b"\0").__len__() + 512 + 20_480]  # the same samples, another size
+    index = index_of(tmp_path / "kept", longer + b"\0" * 10_240 if trouble == "longer" else shard)
+    server.index = {"longer": index, "damaged": index[:-1], "web page": b"<html>not found</html>"}[trouble]
+    stream = PairStream([f"{server.url}/0.tar"], load, collate, batch_size=5, cache_dir=tmp_path / "cache")
+    assert server.paths == ["/0.tar"]  # fetched, and scanned
+    assert keys_of(stream) == list("01234")
 
 
 def test_a_shard_that_cannot_be_had_at_the_start_counts_against_the_budget(server, tmp_path):

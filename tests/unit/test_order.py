@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import EpochOrder, rank_slice, sample_rng
+from data.order import SAMPLE, EpochOrder, rank_slice, sample_rng
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(sum)
 
@@ -78,3 +78,12 @@ def test_random_numbers_of_a_sample_differ_by_seed_epoch_and_index():
 def test_a_negative_window_is_refused():
     with pytest.raises(ValueError, match="shuffle is a number of samples, at least 0, got -1"):
         EpochOrder([1], seed=0, window=-1)
+
+
+@pytest.mark.parametrize(
+    "place", [(0, 0, 0), (7, 3, 123_456), (2**32, 0, 3), (1, 2, 2**32), (2**40, 2**33, 2**35)]
+)
+def test_sample_rng_is_numpys_own_of_the_four_numbers(place: tuple[int, int, int]):
+    seed, epoch, index = place
+    expected = np.random.default_rng((seed, epoch, SAMPLE, index))
+    assert (sample_rng(*place).random(8) == expected.random(8)).all()

@@ -373,6 +373,14 @@ def test_bad_samples_are_counted_by_cause_and_left_out(damaged, workers):
         assert len(batch) == len(batch["images"]) == len(batch["tokens"]) == len(batch.indices)
 
 
+def test_json_nested_beyond_any_parser_is_a_fault_and_no_crash(tmp_path, make_picture):
+    deep = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    files = {"a.jpg": make_picture(0), "a.json": deep, "a.txt": b"a text", "b.jpg": b"."}
+    stream = key_stream([str(write_tar(tmp_path / "s.tar", files))], batch_size=2, max_faults=0.9)
+    assert [batch.keys for batch in stream.epoch()] == [["b"]]
+    assert stream.faults == {"bad_json": 1}
+
+
 def test_past_the_budget_the_stream_stops_and_says_why(damaged):
     stream = pair_stream(
         str(damaged), transform=EvalTransform(8), tokenize=tokenize, batch_size=6, max_faults=0.3

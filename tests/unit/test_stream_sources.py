@@ -4,15 +4,19 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.mixture import Source
 from data.pairs import PairLoad
 from data.samples import RawSample
 from data.shards import Sample, ShardWriter
-from data.stream import PairStream, pair_stream
+from data.stream import PairStream, _Steps, pair_stream
 from data.transforms import EvalTransform
 
 
@@ -98,6 +102,67 @@ def test_the_same_global_batches_for_any_workers_ranks_and_stops(sources, mix):
         state = after
     assert found == [(step, keys, draws) for step, keys, _, _, draws in expected]
     assert state["step"] == 12
+
+
+def loaded(stream: PairStream, start: int, stop: int, workers: int) -> list[list[str]]:
+    """Keys of batches as loader workers make them, each on its own; processes would take a second an example."""
+    made = {}
+    for worker in range(max(workers, 1)):
+        info = SimpleNamespace(id=worker, num_workers=workers) if workers else None
+        with mock.patch("data.stream.get_worker_info", return_value=info):
+            made |= {batch["step"]: batch["keys"] for batch in _Steps(stream, start, stop)}
+    return [made[step] for step in range(start, stop)]
+
+
+@given(
+    shards=st.lists(
+        st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(lambda counts: sum(counts) >= 4),
+        min_size=1,
+        max_size=3,
+    ),
+    weighted=st.booleans(),
+    mix=st.sampled_from(["samples", "batches"]),
+    shuffle=st.integers(0, 9),
+    seed=st.integers(0, 99),
+    runs=st.lists(
+        st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 2, 4]), st.integers(1, 6)),
+        min_size=1,
+        max_size=5,
+    ),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_key_once_an_epoch_through_any_kills_worlds_workers_and_mixtures(
+    tmp_path_factory, shards, weighted, mix, shuffle, seed, runs
+):
+    folder = tmp_path_factory.mktemp("set")
+    sources = [
+        Source(write_keys(folder / "abc"[number], counts), name="abc"[number], weight=weight)
+        for number, counts in enumerate(shards)
+        for weight in [number + 1 if weighted else None]
+    ]
+    state, step, drawn = None, 0, {source.name: [] for source in sources}
+    for world, workers, steps in runs:  # each run is killed after some batches, and the next takes its state
+        ranks = []
+        for rank in range(world):
+            options = {"seed": seed, "shuffle": shuffle, "mix": mix, "rank": rank, "world_size": world}
+            stream = stream_of(sources, batch_size=4 // world, **options)
+            if state is not None:
+                stream.load_state_dict(state)
+            assert stream.step == step
+            ranks.append(loaded(stream, step, step + steps, workers))
+        step += steps
+        state = json.loads(json.dumps({**stream.state_dict(), "step": step}))
+        assert len(json.dumps(state)) < 1000
+        for batch in zip(*ranks, strict=True):
+            assert max(map(len, batch)) - min(map(len, batch)) <= 1
+            for key in (key for part in batch for key in part):
+                drawn[key[0]].append(key)
+    for source, counts in zip(sources, shards, strict=True):
+        keys = sorted(f"{source.name}{shard}-{n}" for shard, count in enumerate(counts) for n in range(count))
+        epochs = [drawn[source.name][at : at + len(keys)] for at in range(0, step * 4, len(keys))]
+        for epoch in (epoch for epoch in epochs if epoch):
+            assert len(set(epoch)) == len(epoch)
+            assert len(epoch) < len(keys) or sorted(epoch) == keys
 
 
 def test_sources_of_rows_and_the_size_of_the_state(sources, tmp_path):

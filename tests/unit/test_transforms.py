@@ -1,4 +1,5 @@
 import io
+import math
 import struct
 import warnings
 import zlib
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from data.faults import Fault
 from data.pictures import Picture
@@ -327,3 +330,31 @@ def test_flip_and_grey_do_what_they_say():
 def test_impossible_transforms(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_random_crop_is_drawn_as_numpys_uniform_draws():
+    transform = TrainTransform(8, scale=(0.3, 0.8), ratio=(0.5, 3.0))
+
+    def reference(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        for _ in range(10):
+            area = height * width * rng.uniform(0.3, 0.8)
+            ratio = math.exp(rng.uniform(math.log(0.5), math.log(3.0)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+        raise AssertionError("no box fits")
+
+    for seed in range(200):
+        expected = reference(300, 400, np.random.default_rng(seed))
+        assert transform.crop(300, 400, np.random.default_rng(seed)) == expected
+
+
+@pytest.mark.parametrize("shape", [(50, 60), (8, 30), (7, 5)])
+def test_bicubic_does_not_depend_on_how_pixels_lie_in_memory(shape: tuple[int, int]):
+    rows = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    planes = rows.permute(2, 0, 1)
+    expected = F.resize(planes.contiguous(), [8, 9], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    for image in (planes, planes.contiguous()):
+        made = EvalTransform((8, 9), resize_mode="squash")(image)
+        assert made.is_contiguous()
+        assert torch.equal(made, expected)
