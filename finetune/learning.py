@@ -69,7 +69,9 @@ class Learns:
         lengths = attention_mask.sum(dim=1)
         for rows in lengths.argsort(stable=True).chunk(self.length_groups):
             longest = int(lengths[rows[-1]])
-            group = {name: None if value is None else value[rows] for name, value in texts.items()}
+            group: dict[str, Any] = {
+                name: None if value is None else value[rows] for name, value in texts.items()
+            }
             for name in ("input_ids", "attention_mask", "labels", "slots", "owner"):
                 group[name] = None if group[name] is None else group[name][:, :longest]
             total = total + self.loss_of(memory, **group)

@@ -118,9 +118,8 @@ class ClassificationEvaluator:
     ):
         task = ClassificationTask(name=name, data=data, classes=classes, templates=templates, limit=limit)
         self.task = task
-        self.recipe = SuiteRecipe(
-            out="", tasks=[task], batch_size=batch_size, workers=workers, max_faults=max_faults
-        )
+        settings = {"batch_size": batch_size, "workers": workers, "max_faults": max_faults}
+        self.recipe = SuiteRecipe.model_validate({"out": "", "tasks": [task], **settings})
 
     def run(self, encoder: Encoder) -> dict[str, float]:
         """Measure.

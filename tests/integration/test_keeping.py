@@ -182,5 +182,5 @@ def test_shifted_sets_are_measured_beside_the_target(world, tmp_path):
     assert found["text_only"] < metrics["text_only"]
     assert "shifted ones beside it" in (tmp_path / "run/report.html").read_text()
     missing = data | {"shifted": [str(world / "none")]}
-    with pytest.raises(FileNotFoundError, match="none"):
+    with pytest.raises(ValueError, match="none"):
         Finetuner(recipe(world, tmp_path / "other", data=missing))

@@ -132,7 +132,7 @@ def test_towers_for_retrieval_in_one_command(world, tmp_path, fresh_accelerate, 
     assert run_stage(main, words(world, "retrieval", tmp_path / "run", *more)) == 0
     assert re.search(r"1[567] pictures to train on, [345] to measure on", capsys.readouterr().err)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert 0 < metrics["text_to_image/recall@10"] <= 1
+    assert 0 < metrics["evaluation"]["text_to_image/recall@10"] <= 1
     before, after = load_encoder(world / "encoder"), load_encoder(tmp_path / "run")
     assert before.fingerprint != after.fingerprint
 
@@ -143,7 +143,7 @@ def test_towers_for_zero_shot_classes_in_one_command(world, tmp_path, fresh_acce
     more += ["--data.labels.templates", "the colour {}", "all of it {}"]
     assert run_stage(main, words(world, "flyp", tmp_path / "run", *more)) == 0
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert metrics["classification/acc1"] == 1.0
+    assert metrics["evaluation"]["classification/acc1"] == 1.0
     recipe = yaml.safe_load((tmp_path / "run/recipe.resolved.yaml").read_text())
     assert recipe["data"]["labels"] == {
         "key": "label",

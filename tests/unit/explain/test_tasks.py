@@ -50,7 +50,7 @@ def test_a_captions_words_add_up_to_the_loss_it_was_trained_with(explained, pict
         each = [float(score(TextTarget(model, [], ids, span), pixels)[0]) for span in spans]
         batch = pack([make_pair(model.tokenizer, "", CAPTION)], model.tokenizer.pad_token_id)
         batch["labels"][batch["labels"] == model.tokenizer.eos_token_id] = -100  # the end is no word
-        loss = float(model(torch.zeros(1, dtype=torch.int64), images=images, **batch))
+        loss = float(model(image_of_text=torch.zeros(1, dtype=torch.int64), images=images, **batch))
     assert sum(each) == pytest.approx(-loss, abs=1e-3)
     found = explain_caption(model, images[0], caption=CAPTION, method=method)
     assert [one.title for one in found] == CAPTION.split()
