@@ -96,7 +96,7 @@ def serve(
     if cluster is not None and replicas is None:
         raise ValueError("--cluster goes with --replicas LEAST MOST")
     sources = Sources(
-        model=where(Path(model)) if Path(model).exists() else model,  # a name of a hub stays one
+        model=str(Path(model).resolve()) if Path(model).exists() else model,  # a name of a hub stays one
         captioner=where(captioner),
         vqa=where(vqa),
         classifier=where(classifier),

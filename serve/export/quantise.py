@@ -68,14 +68,14 @@ def quantize(folder: Path, into: Path | None = None, *, reduce_range: bool = Fal
 
 
 def last_product(graph: Any) -> list[str]:
-    """The name of the last product with a weight, in a list."""
+    """The names that the last product with a weight has: onnxruntime takes a Gemm apart under another name."""
     weights = {each.name for each in graph.initializer}
     found = [
         node.name
         for node in graph.node
         if node.op_type in PRODUCTS and any(each in weights for each in node.input)
     ]
-    return found[-1:]
+    return [name for last in found[-1:] for name in (last, f"{last}_MatMul")]
 
 
 def shrink_tables(graph: Any) -> int:

@@ -76,17 +76,19 @@ def transformers_tokenizer(tokenizer: HFTokenizer) -> tuple[Tokenizer, dict[str,
             f"the text tower's tokenizer works in the mode {tokenizer.tokenizer_mode or tokenizer.clean_fn!r}: "
             "it is not exported"
         )
+    length = tokenizer.context_length
+    assert length is not None, "open_clip's tokenizers of models have one"
     backend = Tokenizer.from_str(backend.to_str())  # transformers changes its own at every call
-    backend.enable_truncation(tokenizer.context_length, direction=inner.truncation_side)
+    backend.enable_truncation(length, direction=inner.truncation_side)
     backend.enable_padding(
-        length=tokenizer.context_length,
+        length=length,
         direction=inner.padding_side,
         pad_id=inner.pad_token_id,
         pad_token=inner.pad_token,
     )
     return backend, {
         "kind": "transformers",
-        "context_length": tokenizer.context_length,
+        "context_length": length,
         "clean": clean,
         "blanked": inner.sep_token_id if tokenizer.strip_sep_token else None,
     }

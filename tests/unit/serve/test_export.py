@@ -347,6 +347,7 @@ def test_int8_is_judged_by_data_and_by_cosine(wide, tiny_shards, tmp_path):
         assert 0 <= found[direction]["same_row"] <= found[direction]["same_picture"] <= 1
     resnet = export_model(wide["resnet"], tmp_path / "resnet", int8=True, reduce_range=True)
     assert resnet["quantised"]["image"]["float_convolutions"] > 10  # and the card says so
+    assert resnet["quantised"]["image"]["int8_products"] == 3  # query, key and value; not what makes the row
     assert "convolutions, all in float32" in (tmp_path / "resnet/README.md").read_text()
 
 
