@@ -116,8 +116,7 @@ class Side:
             return scores >= least[:, None]
         # numpy compares several times faster than torch, and into memory that is there already.
         if len(self.flags) < scores.numel():
-            self.waits = 0
-        self.flags = np.empty(scores.numel(), dtype=bool)
+            self.flags = np.empty(scores.numel(), dtype=bool)
         flags = self.flags[: scores.numel()]
         turned = not scores.is_contiguous()
         flags = flags.reshape(scores.T.shape).T if turned else flags.reshape(scores.shape)
