@@ -74,7 +74,7 @@ def suite_report(models: Sequence[str], results: Sequence[Sequence[SuiteResult]]
 
 
 def counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def with_interval(numbers: dict[str, float], ends: dict[str, list[float]], name: str) -> str | None:
@@ -248,7 +248,7 @@ def add_classes(report: Report, models: Sequence[str], results: Sequence[SuiteRe
                 (
                     Card(
                         title=f"{c['class']} taken for {c['taken_for']}",
-                        lines=[f"{c['pictures']:,} pictures, {100 * c['share']:.0f} % of the class"],
+                        lines=[f"{counted(c['pictures'], 'picture')}, {100 * c['share']:.0f} % of the class"],
                     ),
                     [Card(pictures[key], lines=[key]) for key in c["examples"]],
                 )
