@@ -97,7 +97,7 @@ def cache_key(encoder: Encoder, data: str | Sequence[str], **options: Any) -> st
         options: Everything else that changes the rows, such as `limit` and the kind of task.
     """
     facts = {name: value for name, value in encoder_facts(encoder).items() if name != "model"}
-    constants = [encoder.normalize.scale, encoder.normalize.shift]
+    constants: list[Any] = [encoder.normalize.scale, encoder.normalize.shift]
     content = {
         **facts,
         # What is applied, should it ever differ from what the configuration says.

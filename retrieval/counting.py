@@ -116,8 +116,7 @@ class Side:
             return scores >= least[:, None]
         # numpy compares several times faster than torch, and into memory that is there already.
         if len(self.flags) < scores.numel():
-            self.waits = 0
-        self.flags = np.empty(scores.numel(), dtype=bool)
+            self.flags = np.empty(scores.numel(), dtype=bool)
         flags = self.flags[: scores.numel()]
         turned = not scores.is_contiguous()
         flags = flags.reshape(scores.T.shape).T if turned else flags.reshape(scores.shape)
@@ -126,7 +125,7 @@ class Side:
     def pick(self, scores: torch.Tensor, reached: torch.Tensor, mine: Part, other: Part) -> None:
         """Count the candidates that reached their query's worst level, from that to the best."""
         base, stop = (int(self.offset[place]) for place in (mine.which.start, mine.which.stop))
-        tables = [
+        tables: list[Any] = [
             self.offset[mine.which] - base,
             self.offset[mine.which.start + 1 : mine.which.stop + 1] - base,
             self.high[base:stop],
@@ -135,10 +134,10 @@ class Side:
         score, query, candidate = places(reached, scores)
         # The same words are arithmetic of torch on a GPU and of numpy, which is faster at it, on a CPU.
         first, last, high, low = tables if scores.is_cuda else [each.numpy() for each in tables]
-        bincount = torch.bincount if scores.is_cuda else np.bincount
+        bincount: Any = torch.bincount if scores.is_cuda else np.bincount
         group, end = last[query] - 1, first[query]
         while len(query):
-            sure = score > high[group]
+            sure: Any = score > high[group]
             self.above[base:stop] += torch.as_tensor(bincount(group[sure], minlength=stop - base))
             close = ~sure
             if close.any():

@@ -70,7 +70,7 @@ def vocabulary(tokenizer: Any) -> bytes:
     Args:
         tokenizer: open_clip's own, or one of its wrappers of a transformers tokenizer.
     """
-    inner = getattr(tokenizer, "tokenizer", None)
+    inner: Any = getattr(tokenizer, "tokenizer", None)
     backend = getattr(inner, "backend_tokenizer", None)
     if backend is not None:
         return backend.to_str().encode("utf-8", "surrogatepass")  # merges, normaliser and all

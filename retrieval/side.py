@@ -329,7 +329,8 @@ def read_condition(text: str) -> tuple[str, Callable[[Any], bool]]:
             try:  # some sets write numbers as text, whose order is another one
                 return OPERATORS[sign](float(found), number)
             except (ValueError, TypeError):
-                pass
+                if sign not in ("=", "!="):
+                    return False  # words have no place in an order of numbers
         return OPERATORS[sign](None if found is None else str(found), value)
 
     return key, fulfils

@@ -159,15 +159,16 @@ def probed(
 
 def fitted(task: ProbeTask, sides: list[Any], classes: int) -> dict[str, Any]:
     """The probe's numbers; `accuracy` of a few-shot probe is that of most shots."""
+    train, labels, test, target = sides
     if task.probe == "linear":
-        return linear_probe(*sides, classes)
+        return linear_probe(train, labels, test, target, classes)
     if task.probe == "knn":
-        return dict(knn_probe(*sides, classes, k=min(NEIGHBOURS, len(sides[1]))))
-    least = int(np.bincount(sides[1], minlength=classes).min())
+        return dict(knn_probe(train, labels, test, target, classes, k=min(NEIGHBOURS, len(labels))))
+    least = int(np.bincount(labels, minlength=classes).min())
     shots = [count for count in SHOTS if count <= least]
     if not shots:
         raise ValueError(f"task {task.name}: a class has no picture to train on")
-    found = few_shot_probe(*sides, classes, shots=shots)
+    found = few_shot_probe(train, labels, test, target, classes, shots=shots)
     return {"shots": found, "accuracy": found[str(shots[-1])]["accuracy"]}
 
 

@@ -74,7 +74,7 @@ def suite_report(models: Sequence[str], results: Sequence[Sequence[SuiteResult]]
 
 
 def counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def with_interval(numbers: dict[str, float], ends: dict[str, list[float]], name: str) -> str | None:
@@ -182,11 +182,18 @@ def add_walls(report: Report, model: str, evaluation: Evaluation) -> None:
     ranks = evaluation.ranks[1].best().expected().numpy()
     scores = (found.texts * found.images[found.image_of_text]).sum(1)
     # Among equal ranks and scores the order of the set, so that the choice can be repeated.
-    best = np.lexsort((-scores, ranks))
-    worst = [row for row in np.argsort(-ranks, kind="stable").tolist() if row not in best[:QUERIES]]
-    for title, chosen in (("best", best[:QUERIES].tolist()), ("worst", worst[:QUERIES])):
+    best = one_each(np.lexsort((-scores, ranks)), found.image_of_text)
+    last = [row for row in np.argsort(-ranks, kind="stable").tolist() if row not in best]
+    worst = one_each(np.array(last, dtype=np.int64), found.image_of_text)
+    for title, chosen in (("best", best), ("worst", worst)):
         if chosen:
             wall(report, evaluation, f"{model}: {title} texts", chosen, ranks)
+
+
+def one_each(ordered: np.ndarray, image_of_text: np.ndarray) -> list[int]:
+    """The first texts that belong to different pictures."""
+    _, first = np.unique(image_of_text[ordered], return_index=True)
+    return ordered[np.sort(first)][:QUERIES].tolist()
 
 
 def wall(report: Report, evaluation: Evaluation, title: str, queries: list[int], ranks: np.ndarray) -> None:
@@ -241,7 +248,7 @@ def add_classes(report: Report, models: Sequence[str], results: Sequence[SuiteRe
                 (
                     Card(
                         title=f"{c['class']} taken for {c['taken_for']}",
-                        lines=[f"{c['pictures']:,} pictures, {100 * c['share']:.0f} % of the class"],
+                        lines=[f"{counted(c['pictures'], 'picture')}, {100 * c['share']:.0f} % of the class"],
                     ),
                     [Card(pictures[key], lines=[key]) for key in c["examples"]],
                 )
