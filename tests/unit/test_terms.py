@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from data.stream import pair_stream
 from data.transforms import TrainTransform
 from pretrain.checkpoint import complete_checkpoints
+from pretrain.compiled import compile_network, rows_vary
 from pretrain.encoder import build_encoder, load_encoder
 from pretrain.gradcache import cached_backward
 from pretrain.inputs import input_names, open_stream, random_inputs
@@ -82,6 +83,42 @@ def test_parts_of_a_batch_have_its_gradient(recipe_of, terms, captions):
     told = {"alignment": 3, "self_supervision": 1, "captioning": 1}
     assert len(found.record()) == sum(told[name] for name in terms)
     assert found.record() == {}
+
+
+@pytest.mark.slow
+def test_compiled_parts_have_the_eager_gradient(recipe_of):
+    """All terms at once; the kernels of the first number of rows serve the others."""
+    network, objective, _, inputs = parts_of(recipe_of(ALL), torch.float32)
+    names = list(network.state_dict())
+
+    def gradients(rows):
+        network.zero_grad()
+        some = tuple(column[:rows] for column in inputs)
+        rows_vary(*some)
+        objective(network(*some), *some).backward()
+        return gradients_of(network)
+
+    eager = {rows: gradients(rows) for rows in (11, 6)}
+    compile_network(network, torch.device("cpu"))
+    assert list(network.state_dict()) == names
+    found = {rows: gradients(rows) for rows in eager}
+    frames = torch._dynamo.utils.counters["frames"]["ok"]
+
+    def counted(*part):
+        rows_vary(*part)
+        return network(*part)
+
+    network.zero_grad()
+    cached_backward(
+        counted, inputs, lambda features: objective(features, *inputs), micro_batch=4, compiled=True
+    )
+    assert torch._dynamo.utils.counters["frames"]["ok"] == frames > 0
+    found["in parts"], eager["in parts"] = gradients_of(network), eager[11]
+    for way, expected in eager.items():
+        assert found[way].keys() == expected.keys()
+        for name, value in expected.items():
+            apart = float((found[way][name] - value).norm())
+            assert apart <= 1e-4 * float(value.norm()) + 1e-6, (way, name)
 
 
 def test_the_critic_learns_and_the_towers_unlearn(recipe_of):
