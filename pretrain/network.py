@@ -26,11 +26,9 @@ class DualEncoder(nn.Module):
         """
         image_features = self.model.encode_image(self.normalize(images), normalize=True)  # (b, d)
         text_features = self.model.encode_text(tokens.flatten(0, -2), normalize=True)
-        text_features = text_features.unflatten(0, tokens.shape[:-1])  # (b, d) or (b, k, d)
+        if tokens.ndim > 2:
+            text_features = text_features.unflatten(0, tokens.shape[:-1]).clone()  # (b, k, d)
         bias = getattr(self.model, "logit_bias", None)
-        features = (
-            image_features,
-            text_features,
-            self.model.logit_scale.exp().reshape(()),
-        )  # FSDP2 holds it as (1,)
-        return features if bias is None else (*features, bias.reshape(()))
+        # FSDP2 holds scalars as (1,), and its hooks want no views.
+        features = image_features, text_features, self.model.logit_scale.exp().sum()
+        return features if bias is None else (*features, bias.sum())
