@@ -204,7 +204,8 @@ class Terms(nn.ModuleDict):
     @property
     def outputs(self) -> int:
         """Tensors that the terms add to the network's."""
-        return sum(self[name].outputs for name in self)  # pyright: ignore[reportReturnType,reportArgumentType]
+        terms: Any = self
+        return sum(terms[name].outputs for name in terms)
 
     def forward(self, seen: Seen) -> tuple[Tensor, ...]:
         """All outputs, in order."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import types
 
 import open_clip
 import pytest
@@ -24,6 +26,7 @@ from pretrain.objectives import build_objective
 from pretrain.plan import describe, make_plan, read_fleet
 from pretrain.recipe import PretrainRecipe
 from pretrain.recipe_model import TowersModel
+from pretrain.resume import require_same_run
 from pretrain.terms import build_terms
 from pretrain.trainer import Trainer
 
@@ -231,6 +234,17 @@ def test_every_parameter_trains_with_each_loss_and_a_decoder_without_captioning_
             assert float(trainer.optimizer.state[parameter]["exp_avg_sq"].sum()) > 0
         after = trainer.model.text_decoder.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_checkpoint_from_before_a_key_was_there_is_of_the_same_run(recipe_of):
+    found = copy.deepcopy(recipe_of(None, "vit").model_dump(mode="json"))
+    now = {**copy.deepcopy(found), "samples": 40}
+    del found["terms"], found["model"]["decoder"]
+    state = types.SimpleNamespace(folder="step-2", state={"identity": {**found, "samples": 40}})
+    require_same_run(state, now)  # pyright: ignore
+    now["terms"] = recipe_of(ALL).model_dump(mode="json")["terms"]
+    with pytest.raises(ValueError, match="cannot resume with another terms"):
+        require_same_run(state, now)  # pyright: ignore
 
 
 def test_a_coca_model_from_scratch_begins_with_random_numbers(tiny_models):
