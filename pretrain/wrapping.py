@@ -38,7 +38,10 @@ class Replicas:
     Attributes:
         network: What trains, by its plain names; `wrapped` is what training calls.
         optimizer: Over the network's parameters; `stepper` is it as Accelerate steps it.
+        gathers: Whether each call of the network waits for the other ranks', which must then make as many.
     """
+
+    gathers = False
 
     def __init__(self, encoder: Encoder, terms: Terms, recipe: PretrainRecipe, accelerator: Accelerator):
         self.encoder, self.terms, self.recipe, self.accelerator = encoder, terms, recipe, accelerator
@@ -85,6 +88,8 @@ class Shards(Replicas):
     GPUs only (on CPUs it silently trains replicas), and in bf16 it would round logit_scale and the gradients' sums;
     here gathers and sums are float32, and autocast rounds what it does without FSDP.
     """
+
+    gathers = True
 
     def begin(self, lr_scale: dict[str, float], saved: dict[str, Tensor]) -> None:
         self.network = DualEncoder(self.encoder)
