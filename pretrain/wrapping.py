@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -96,6 +95,10 @@ class Shards(Replicas):
                     name,
                     nn.Parameter(value.detach().reshape(1), requires_grad=value.requires_grad),
                 )
+        for value in self.network.parameters():
+            value.data = (
+                value.data.contiguous()
+            )  # convolutions may lie with channels last, which FSDP2 does not take
         self.wrapped = self.shard(self.network)
         self.optimizer = self.stepper = build_optimizer(
             self.network.named_parameters(), self.recipe.optim, lr_scale=lr_scale
@@ -143,14 +146,6 @@ class Shards(Replicas):
                         )
                 if state:
                     self.optimizer.state[parameter] = state
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        self.wrapped.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            self.wrapped.set_requires_gradient_sync(True)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -206,12 +201,14 @@ def make_wrapping(encoder: Encoder, recipe: PretrainRecipe, accelerator: Acceler
         "ema": recipe.ema is not None,
         "lora": recipe.lora is not None,
         "compile": recipe.compile,
+        # A rank whose share of a batch is smaller would have fewer parts, and each part gathers from all ranks.
+        "micro_batch": recipe.micro_batch is not None,
     }
     told = [name for name, found in refused.items() if found]
     if told:
         raise ValueError(
-            f"FSDP2 here does not go with {', '.join(told)}: they need whole weights at each step. Leave it out, or "
-            "train replicas (launch without --use_fsdp)."
+            f"FSDP2 here does not go with {', '.join(told)}: they need whole weights, or parts of a batch that "
+            "ranks have different numbers of. Leave it out, or train replicas (launch without --use_fsdp)."
         )
     if (
         plugin.activation_checkpointing

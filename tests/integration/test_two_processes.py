@@ -107,6 +107,7 @@ def sharded(trainings) -> Callable[[Path], dict[str, dict]]:
             f"sharded {name}": {**recipe, "run": str(folder / f"sharded {name}")}
             for name, recipe in trainings(folder).items()
         }
+        found["sharded sigmoid"] |= {"micro_batch": None}
         found["sharded vit"] |= {"checkpoint": {"every": 3}, "checkpoint_activations": True}
         return found
 
@@ -144,7 +145,7 @@ def two(tmp_path_factory, models, batches, trainings, sharded) -> Path:
     alone = {**recipe, "run": str(folder / "no")}
     sharded_refusals = {
         "first version": alone,
-        "whole weights": {**alone, "ema": {}, "optim": {"kind": "lion"}},
+        "whole weights": {**alone, "ema": {}, "optim": {"kind": "lion"}, "micro_batch": 2},
         "check": {**alone, "run": str(folder / "unchecked")},
     }
     job = {"cases": cases, "refused": refused, "checked": checked, "sharded refusals": sharded_refusals}
@@ -270,7 +271,10 @@ def test_what_does_not_fit_the_number_of_processes_is_refused(two):
     )
     assert "the recipe asks for 3 processes, 2 started" in refused["other processes"]
     assert "FSDP's first version flattens parameters" in refused["first version"]
-    assert "FSDP2 here does not go with optim.kind: lion, ema: they need whole" in refused["whole weights"]
+    assert (
+        "FSDP2 here does not go with optim.kind: lion, ema, micro_batch: they need"
+        in refused["whole weights"]
+    )
     assert "--check-gradients wraps the model for replicas" in refused["check"]
     for part in ("image tower", "text tower", "logit_scale", "logit_bias"):
         assert f"{part}: cosine 1.0000, length x 0.5000" in refused["halved gradients"]
