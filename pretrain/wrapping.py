@@ -103,6 +103,8 @@ class Shards(Replicas):
                     name,
                     nn.Parameter(value.detach().reshape(1), requires_grad=value.requires_grad),
                 )
+        for value in self.network.parameters():
+            value.data = value.data.contiguous()  # FSDP2 does not take convolutions with channels last
         self.wrapped = self.shard(self.network)
         self.optimizer = self.stepper = build_optimizer(
             self.network.named_parameters(), self.recipe.optim, lr_scale=lr_scale
