@@ -167,7 +167,8 @@ def test_captioning_is_open_clips_coca_loss(recipe_of):
     model = network.model
     theirs = CoCaLoss(caption_loss_weight=1.7, clip_loss_weight=1.0)
     out = model(network.normalize(inputs[0]), inputs[1])
-    expected = sum(theirs(**out))
+    contrast, caption = theirs(**out)
+    expected = contrast + caption
     expected.backward()
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
     for name, gradient in gradients_of(network).items():
@@ -258,9 +259,9 @@ def test_a_coca_model_from_scratch_begins_with_random_numbers(tiny_models):
 
 
 def test_views_change_nothing_else_and_depend_on_no_process(tiny_shards):
-    views = TrainTransform(32, scale=(0.08, 1.0), hflip=0.5, color_jitter=0.4, grayscale=0.2)
+    views = TrainTransform((32, 32), scale=(0.08, 1.0), hflip=0.5, color_jitter=0.4, grayscale=0.2)
     options = {
-        "transform": TrainTransform(32, hflip=0.5),
+        "transform": TrainTransform((32, 32), hflip=0.5),
         "tokenize": lambda texts: torch.tensor([[len(text)] * 3 for text in texts]),
         "shuffle": True,
     }
@@ -291,7 +292,7 @@ def test_phases_change_the_size_of_views_too(recipe_of):
         sizes.append(batch["views"].shape[-1])
         return step(batch, *rest)
 
-    trainer.train_step = noted
+    trainer.train_step = noted  # pyright: ignore
     trainer.train()
     assert sizes == [16, 16, 32]
     assert len(open_stream(recipe, trainer.encoder, 0, 1).collate([])["views"]) == 0  # pyright: ignore
