@@ -16,12 +16,14 @@ not a measurement: bytes / bandwidth + messages x latency, nothing overlapped.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,28 +136,59 @@ def measure(worlds: tuple[int, ...], rows: int, width: int) -> dict[str, dict[st
     Raises:
         RuntimeError: No namespace can be made here, or a rank failed.
     """
+    import open_clip.loss  # noqa: F401 - once, before the ranks are forked
+    import torch  # noqa: F401
+
+    import pretrain.losses  # noqa: F401
+
     found = {}
     for world in worlds:
         with tempfile.TemporaryDirectory() as folder:
-            ranks = [sys.executable, __file__, "--ranks", str(world), folder, str(rows), str(width)]
-            alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-            done = subprocess.run(
-                [*alone, *ranks],
-                env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise RuntimeError(f"{world} processes in a network namespace: {done.stderr[-1500:]}")
-        for name, came in json.loads(done.stdout.splitlines()[-1]).items():
+            if fork(lambda world=world, place=Path(folder): alone(world, place, rows, width)):
+                raise RuntimeError(f"{world} processes in a network namespace failed; see above")
+            counted = json.loads((Path(folder) / "counted.json").read_text())
+        for name, came in counted.items():
             paper = WAYS[name].sent(world, rows, width)
-            found[f"{name} at {world} ranks"] = {
-                "counted": came,
-                "formula": paper,
-                "ratio": round(came / paper, 4),
-            }
+            ratio = round(came / paper, 4)
+            found[f"{name} at {world} ranks"] = {"counted": came, "formula": paper, "ratio": ratio}
+            print(f"{name} at {world} ranks: counted / formula {ratio}", file=sys.stderr, flush=True)
     return found
+
+
+def fork(job: Callable[[], None], *, wait: bool = True) -> int:
+    """Do a job in a child; returns its exit code, or without waiting its process id."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            job()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if wait else child
+
+
+def alone(world: int, folder: Path, rows: int, width: int) -> None:
+    """Go into a network of one's own, with a loopback device that nobody else uses, and start the ranks there.
+
+    Raises:
+        OSError: That is not allowed.
+        RuntimeError: A rank failed.
+    """
+    new_network = 0x40000000
+    if ctypes.CDLL(None, use_errno=True).unshare(new_network):
+        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET); it takes root")
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    ranks = [
+        fork(lambda rank=rank: rank_main(rank, world, folder, rows, width), wait=False)
+        for rank in range(world)
+    ]
+    if any(os.waitpid(rank, 0)[1] for rank in ranks):
+        raise RuntimeError("a rank failed")
 
 
 def on_the_wire() -> int:
@@ -167,7 +200,7 @@ def on_the_wire() -> int:
 
 
 def rank_main(rank: int, world: int, folder: Path, rows: int, width: int) -> None:
-    """One rank: every way three times, counting what went over the wire meanwhile; rank 0 prints."""
+    """One rank: every way three times, counting what went over the wire meanwhile; rank 0 writes."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
@@ -203,31 +236,8 @@ def rank_main(rank: int, world: int, folder: Path, rows: int, width: int) -> Non
         found[name] = (on_the_wire() - before) / turns / world
         dist.barrier()
     if rank == 0:
-        print(json.dumps(found), flush=True)
+        (folder / "counted.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-def fork_ranks(world: int, *job: str) -> int:
-    """Start the ranks of this namespace, with libraries imported once; returns how many failed."""
-    import open_clip.loss  # noqa: F401
-    import torch  # noqa: F401
-
-    import pretrain.losses  # noqa: F401
-
-    folder, rows, width = Path(job[0]), int(job[1]), int(job[2])
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                rank_main(rank, world, folder, rows, width)
-                code = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    return sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
 
 
 def main() -> None:
@@ -241,10 +251,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=float, default=151.3e6, help="of the towers, for comparison")
     parser.add_argument("--bandwidth", type=float, default=50e9, help="bytes/s that a rank can send")
     parser.add_argument("--latency", type=float, default=10e-6, help="seconds of a message")
-    parser.add_argument("--ranks", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.ranks:
-        sys.exit(fork_ranks(int(args.ranks[0]), *args.ranks[1:]))
     width = args.width
     for name, way in WAYS.items():
         print(f"{name:<18}bytes a rank sends in a step: {way.told}")
@@ -263,7 +270,7 @@ def main() -> None:
     }
     error = None
     try:
-        result["measured"] = measure((2, 4), 1024, 256)
+        result["measured"] = measure((2, 4), 512, 256)
     except (RuntimeError, OSError) as failed:
         error = str(failed)
     wrong = {

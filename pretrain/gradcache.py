@@ -21,6 +21,7 @@ def cached_backward(
     backward: Callable[[Tensor], Any] = Tensor.backward,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
     compiled: bool = False,
+    passes: int = 0,
 ) -> Tensor:
     """Loss and gradients of a whole batch, with the activations of `micro_batch` rows at a time.
 
@@ -41,6 +42,8 @@ def cached_backward(
         no_sync: Holds back DistributedDataParallel's reduction, which the last part does for all.
         compiled: The network is compiled: kernels without a backward pass may draw other random numbers than those
             with one, so that the first pass, too, takes those, and drops what they keep.
+        passes: Calls of the network in each of both passes, on ranks that must make as many as the others (FSDP2
+            gathers weights in each): a rank of fewer parts runs its first row again, without a gradient.
 
     Returns:
         The loss, detached. Gradients are added to the parameters' `.grad`.
@@ -56,8 +59,11 @@ def cached_backward(
         raise ValueError(f"expected a micro_batch of at least 1 row, got {micro_batch}")
     parts = list(zip(*(tensor.split(micro_batch) for tensor in inputs), strict=True))
     device = inputs[0].device
+    row, idle = tuple(tensor[:1] for tensor in inputs), range(passes - len(parts))
     states, found = [], []
     with nullcontext() if compiled else torch.no_grad(), no_sync():
+        for _ in idle:
+            network(*row)
         for part in parts:
             states.append(random_state(device))
             found.append([value.detach() for value in network(*part)])
@@ -73,6 +79,9 @@ def cached_backward(
     none = [0.0] * (len(parts) - 1)
     shares = [gradient.split(micro_batch) if gradient.ndim else [*none, gradient] for gradient in gradients]
     after = random_state(device)
+    for _ in idle:
+        with no_sync():
+            (0 * torch.stack([output.sum() for output in network(*row)]).sum()).backward()
     for number, (part, state) in enumerate(zip(parts, states, strict=True)):
         set_random_state(device, state)
         with no_sync() if number < len(parts) - 1 else nullcontext():

@@ -39,10 +39,12 @@ class DualEncoder(nn.Module):
         else:
             image_features = self.model.encode_image(pixels, normalize=True)  # (b, d)
             text_features = self.model.encode_text(texts, normalize=True)
-        text_features = text_features.unflatten(0, tokens.shape[:-1])  # (b, d) or (b, k, d)
+        if tokens.ndim > 2:
+            text_features = text_features.unflatten(0, tokens.shape[:-1]).clone()  # (b, k, d)
         bias = getattr(self.model, "logit_bias", None)
-        scale = self.model.logit_scale.exp().reshape(())  # FSDP2 holds scalars as (1,)
-        scalars = (scale,) if bias is None else (scale, bias.reshape(()))
+        # FSDP2 holds scalars as (1,), and its hooks want no views, neither here nor of the terms.
+        scale = self.model.logit_scale.exp().sum()
+        scalars = (scale,) if bias is None else (scale, bias.sum())
         views = more[0] if "self_supervision" in self.terms else None
         seen = Seen(image_features, text_features, tokens, self.embed, views, image_tokens, text_tokens)
         return image_features, text_features, *scalars, *self.terms(seen)

@@ -162,7 +162,7 @@ class Distillation:
             for teacher in self.teachers
         ]
         # Three columns a teacher; the rows of a batch are of one model, so that one scale speaks for all.
-        said += [Teacher(*stored[at : at + 2], stored[at + 2][0]) for at in range(0, len(stored), 3)]
+        said += [Teacher(stored[at], stored[at + 1], stored[at + 2][0]) for at in range(0, len(stored), 3)]
         shares = self.config.shares or [1.0] * len(said)
         said = [teacher._replace(share=share) for teacher, share in zip(said, shares, strict=True)]
         return loss + self.config.weight * distillation_loss(image_features, text_features, scale, said)

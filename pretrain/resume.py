@@ -166,12 +166,21 @@ def require_same_run(found: Restored, identity: dict[str, Any]) -> None:
     Raises:
         ValueError: A key differs; the message has which.
     """
-    changed = [key for key, value in identity.items() if found.state["identity"].get(key) != value]
+    before = found.state["identity"]
+    changed = [key for key, value in identity.items() if what_is_said(before.get(key)) != what_is_said(value)]
     if changed:
         raise ValueError(
             f"{found.folder}: cannot resume with another {', '.join(changed)}: the run would not be the one that "
             "was begun. Change it back, or start a new run with --run NAME."
         )
+
+
+def what_is_said(value: Any) -> Any:
+    """A part of a recipe without what is null or empty: a key that came later says nothing of an older run."""
+    if isinstance(value, dict):
+        parts = {key: what_is_said(part) for key, part in value.items()}
+        return {key: part for key, part in parts.items() if part not in (None, [], {})}
+    return [what_is_said(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def other_world(then: int, now: int) -> str:

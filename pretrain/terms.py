@@ -50,7 +50,7 @@ class Seen(NamedTuple):
 
 
 class Term(nn.Module):
-    """One term. `outputs` is how many tensors `forward` gives, each with a row for each pair."""
+    """One term. `outputs` is how many tensors `forward` gives, each with a row for each pair and none a view."""
 
     outputs = 1
 
@@ -88,7 +88,7 @@ class Alignment(Term):
         """The critic's logits of pictures `(b,)` and texts `(b,)` or `(b, k)`."""
         sides = seen.image_features, seen.text_features
         told = [self.critic(self.scale * reverse_gradient(side, self.config.weight)) for side in sides]
-        return told[0].squeeze(-1), told[1].squeeze(-1)
+        return told[0].sum(-1), told[1].sum(-1)  # of one logit each
 
     def loss(self, outputs: tuple[Tensor, ...], features: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
         images, texts = outputs
@@ -150,7 +150,7 @@ class SelfSupervision(Term):
         """`(b, 2, embed_dim)`, rows of length one."""
         assert seen.views is not None, "the network takes views where this term is"
         found = self.mlp(seen.embed(seen.views.flatten(0, 1)))
-        return (F.normalize(found, dim=-1).unflatten(0, (-1, 2)),)
+        return (F.normalize(found.unflatten(0, (-1, 2)), dim=-1),)
 
     def loss(self, outputs: tuple[Tensor, ...], features: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
         first, second = outputs[0].unbind(1)
@@ -185,7 +185,7 @@ class Captioning(Term):
         tokens = seen.tokens.flatten(0, -2)  # (b * k, context)
         images = seen.image_tokens.repeat_interleave(len(tokens) // len(seen.image_tokens), dim=0)
         logits = self.decoder[0](images, seen.text_tokens[:, :-1])  # (b * k, context - 1, vocabulary)
-        return (caption_entropies(logits, tokens, self.pad).unflatten(0, seen.tokens.shape[:-1]),)
+        return (caption_entropies(logits, tokens, self.pad).unflatten(0, seen.tokens.shape[:-1]).clone(),)
 
     def loss(self, outputs: tuple[Tensor, ...], features: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
         value = caption_loss(outputs[0], tokens, self.pad)
@@ -204,7 +204,8 @@ class Terms(nn.ModuleDict):
     @property
     def outputs(self) -> int:
         """Tensors that the terms add to the network's."""
-        return sum(self[name].outputs for name in self)  # pyright: ignore[reportReturnType,reportArgumentType]
+        terms: Any = self
+        return sum(terms[name].outputs for name in terms)
 
     def forward(self, seen: Seen) -> tuple[Tensor, ...]:
         """All outputs, in order."""

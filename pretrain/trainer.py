@@ -355,7 +355,7 @@ class Trainer:
         inputs = tuple(batch[name].to(device, non_blocking=True) for name in self.inputs)
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
         self.watched = batch.sources if told and len(self.stream.sources) > 1 else None
-        loss = self.backward(inputs)
+        loss = self.backward(inputs, max(counts))
         self.scale.unscale(self.optimizer)
         if told:
             self.meter.take_norms()
@@ -392,8 +392,8 @@ class Trainer:
         )
         raise Preempted(self.step, self.recipe.preempted_exit_code)
 
-    def backward(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Leave the global batch's gradients in the parameters; returns the loss."""
+    def backward(self, inputs: tuple[Tensor, ...], rows: int) -> Tensor:
+        """Leave the global batch's gradients in the parameters, with `rows` at most on a rank; returns the loss."""
 
         def network(*part: Tensor) -> Features:
             if self.recipe.compile:
@@ -414,6 +414,7 @@ class Trainer:
             backward=self.accelerator.backward,
             no_sync=self.wrap.no_sync,
             compiled=self.recipe.compile,
+            passes=math.ceil(rows / self.recipe.micro_batch) if self.wrap.gathers else 0,
         )
 
     def loss_of(self, features: Features, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -38,7 +38,10 @@ class Replicas:
     Attributes:
         network: What trains, by its plain names; `wrapped` is what training calls.
         optimizer: Over the network's parameters; `stepper` is it as Accelerate steps it.
+        gathers: Whether each call of the network waits for the other ranks', which must then make as many.
     """
+
+    gathers = False
 
     def __init__(self, encoder: Encoder, terms: Terms, recipe: PretrainRecipe, accelerator: Accelerator):
         self.encoder, self.terms, self.recipe, self.accelerator = encoder, terms, recipe, accelerator
@@ -86,6 +89,8 @@ class Shards(Replicas):
     here gathers and sums are float32, and autocast rounds what it does without FSDP.
     """
 
+    gathers = True
+
     def begin(self, lr_scale: dict[str, float], saved: dict[str, Tensor]) -> None:
         self.network = DualEncoder(self.encoder)
         # An own copy: FSDP2 replaces parameters in place. One call for both, since a term may use the model's decoder.
@@ -98,6 +103,8 @@ class Shards(Replicas):
                     name,
                     nn.Parameter(value.detach().reshape(1), requires_grad=value.requires_grad),
                 )
+        for value in self.network.parameters():
+            value.data = value.data.contiguous()  # FSDP2 does not take convolutions with channels last
         self.wrapped = self.shard(self.network)
         self.optimizer = self.stepper = build_optimizer(
             self.network.named_parameters(), self.recipe.optim, lr_scale=lr_scale

@@ -109,14 +109,15 @@ def trainings(models, odd_shards) -> Callable[[Path], dict[str, dict]]:
 
 @pytest.fixture(scope="module")
 def sharded(trainings) -> Callable[[Path], dict[str, dict]]:
-    """The same under FSDP2, one of them with activations that are recomputed."""
+    """The same under FSDP2, two of them with activations that are recomputed."""
 
     def make(folder: Path) -> dict[str, dict]:
         found = {
             f"sharded {name}": {**recipe, "run": str(folder / f"sharded {name}")}
             for name, recipe in trainings(folder).items()
         }
-        found["sharded vit"] |= {"checkpoint": {"every": 3}, "checkpoint_activations": True}
+        for name in ("sharded vit", "sharded terms"):
+            found[name] |= {"checkpoint": {"every": 3}, "checkpoint_activations": True}
         return found
 
     return make
@@ -294,25 +295,27 @@ def test_what_does_not_fit_the_number_of_processes_is_refused(two):
         assert f"{part}: cosine 1.0000, length x 0.5000" in refused["halved gradients"]
 
 
+@pytest.mark.parametrize("name", ["sharded vit", "sharded terms"])
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_a_sharded_checkpoint_opens_in_open_clip_and_goes_on_in_one_process(two, sharded, tmp_path):
+def test_a_sharded_checkpoint_opens_in_open_clip_and_goes_on_in_one_process(two, sharded, tmp_path, name):
     """Two processes of shards to step 3, one process without from there: the weights of the two at step 6."""
-    ended = two / "sharded vit" / "checkpoints"
+    ended = two / name / "checkpoints/step-00000006"
     run = tmp_path / "run"
-    shutil.copytree(two / "sharded vit", run)
+    shutil.copytree(two / name, run)
     shutil.rmtree(run / "checkpoints/step-00000006")
-    trainer = Trainer(
-        PretrainRecipe.model_validate({**sharded(two)["sharded vit"], "run": str(run)}), resume=True
-    )
-    start = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer = Trainer(PretrainRecipe.model_validate({**sharded(two)[name], "run": str(run)}), resume=True)
+    parts = [trainer.model, trainer.terms]
+    start = {key: value.clone() for part in parts for key, value in part.state_dict().items()}
     assert trainer.step == 3
     trainer.train()
-    model = open_clip.create_model(f"local-dir:{ended / 'step-00000006/model'}")
-    expected = model.state_dict()
+    expected = open_clip.create_model(f"local-dir:{ended / 'model'}").state_dict()
+    if name == "sharded terms":
+        expected |= load_file(ended / "training/terms.safetensors")
+    assert expected.keys() == start.keys()
     assert all(expected[key].shape == value.shape for key, value in start.items())
     moved, apart = (
         torch.cat([(value - expected[key]).flatten() for key, value in weights.items()]).norm()
-        for weights in (start, trainer.model.state_dict())
+        for weights in (start, {key: value for part in parts for key, value in part.state_dict().items()})
     )
     assert float(moved) > 0.01
     assert float(apart / moved) < 1e-4

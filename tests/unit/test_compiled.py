@@ -21,12 +21,11 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_without_a_compiler_it_is_refused(tiny_recipe, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    with pytest.raises(
-        ValueError, match=r"needs a C\+\+ compiler, and none of these runs here: no-such-compil"
-    ):
+    from torch._inductor import config
+
+    said = r"needs a C\+\+ compiler, and none of these runs here: no-such-compiler\. Install one"
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(ValueError, match=said):
         Trainer(PretrainRecipe.model_validate(tiny_recipe(compile=True)))
-    monkeypatch.undo()
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     require_compiler(torch.device("cpu"))
     with pytest.raises(ValueError, match="on a GPU needs Triton"):

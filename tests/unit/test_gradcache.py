@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,27 @@ def test_the_loss_may_be_scaled():
     cached_backward(network, inputs(), loss, micro_batch=4, backward=lambda value: (8 * value).backward())
     for name, gradient in gradients(network).items():
         torch.testing.assert_close(gradient, 8 * expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("passes", [0, 3, 5])
+def test_a_rank_of_fewer_parts_calls_the_network_as_often_as_the_others(passes):
+    """Under FSDP2 each call gathers weights; those that are made up have no gradient and hold back the exchange."""
+    network = Network(0.0)
+    _, expected = undivided(network, 4)
+    calls, held = [], []
+    network.register_forward_pre_hook(lambda *_: calls.append((torch.is_grad_enabled(), bool(held))))
+
+    @contextmanager
+    def no_sync():
+        held.append(None)
+        yield
+        held.pop()
+
+    cached_backward(network, inputs(), loss, micro_batch=4, no_sync=no_sync, passes=passes)
+    times = max(passes, 3)
+    assert calls == [(False, True)] * times + [(True, True)] * (times - 1) + [(True, False)]
+    for name, gradient in gradients(network).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
 
 
 def test_batch_statistics_and_empty_parts_are_refused():

@@ -42,6 +42,32 @@ def test_gradient_accumulation_is_refused(monkeypatch):
         make_accelerator(Plain())
 
 
+@pytest.mark.parametrize(("engine", "name"), [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")])
+def test_other_engines_are_refused_before_accelerate_looks_for_them(monkeypatch, engine, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(
+        ValueError, match=f"set up for {name}, whose engine .* launch --use_fsdp --fsdp_version 2"
+    ):
+        make_accelerator(Plain(), shards=True)
+
+
+def test_fsdp_is_refused_where_replicas_would_train_without_a_word(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(
+        ValueError, match=r"set up for FSDP, which this trainer does not take \(pretraining does\)"
+    ):
+        make_accelerator(Plain())
+    assert make_accelerator(Plain(), shards=True).num_processes == 1
+
+
+def test_accelerates_own_compilation_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(
+        ValueError, match=r"set up to compile \(INDUCTOR\): leave --dynamo_backend .*`compile: true`"
+    ):
+        make_accelerator(Plain())
+
+
 def test_another_number_of_processes_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="the recipe asks for 2 processes, 1 started"):
         make_accelerator(Plain(processes=2))

@@ -142,9 +142,17 @@ def test_a_resumed_run_has_the_scale_and_the_count(train, overflow_at, capsys, s
     assert train("run", steps=6, resume=True).step == 6
 
 
-def test_fp16_itself_trains_as_fp32_does(train):
+@pytest.mark.parametrize(
+    ("model", "keys"),
+    [
+        ("vit", {}),
+        ("coca", {"terms": {"alignment": {}, "self_supervision": {"hidden": 24}, "captioning": {}}}),
+    ],
+)
+def test_fp16_itself_trains_as_fp32_does(train, tiny_models, model, keys):
     """Autocast to fp16 runs on CPUs; only Accelerate keeps it to GPUs."""
-    wide, half = log_of(train("wide")), log_of(train("half", scale=2.0**12, half=True))
+    keys = {**keys, "model": tiny_models[model]}
+    wide, half = log_of(train("wide", **keys)), log_of(train("half", scale=2.0**12, half=True, **keys))
     assert [record["loss"] for record in half] == pytest.approx([record["loss"] for record in wide], rel=2e-2)
     assert half[0]["loss"] != wide[0]["loss"]
     assert half[0]["grad_norm"] == pytest.approx(wide[0]["grad_norm"], rel=5e-2)

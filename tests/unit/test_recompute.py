@@ -66,9 +66,16 @@ def test_gradients_are_the_same_with_dropout(towers, kind):
     assert len(calls) == kept
 
 
-@pytest.mark.parametrize("micro_batch", [None, 3])
+@pytest.mark.parametrize(
+    ("micro_batch", "model", "terms"),
+    [
+        (None, "vit", None),
+        (3, "vit", None),
+        (None, "coca", {"alignment": {}, "self_supervision": {"hidden": 24}, "captioning": {}}),
+    ],
+)
 def test_a_run_has_the_same_weights_and_counts_the_same_flops(
-    tiny_recipe, tmp_path, fresh_accelerate, micro_batch, same, weights_of
+    tiny_recipe, tiny_models, tmp_path, fresh_accelerate, micro_batch, model, terms, same, weights_of
 ):
     found = {}
     for on in (False, True):
@@ -76,6 +83,8 @@ def test_a_run_has_the_same_weights_and_counts_the_same_flops(
         content = tiny_recipe(
             run=str(tmp_path / str(on)),
             steps=3,
+            model=tiny_models[model],
+            terms=terms,
             micro_batch=micro_batch,
             checkpoint_activations=on,
             phases=[{"patch_dropout": 0.5}],
@@ -84,6 +93,7 @@ def test_a_run_has_the_same_weights_and_counts_the_same_flops(
         trainer.train()
         found[on] = weights_of(trainer), trainer.meter.flops_per_pair()
         assert trainer.model.visual.transformer.grad_checkpointing is on
+        assert model == "vit" or trainer.model.text_decoder.grad_checkpointing is on
     assert same(found[False][0], found[True][0])
     assert found[False][1] == found[True][1]
 

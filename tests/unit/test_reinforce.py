@@ -165,7 +165,7 @@ def test_a_missing_embedding_is_one_error_before_anything_starts(
     shutil.copytree(reinforced, mixed)
     shutil.copy(tiny_shards / "00001.tar", mixed / "00001.tar")
     options = {
-        "transform": TrainTransform(32),
+        "transform": TrainTransform((32, 32)),
         "tokenize": lambda texts: torch.zeros(len(texts), 3),
         "batch_size": 4,
     }
@@ -179,8 +179,8 @@ def test_what_the_teacher_did_not_see_is_refused(tiny_recipe, reinforced):
     trainer = Trainer(PretrainRecipe.model_validate(content))
     with pytest.raises(ValueError, match=r"another augmentation \(hflip 0.5, here 0\): set data.crop_scale"):
         trainer.train()
-    for wrong in ({"transform": EvalTransform(32)}, {"word_dropout": 0.1}, {"captions": "all"}):
-        options = {"transform": TrainTransform(32), **wrong}
+    for wrong in ({"transform": EvalTransform((32, 32))}, {"word_dropout": 0.1}, {"captions": "all"}):
+        options = {"transform": TrainTransform((32, 32)), **wrong}
         with pytest.raises(ValueError, match="saw single whole captions"):
             PairLoad(**options, stored=("same",))
 
@@ -188,7 +188,7 @@ def test_what_the_teacher_did_not_see_is_refused(tiny_recipe, reinforced):
 def test_damaged_members_and_changed_captions_are_bad_samples(reinforced):
     raw = next(iter(samples_of(reinforced, ["same.safetensors"]).values()))
     content = raw.members["same.safetensors"]
-    load = PairLoad(TrainTransform(32, scale=(0.5, 1.0), hflip=0.5, color_jitter=0.2), stored=("same",))
+    load = PairLoad(TrainTransform((32, 32), scale=(0.5, 1.0), hflip=0.5, color_jitter=0.2), stored=("same",))
     assert load(raw, np.random.default_rng(0)).told["same"].image.shape == (16,)
     stored = unpack(content, "same", 2)
     other = Stored(stored.images[:1], stored.texts, 1.0, 1, stored.seeds, stored.settings).pack()

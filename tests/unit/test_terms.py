@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import types
 
 import open_clip
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from data.stream import pair_stream
 from data.transforms import TrainTransform
 from pretrain.checkpoint import complete_checkpoints
+from pretrain.compiled import compile_network, rows_vary
 from pretrain.encoder import build_encoder, load_encoder
 from pretrain.gradcache import cached_backward
 from pretrain.inputs import input_names, open_stream, random_inputs
@@ -23,6 +26,7 @@ from pretrain.objectives import build_objective
 from pretrain.plan import describe, make_plan, read_fleet
 from pretrain.recipe import PretrainRecipe
 from pretrain.recipe_model import TowersModel
+from pretrain.resume import require_same_run
 from pretrain.terms import build_terms
 from pretrain.trainer import Trainer
 
@@ -84,6 +88,42 @@ def test_parts_of_a_batch_have_its_gradient(recipe_of, terms, captions):
     assert found.record() == {}
 
 
+@pytest.mark.slow
+def test_compiled_parts_have_the_eager_gradient(recipe_of):
+    """All terms at once; the kernels of the first number of rows serve the others."""
+    network, objective, _, inputs = parts_of(recipe_of(ALL), torch.float32)
+    names = list(network.state_dict())
+
+    def gradients(rows):
+        network.zero_grad()
+        some = tuple(column[:rows] for column in inputs)
+        rows_vary(*some)
+        objective(network(*some), *some).backward()
+        return gradients_of(network)
+
+    eager = {rows: gradients(rows) for rows in (11, 6)}
+    compile_network(network, torch.device("cpu"))
+    assert list(network.state_dict()) == names
+    found = {rows: gradients(rows) for rows in eager}
+    frames = torch._dynamo.utils.counters["frames"]["ok"]
+
+    def counted(*part):
+        rows_vary(*part)
+        return network(*part)
+
+    network.zero_grad()
+    cached_backward(
+        counted, inputs, lambda features: objective(features, *inputs), micro_batch=4, compiled=True
+    )
+    assert torch._dynamo.utils.counters["frames"]["ok"] == frames > 0
+    found["in parts"], eager["in parts"] = gradients_of(network), eager[11]
+    for way, expected in eager.items():
+        assert found[way].keys() == expected.keys()
+        for name, value in expected.items():
+            apart = float((found[way][name] - value).norm())
+            assert apart <= 1e-4 * float(value.norm()) + 1e-6, (way, name)
+
+
 def test_the_critic_learns_and_the_towers_unlearn(recipe_of):
     """The towers' gradient is InfoNCE's minus weight times the critic's; the critic has all of its own."""
     found = {}
@@ -127,7 +167,8 @@ def test_captioning_is_open_clips_coca_loss(recipe_of):
     model = network.model
     theirs = CoCaLoss(caption_loss_weight=1.7, clip_loss_weight=1.0)
     out = model(network.normalize(inputs[0]), inputs[1])
-    expected = sum(theirs(**out))
+    contrast, caption = theirs(**out)
+    expected = contrast + caption
     expected.backward()
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
     for name, gradient in gradients_of(network).items():
@@ -196,6 +237,17 @@ def test_every_parameter_trains_with_each_loss_and_a_decoder_without_captioning_
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_checkpoint_from_before_a_key_was_there_is_of_the_same_run(recipe_of):
+    found = copy.deepcopy(recipe_of(None, "vit").model_dump(mode="json"))
+    now = {**copy.deepcopy(found), "samples": 40}
+    del found["terms"], found["model"]["decoder"]
+    state = types.SimpleNamespace(folder="step-2", state={"identity": {**found, "samples": 40}})
+    require_same_run(state, now)  # pyright: ignore
+    now["terms"] = recipe_of(ALL).model_dump(mode="json")["terms"]
+    with pytest.raises(ValueError, match="cannot resume with another terms"):
+        require_same_run(state, now)  # pyright: ignore
+
+
 def test_a_coca_model_from_scratch_begins_with_random_numbers(tiny_models):
     """open_clip leaves the decoder's projection as memory has it."""
     torch.manual_seed(0)
@@ -207,9 +259,9 @@ def test_a_coca_model_from_scratch_begins_with_random_numbers(tiny_models):
 
 
 def test_views_change_nothing_else_and_depend_on_no_process(tiny_shards):
-    views = TrainTransform(32, scale=(0.08, 1.0), hflip=0.5, color_jitter=0.4, grayscale=0.2)
+    views = TrainTransform((32, 32), scale=(0.08, 1.0), hflip=0.5, color_jitter=0.4, grayscale=0.2)
     options = {
-        "transform": TrainTransform(32, hflip=0.5),
+        "transform": TrainTransform((32, 32), hflip=0.5),
         "tokenize": lambda texts: torch.tensor([[len(text)] * 3 for text in texts]),
         "shuffle": True,
     }
@@ -240,7 +292,7 @@ def test_phases_change_the_size_of_views_too(recipe_of):
         sizes.append(batch["views"].shape[-1])
         return step(batch, *rest)
 
-    trainer.train_step = noted
+    trainer.train_step = noted  # pyright: ignore
     trainer.train()
     assert sizes == [16, 16, 32]
     assert len(open_stream(recipe, trainer.encoder, 0, 1).collate([])["views"]) == 0  # pyright: ignore
