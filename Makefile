@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PEERS := .peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check format peers lock clean
+.PHONY: help install quickstart test test-all check format peers oldest lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,10 +49,14 @@ peers: $(STAMP)  ## set up .peers, the rivals' own environment for benchmarks/da
 	VIRTUAL_ENV=$(PEERS) $(BIN)/uv pip install --quiet --compile-bytecode -c $(PEERS)/constraints.txt \
 	  open_clip_torch clip-benchmark pandas torch webdataset==0.2.86
 
+oldest: $(STAMP)  ## set up .oldest, the oldest transformers that pyproject allows, for tests/parity
+	$(BIN)/uv pip install --quiet --target .oldest --no-deps \
+	  transformers==5.0.0 'tokenizers<=0.23.0' 'huggingface-hub<2' typer-slim
+
 lock:  ## refresh the pins in constraints.txt
 	@test -x $(BIN)/uv || ($(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv)
 	$(BIN)/uv pip compile --quiet --universal --upgrade --all-extras --no-annotate --no-header \
 	  --no-emit-index-url --no-emit-find-links pyproject.toml -o constraints.txt
 
 clean:  ## remove the environments and caches (runs/ stays)
-	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .oldest .pytest_cache .ruff_cache .hypothesis
