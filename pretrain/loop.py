@@ -132,7 +132,8 @@ def make_accelerator(
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
         raise ValueError(f"Accelerate is set up for {kind}; this trainer takes CPUs and CUDA GPUs")
-    backend = accelerator.state.dynamo_plugin.backend.value
+    plugin: Any = accelerator.state.dynamo_plugin
+    backend = plugin.backend.value
     if backend != "NO":
         raise ValueError(
             f"Accelerate is set up to compile ({backend}): leave --dynamo_backend "

@@ -29,7 +29,8 @@ def recompute_activations(model: Any, on: bool = True) -> None:
         visual.transformer.grad_checkpointing = on
     elif isinstance(visual, TimmModel):
         try:
-            visual.trunk.set_grad_checkpointing(on)
+            trunk: Any = visual.trunk
+            trunk.set_grad_checkpointing(on)
         except (AssertionError, AttributeError, TypeError) as error:
             raise cannot(f"timm's {type(visual.trunk).__name__}") from error
     else:
