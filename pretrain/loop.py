@@ -10,7 +10,7 @@ import resource
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
