@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from typing import Any
 import types
+from typing import Any
 
 import open_clip
 import pytest
