@@ -72,7 +72,7 @@ LR = 1e-4
 
 
 def recipe_of(
-    model: dict[str, Any], folder: Path, batch_size: int, steps: int, *, compiled: bool = False
+    model: dict[str, Any], folder: Path, batch_size: int, *, compiled: bool = False
 ) -> PretrainRecipe:
     return PretrainRecipe.model_validate(
         {
@@ -81,10 +81,11 @@ def recipe_of(
             "model": model,
             "data": {"train": str(folder / "shards"), "workers": 0},
             "batch_size": batch_size,
-            "steps": steps,
+            # More than are run: the last one saves, and counts FLOPs for the log, which is no part of a step.
+            "steps": 10**6,
             "optim": {"kind": "adamw", "lr": LR},
             "schedule": {"kind": "cosine", "warmup": 0, "final": 1.0},
-            "log_every": steps,
+            "log_every": 10**6,
             "checkpoint": {"every": 10**6},
         }
     )
@@ -143,7 +144,7 @@ class Ours:
     def __init__(
         self, model: dict[str, Any], folder: Path, batch_size: int, steps: int, *, compiled: bool = False
     ):
-        recipe = recipe_of(model, folder, batch_size, steps, compiled=compiled)
+        recipe = recipe_of(model, folder, batch_size, compiled=compiled)
         self.trainer = Trainer(recipe, overwrite=True)
         self.batches = make_batches(self.trainer.encoder, batch_size, steps)
         self.losses, self.clock = [], Clock()
@@ -183,7 +184,7 @@ class Theirs:
         from open_clip.loss import ClipLoss
 
         torch.manual_seed(0)
-        encoder = build_encoder(recipe_of(model, folder, batch_size, steps).model)
+        encoder = build_encoder(recipe_of(model, folder, batch_size).model)
         self.model, self.clock, self.losses = encoder.model, Clock(), []
         self.model.output_dict = True
         with torch.no_grad():

@@ -163,8 +163,8 @@ class Shards(Replicas):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        pairs: Any = ((self.encoder.model, self.model), (self.terms, self.network.terms))
-        for kept, trained in pairs:
+        terms: Any = self.network.terms
+        for kept, trained in ((self.encoder.model, self.model), (self.terms, terms)):
             own = kept.state_dict()
             for name, value in trained.state_dict().items():
                 own[name].copy_(whole(value).reshape(own[name].shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def train(tiny_recipe, fresh_accelerate, monkeypatch, tmp_path):
         fresh_accelerate()
 
         def make(recipe, **options):
-            accelerator = make_accelerator(recipe, **options)
+            accelerator: Any = make_accelerator(recipe, **options)
             if scale:
                 accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
             if half:

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import types
+from typing import Any
 
 import open_clip
 import pytest
@@ -101,10 +102,10 @@ def test_compiled_parts_have_the_eager_gradient(recipe_of):
         objective(network(*some), *some).backward()
         return gradients_of(network)
 
-    eager = {rows: gradients(rows) for rows in (11, 6)}
+    eager: dict[Any, dict[str, torch.Tensor]] = {rows: gradients(rows) for rows in (11, 6)}
     compile_network(network, torch.device("cpu"))
     assert list(network.state_dict()) == names
-    found = {rows: gradients(rows) for rows in eager}
+    found: dict[Any, dict[str, torch.Tensor]] = {rows: gradients(rows) for rows in eager}
     frames = torch._dynamo.utils.counters["frames"]["ok"]
 
     def counted(*part):
