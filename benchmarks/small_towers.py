@@ -50,7 +50,6 @@ NAMED = {  # open_clip's own, and timm's with a small text tower
     "TinyViT 5M": "timm:tiny_vit_5m_224",
     "TinyViT 11M": "timm:tiny_vit_11m_224",
     "EfficientNet-lite0": "timm:tf_efficientnet_lite0",
-    "MobileNetV4 small": "timm:mobilenetv4_conv_small",
     "RepViT M0.9": "timm:repvit_m0_9",
 }
 QUICK = ("TinyViT 5M", "EfficientNet-lite0")
