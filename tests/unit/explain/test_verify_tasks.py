@@ -14,8 +14,10 @@ from explain.trials import read_trial, scene_samples
 from explain.verify_tasks import caption_questions, label_questions, named, verify_task, vqa_questions
 from finetune.fusion.model import FusionClassifier
 from finetune.fusion.recipe import ClassifyTask
-from finetune.model import VisionLanguageModel, small_language_model
-from finetune.recipe import CaptionTask, Decoding, Mlp, SmallLanguageModel, VqaTask
+from finetune.language_models import small_language_model
+from finetune.model import VisionLanguageModel
+from finetune.recipe_model import Mlp, SmallLanguageModel
+from finetune.recipe_task import CaptionTask, Decoding, VqaTask
 from finetune.text import train_tokenizer
 
 
