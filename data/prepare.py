@@ -120,6 +120,7 @@ def prepare(
     seed: int | None = None,
     count: int | None = None,
     size: int | None = None,
+    kinds: int | None = None,
     crops: bool = False,
 ) -> Summary:
     """Write a data set as shards that every stage reads.
@@ -148,6 +149,7 @@ def prepare(
         seed: scenes: the seed of the drawing.
         count: scenes: how many pictures.
         size: scenes: side of the pictures, pixels (`image_size` would leave its boxes and masks behind).
+        kinds: scenes: how many kinds of objects occur (all when not given; fewer are learnt sooner).
         crops: visual_genome: every described region as a picture of its own.
 
     Returns:
@@ -181,6 +183,7 @@ def prepare(
         "seed": seed,
         "count": count,
         "size": size,
+        "kinds": kinds,
         "crops": crops or None,
     }
     if image_size is not None and name == "scenes":

@@ -11,6 +11,7 @@ from data.scenes.compose import SPLITS, Scene, compose
 from data.scenes.draw import PURPOSE, draw, drawings
 from data.scenes.language import captions, post
 from data.scenes.questions import questions
+from data.scenes.vocabulary import subset
 from data.shards import Sample
 from pairstream.errors import nearest, require
 
@@ -21,10 +22,12 @@ ATTRIBUTION = (
 SMALLEST = 48  # pixels; below it the smaller objects are no longer legible
 
 
-def samples(split: str, *, seed: int = 0, count: int | None = None, size: int = 96) -> Counted:
+def samples(
+    split: str, *, seed: int = 0, count: int | None = None, size: int = 96, kinds: int | None = None
+) -> Counted:
     """Pictures of one to three kinds of objects, with captions, questions, masks and, for faces, a post.
 
-    Sample `i` depends on (seed, split, i, size) alone: a longer set begins with the shorter one.
+    Sample `i` depends on (seed, split, i, size, kinds) alone: a longer set begins with the shorter one.
 
     Args:
         split: `train`; `val` (combinations as in training, new pictures); or `test` (every combination of
@@ -32,13 +35,14 @@ def samples(split: str, *, seed: int = 0, count: int | None = None, size: int = 
         seed: Of the whole set.
         count: Number of samples; 6,000, 500 and 600 when None.
         size: Side of the square pictures in pixels.
+        kinds: How many kinds of objects occur, of all categories; fewer are learnt sooner. All when None.
 
     Returns:
         An iterator over JPEG samples with five captions. Their JSON has `questions`, `objects` (with `box` and `mask`),
         `background`, `relation`, `licence`, `attribution`, and for scenes with a face `label` and `text`.
 
     Raises:
-        ValueError: An unknown split, a count below 1, a size below 48.
+        ValueError: An unknown split, a count below 1, a size below 48, a number of kinds there is not.
         ImportError: The extra `data` is not installed.
 
     Example:
@@ -56,13 +60,14 @@ def samples(split: str, *, seed: int = 0, count: int | None = None, size: int = 
     drawings()
     for module in ("emoji", "resvg_py"):
         require(module, "data", PURPOSE)
+    names = subset(kinds)
     total = count or SPLITS[split]
-    return Counted(total, (sample(split, seed, index, size) for index in range(total)))
+    return Counted(total, (sample(split, seed, index, size, names) for index in range(total)))
 
 
-def sample(split: str, seed: int, index: int, size: int) -> Sample:
+def sample(split: str, seed: int, index: int, size: int, names: tuple[str, ...]) -> Sample:
     """The sample number `index` of a split."""
-    scene = compose(split, seed, index)
+    scene = compose(split, seed, index, names)
     picture, objects = draw(scene, size)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=90, subsampling=0)  # full colour resolution: objects are small
@@ -70,7 +75,7 @@ def sample(split: str, seed: int, index: int, size: int) -> Sample:
     meta: dict[str, Any] = {
         "width": size,
         "height": size,
-        "questions": questions(scene, split, index, rng),
+        "questions": questions(scene, split, index, names, rng),
         "objects": [{**item, "unicode_name": unicode_name(item["hex"])} for item in objects],
         "background": {"name": scene.background.name, "colour": scene.colour or None},
         "relation": relation(scene),

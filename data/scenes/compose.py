@@ -8,7 +8,7 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from data.scenes.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, Background, Kind, alike, kinds
+from data.scenes.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, Background, Kind, alike, kinds, subset
 
 SPLITS = {"train": 6000, "val": 500, "test": 600}  # and how many pictures each has by default
 HELD_OUT = 5  # one pair of kinds in five occurs in the test split alone
@@ -122,7 +122,7 @@ def together(one: str, other: str) -> bool:
 
 
 @functools.cache
-def unseen_combinations(seed: int) -> tuple[tuple[str, ...], ...]:
+def unseen_combinations(seed: int, names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     """What the test split goes through in turn: every held-out pair, and a quarter as many triples of them.
 
     All differ, so that no two pictures show the same kinds before all have been shown.
@@ -130,7 +130,7 @@ def unseen_combinations(seed: int) -> tuple[tuple[str, ...], ...]:
     pairs, triples = (
         [
             chosen
-            for chosen in itertools.combinations(kinds(), size)
+            for chosen in itertools.combinations(names, size)
             if all(held_out(*pair) and together(*pair) for pair in itertools.combinations(chosen, 2))
         ]
         for size in (2, 3)
@@ -141,17 +141,16 @@ def unseen_combinations(seed: int) -> tuple[tuple[str, ...], ...]:
     return tuple(order)
 
 
-def choose_kinds(split: str, seed: int, index: int, rng: random.Random) -> list[str]:
-    """Names of the one to three kinds of a picture.
+def choose_kinds(split: str, seed: int, index: int, names: tuple[str, ...], rng: random.Random) -> list[str]:
+    """Names of the one to three kinds of a picture, out of `names`.
 
     In training and validation no two of them are a held-out pair; in the test split all pairs are.
     """
     if split == "test":
-        order = unseen_combinations(seed)
+        order = unseen_combinations(seed, names)
         chosen = list(order[index % len(order)])
         rng.shuffle(chosen)
         return chosen
-    names = list(kinds())
     wanted = rng.choices((1, 2, 3), (2, 6, 2))[0]
     chosen = [rng.choice(names)]
     for _ in range(1000):  # each name fits with most others; the bound is for a triple that may not exist
@@ -244,19 +243,20 @@ def scatter(region: Region, count: int, size: str, may_mirror: bool, rng: random
     ]
 
 
-def compose(split: str, seed: int, index: int) -> Scene:
+def compose(split: str, seed: int, index: int, names: tuple[str, ...] = ()) -> Scene:
     """The scene number `index` of a split; it depends on nothing else.
 
     Args:
         split: `train`, `val` or `test`.
         seed: Of the whole set.
         index: From 0.
+        names: Of the kinds that may occur; all when empty.
 
     Returns:
         Its groups with their placements, and its background.
     """
     rng = random.Random(f"scenes/{seed}/{split}/{index}")
-    chosen = [kinds()[name] for name in choose_kinds(split, seed, index, rng)]
+    chosen = [kinds()[name] for name in choose_kinds(split, seed, index, names or subset(None), rng)]
     counts, sizes = [1] * len(chosen), [""] * len(chosen)
     if len(chosen) == 1:
         counts = [rng.randint(1, 4)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from data.scenes.compose import SPLITS, Group, Scene
 from data.scenes.language import NUMBERS, article, plural, spot
-from data.scenes.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOUR_SYNONYMS, alike, kinds
+from data.scenes.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOUR_SYNONYMS, alike
 
 PER_PICTURE = 7
 # how readily a count is asked for: single objects are far more common than four of a kind
@@ -120,7 +120,7 @@ def open_questions(scene: Scene, rng: random.Random) -> list[Asked]:
     return asked
 
 
-def closed_questions(scene: Scene, rng: random.Random) -> list[Asked]:
+def closed_questions(scene: Scene, names: tuple[str, ...], rng: random.Random) -> list[Asked]:
     """Yes/no questions; each comes out yes or no by the toss of a coin, with the same words either way."""
     groups = scene.groups
     asked: list[Asked] = []
@@ -133,7 +133,7 @@ def closed_questions(scene: Scene, rng: random.Random) -> list[Asked]:
     seen = present | set(scene.background.shows)
     absent: list[str] = []
     while len(absent) < 2:
-        name = rng.choice(list(kinds()))
+        name = rng.choice(names)
         if not any(alike(name, other) for other in (*seen, *absent)):
             absent.append(name)
     form = rng.choice(("is there {} in the picture", "can you see {}"))
@@ -163,20 +163,23 @@ def closed_questions(scene: Scene, rng: random.Random) -> list[Asked]:
     return asked
 
 
-def questions(scene: Scene, split: str, index: int, rng: random.Random) -> list[dict[str, Any]]:
+def questions(
+    scene: Scene, split: str, index: int, names: tuple[str, ...], rng: random.Random
+) -> list[dict[str, Any]]:
     """The questions of a picture, seven where it gives as many, as VQA annotations have them.
 
     Args:
         scene: What they are about.
         split: With `index` it makes the question ids.
         index: Number of the picture in its split.
+        names: Of the kinds that may occur: what it is asked for in vain.
         rng: Source of the choices.
 
     Returns:
         Records with `question_id`, `question`, `answers` (ten), `answer_type` (`yes/no`, `number` or
         `other`) and `question_type`.
     """
-    closed = closed_questions(scene, rng)
+    closed = closed_questions(scene, names, rng)
     rng.shuffle(closed)
     asked = open_questions(scene, rng)
     rng.shuffle(asked)

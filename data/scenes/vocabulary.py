@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -163,6 +164,7 @@ FACES = """
 1F922 negative sick       sick face, nauseated face
 """
 UNMIRRORED = {"book"}
+FEWEST = 12  # kinds; of fewer, too few combinations are left to hold out
 
 
 @functools.cache
@@ -198,6 +200,31 @@ def kinds() -> dict[str, Kind]:
         name, *synonyms = words.strip().split(", ")
         found.append(Kind(name, "face", {"": (code, None)}, tuple(synonyms), sentiment=sentiment, mood=mood))
     return {kind.name: kind for kind in found}
+
+
+def subset(count: int | None) -> tuple[str, ...]:
+    """Names of so many kinds, as varied as that number can be: the categories take turns.
+
+    Args:
+        count: How many; a larger subset holds the smaller ones. All, in the order of `kinds`, when None.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: Fewer than FEWEST, or more than there are.
+    """
+    if count is None:
+        return tuple(kinds())
+    if not FEWEST <= count <= len(kinds()):
+        raise ValueError(
+            f"scenes has {len(kinds())} kinds of objects: expected {FEWEST} to as many, got {count}"
+        )
+    categories: dict[str, list[str]] = {}
+    for name, kind in kinds().items():
+        categories.setdefault(kind.category, []).append(name)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*categories.values()))
+    return tuple(itertools.islice((name for name in turns if name), count))
 
 
 @functools.cache

@@ -29,7 +29,7 @@ from data.scenes.compose import (
 )
 from data.scenes.language import article, caption, counted, phrase, plural, post
 from data.scenes.questions import questions
-from data.scenes.vocabulary import BACKGROUNDS, PALETTE, alike, kinds
+from data.scenes.vocabulary import BACKGROUNDS, FEWEST, PALETTE, alike, kinds, subset
 
 COUNT = 60
 
@@ -46,7 +46,7 @@ def composed(split: str, count: int, seed: int = 0) -> list[Scene]:
 def asked(split: str, count: int) -> list[dict]:
     found = []
     for index, scene in enumerate(composed(split, count)):
-        found += questions(scene, split, index, random.Random(f"test/{split}/{index}"))
+        found += questions(scene, split, index, subset(None), random.Random(f"test/{split}/{index}"))
     return found
 
 
@@ -118,7 +118,7 @@ def test_every_held_out_pair_is_tested_before_a_combination_returns():
         frozenset(pair) for pair in itertools.combinations(kinds(), 2) if held_out(*pair) and together(*pair)
     }
     for seed in (0, 7):
-        order = unseen_combinations(seed)
+        order = unseen_combinations(seed, subset(None))
         shown = [
             frozenset(group.kind.name for group in scene.groups)
             for scene in composed("test", len(order) + 1, seed)
@@ -127,6 +127,36 @@ def test_every_held_out_pair_is_tested_before_a_combination_returns():
         assert shown[-1] == shown[0]
         assert {names for names in shown if len(names) == 2} == held
         assert all(frozenset(pair) in held for names in shown for pair in itertools.combinations(names, 2))
+
+
+def test_fewer_kinds_are_of_all_categories_and_hold_combinations_out_too():
+    names = subset(40)
+    assert len(set(names)) == 40
+    assert set(names) <= set(kinds())
+    assert {kinds()[name].category for name in names} == {kind.category for kind in kinds().values()}
+    assert subset(FEWEST) == names[:FEWEST]
+    assert set(subset(len(kinds()))) == set(kinds()) == set(subset(None))
+    shown, held = (
+        [{group.kind.name for group in compose(split, 0, index, names).groups} for index in range(400)]
+        for split in ("train", "test")
+    )
+    assert set.union(*shown) == set.union(*held) == set(names)
+    assert not any(held_out(*pair) for together in shown for pair in itertools.combinations(together, 2))
+    assert all(held_out(*pair) for together in held for pair in itertools.combinations(together, 2))
+
+
+def test_nothing_outside_fewer_kinds_is_shown_or_asked_for():
+    absent = set(kinds()) - set(subset(FEWEST))
+    for item in scenes.samples("train", count=60, kinds=FEWEST):
+        assert not absent & {thing["name"] for thing in item.meta["objects"]}
+        for record in item.meta["questions"]:
+            assert not any(f" {article(name)} " in f"{record['question']} " for name in absent), record
+
+
+@pytest.mark.parametrize("count", [0, FEWEST - 1, 74])
+def test_a_number_of_kinds_that_there_is_not(count):
+    with pytest.raises(ValueError, match=f"73 kinds of objects: expected {FEWEST} to as many, got {count}"):
+        scenes.samples("train", count=1, kinds=count)
 
 
 def test_held_out_is_symmetric_and_about_a_fifth():
@@ -429,7 +459,7 @@ def test_answers_hold_in_the_picture():
     for index, scene in enumerate(composed("train", 800)):
         groups = {group.kind.name: group for group in scene.groups}
         forms = {(name if group.count == 1 else plural(name)): group for name, group in groups.items()}
-        for record in questions(scene, "train", index, random.Random(index)):
+        for record in questions(scene, "train", index, subset(None), random.Random(index)):
             answer, text = majority(record), record["question"].rstrip("?")
             if match := re.fullmatch(r"how many (.+) (?:are there|can you see)", text):
                 assert {plural(name): group.count for name, group in groups.items()}[match[1]] == int(answer)
