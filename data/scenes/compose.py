@@ -270,7 +270,7 @@ def compose(split: str, seed: int, index: int, names: tuple[str, ...] = ()) -> S
         Group(kind, rng.choice(list(kind.looks)), size, tuple(scatter(region, count, size, kind.mirror, rng)))
         for kind, count, size, region in zip(chosen, counts, sizes, regions(counts, sizes, rng), strict=True)
     )
-    names = {kind.name for kind in chosen}
-    background = rng.choice([background for background in BACKGROUNDS if not names & set(background.shows)])
+    shown = {kind.name for kind in chosen}
+    background = rng.choice([background for background in BACKGROUNDS if not shown & set(background.shows)])
     colour = "" if background.place else rng.choice(list(BACKGROUND_COLOURS))
     return Scene(groups, background, colour, rng.getrandbits(32))
