@@ -242,6 +242,23 @@ def test_weights_that_are_not_finite_write_nothing(files):
         model.answer(files[:1], ["dog?"])
 
 
+def test_a_failure_leaves_the_model_in_its_mode(answerer, files, monkeypatch):
+    def fail(**keys):
+        raise MemoryError("no room")
+
+    looked = []
+    monkeypatch.setattr(answerer.language_model, "generate", fail)
+    monkeypatch.setattr(answerer.connector, "look", lambda *given: looked.append(given[0] is None))
+    answerer.train()
+    try:
+        with pytest.raises(MemoryError):
+            answerer.answer(files[:1], ["is it red?"])
+        assert answerer.training
+        assert looked[-1]
+    finally:
+        answerer.eval()
+
+
 def test_bad_questions(answerer, files):
     with pytest.raises(ValueError, match="empty question"):
         answerer.answer(files[:1], ["  "])
