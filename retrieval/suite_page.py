@@ -40,7 +40,7 @@ def suite_report(models: Sequence[str], results: Sequence[Sequence[SuiteResult]]
     report = Report(
         "Zero-shot suite",
         f"{counted(len(models), 'model')}, {counted(len(tasks), 'task')}"
-        + (", quick: the first samples of each only" if quick else ""),
+        + (", quick: some samples of each only" if quick else ""),
     )
     report.heading("All numbers")
     rows = []
@@ -105,7 +105,7 @@ def describe(report: Report, result: SuiteResult) -> None:
     elif "cases" in metrics["compositional"]:
         words.append(f"{metrics['compositional']['cases']:,} cases.")
     if metrics["limit"] is not None:
-        words.append(f"Only the first {metrics['limit']:,}: not comparable with numbers over all of them.")
+        words.append(f"Only {metrics['limit']:,} of them: not comparable with numbers over all.")
     if metrics.get("faults"):
         words.append("Left out: " + ", ".join(f"{n} {cause}" for cause, n in metrics["faults"].items()) + ".")
     if "data_hash" in metrics:

@@ -88,6 +88,17 @@ def test_labels_in_one_command(world, tmp_path, capsys):
     assert not (tmp_path / "other-shards").exists()
 
 
+def test_nothing_to_measure_on_and_no_epochs_are_told(world, tmp_path, capsys):
+    other = tmp_path / "val.csv"
+    other.write_text("image,caption\nbroken.png,a text\n")
+    (world / "pictures/broken.png").write_bytes(b"x")
+    more = ["--val-data", str(other), "--max-faults", "0.9"]
+    assert run_stage(main, words(world, "caption", tmp_path / "run", *more)) == 2
+    assert f"{other}: no picture to measure on" in capsys.readouterr().err
+    assert run_stage(main, words(world, "caption", tmp_path / "run", "--epochs", "0")) == 2
+    assert "--epochs 0: expected a number above 0" in capsys.readouterr().err
+
+
 def test_tables_are_read_by_kind(world, tmp_path):
     faults = []
     own = OwnData(data=world / "my.csv", model="m", images=world / "pictures")
