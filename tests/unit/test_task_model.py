@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from data.faults import Fault
+from data.samples import RawSample
 from finetune.connectors import build_connector, merge_neighbours, token_grid
 from finetune.language_models import pretrained_language_model, small_language_model
 from finetune.model import VisionLanguageModel, load_task_model
 from finetune.recipe_model import Linear, Mlp, SmallLanguageModel
 from finetune.recipe_task import CaptionTask, Decoding, VqaTask
+from finetune.samples import read_questions
 from finetune.text import END, IGNORED, Pair, make_pair, pack, require_end_and_pad, train_tokenizer
 from pretrain.encoder import build_encoder
 from pretrain.recipe_model import ResNet, TextTransformer, TowersModel, ViT
@@ -270,6 +273,16 @@ def test_bad_questions(answerer, files):
         answerer.caption(files)
     with pytest.raises(ValueError, match="use caption"):
         make_model(CaptionTask()).answer(files[:1], ["dog?"])
+
+
+@pytest.mark.parametrize("answers", ["yes", 3, {"answer": "yes"}, [], None])
+def test_answers_are_a_list(answers):
+    """The letters of a text are no answers."""
+    sample = RawSample(
+        "k", "s", 0, b"", "jpg", {"questions": [{"question": "is it red?", "answers": answers}]}
+    )
+    with pytest.raises(Fault, match=r"bad_question: question 0 has no answers"):
+        read_questions(sample)
 
 
 def test_a_picture_that_fills_the_context_is_refused():
