@@ -129,6 +129,19 @@ def test_tables_are_read_by_kind(world, tmp_path):
         read_table("vqa", OwnData(data=table, model="m", images=tmp_path / "none"), table, [])
 
 
+def test_answers_of_a_table_are_texts(tmp_path):
+    table, faults = tmp_path / "rows.jsonl", []
+    answers = [[2, 2, 3], ["a", " "], [{"answer": "a"}], 4]
+    lines = [
+        {"path": f"{number}.png", "question": "a?", "answers": each} for number, each in enumerate(answers)
+    ]
+    table.write_text("\n".join(map(json.dumps, lines)))
+    rows = read_table("vqa", OwnData(data=table, model="m"), table, faults)
+    assert [row.meta["questions"][0]["answers"] for row in rows] == [["2", "2", "3"], ["4"] * 10]
+    assert [fault.where for fault in faults] == ["rows.jsonl:2", "rows.jsonl:3"]
+    assert "expected answers in the column 'answers', got ['a', ' ']" in faults[0].why
+
+
 def test_no_picture_is_on_both_sides(world):
     own = OwnData(data=world / "my.csv", model="m", images=world / "pictures")
     rows = read_table("classify", own, own.data, [])
