@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from importlib.metadata import version
@@ -30,6 +29,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from benchmarks.timing import in_turns, spread
 from finetune import metrics, ptb
 
 
@@ -56,26 +56,10 @@ def theirs(candidates: list[str], references: list[list[str]]) -> list[float]:
     return [float(score) for score in scores]
 
 
-def cpu_seconds(run: Callable[[], Any]) -> float:
-    start = time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()):
-        run()
-    return time.process_time() - start
-
-
 def paired(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> list[tuple[float, float]]:
     """CPU seconds of both, in turns."""
-    cpu_seconds(a)  # warm
-    cpu_seconds(b)
-    rounds = []
-    for number in range(pairs):
-        if number % 2 == 0:
-            first = cpu_seconds(a)
-            rounds.append((first, cpu_seconds(b)))
-        else:
-            second = cpu_seconds(b)
-            rounds.append((cpu_seconds(a), second))
-    return rounds
+    with contextlib.redirect_stdout(io.StringIO()):
+        return [(one.seconds, other.seconds) for one, other in in_turns(a, b, pairs)]
 
 
 def main() -> None:
@@ -107,7 +91,6 @@ def main() -> None:
         ),
     }
     rounds = paired(lambda: ours(candidates, references), lambda: theirs(candidates, references), args.pairs)
-    ratios = sorted(b / a for a, b in rounds)
     alone = {}
     for name, (a, b) in each.items():
         alone[name] = round(
@@ -117,9 +100,7 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "caption_metrics",
-                "speedup": round(statistics.median(ratios), 2),
-                "low": round(ratios[0], 2),
-                "high": round(ratios[-1], 2),
+                **spread([b / a for a, b in rounds], "speedup"),
                 "each": alone,
                 "pairs": args.pairs,
                 "images": len(candidates),

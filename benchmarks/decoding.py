@@ -40,6 +40,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.timing import in_turns
 from data.shards import Sample, ShardWriter
 from finetune.language_models import small_language_model
 from finetune.model import VisionLanguageModel
@@ -98,25 +99,9 @@ def make_model() -> VisionLanguageModel:
     ).eval()
 
 
-def cpu_seconds(run: Callable[[], Any]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
 def paired(a: Callable[[], Any], b: Callable[[], Any], pairs: int) -> list[float]:
     """CPU time of `a` over that of `b`, in turns."""
-    cpu_seconds(a)  # warm
-    cpu_seconds(b)
-    ratios = []
-    for number in range(pairs):
-        if number % 2 == 0:
-            first = cpu_seconds(a)
-            ratios.append(first / cpu_seconds(b))
-        else:
-            second = cpu_seconds(b)
-            ratios.append(cpu_seconds(a) / second)
-    return sorted(ratios)
+    return sorted(one.seconds / other.seconds for one, other in in_turns(a, b, pairs))
 
 
 def same(name: str, first: list[str], second: list[str]) -> None:

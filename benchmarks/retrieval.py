@@ -20,8 +20,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -35,6 +33,7 @@ sys.path[:] = [str(HERE.parent), *(each for each in sys.path if Path(each or "."
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.timing import in_turns, spread, timed  # noqa: E402
 from retrieval.metrics import retrieval_metrics  # noqa: E402
 
 KS = (1, 5, 10)
@@ -104,12 +103,6 @@ def theirs(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> dict[str, 
     }
 
 
-def cpu_seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.process_time()
-    result = run()
-    return time.process_time() - start, result
-
-
 def product_alone(image: np.ndarray, text: np.ndarray, block: int = 1024) -> None:
     """The product that every exact ranking needs, block by block into the same memory."""
     first, second = torch.from_numpy(image), torch.from_numpy(text)
@@ -139,11 +132,11 @@ def one_run(who: str, images: int, seed: int = 0) -> dict[str, Any]:
     data = embeddings(images, seed=seed)
     before = memory_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    seconds, numbers = cpu_seconds(lambda: (ours if who == "ours" else theirs)(*data))
+    seconds, numbers = timed(lambda: (ours if who == "ours" else theirs)(*data))
     extra = memory_mb("VmHWM") - before
     result = {"cpu_s": seconds, "numbers": numbers, "extra_mb": extra}
     if who == "ours":
-        result["product_cpu_s"] = cpu_seconds(lambda: product_alone(*data[:2]))[0]
+        result["product_cpu_s"] = timed(lambda: product_alone(*data[:2])).seconds
     return result
 
 
@@ -182,18 +175,10 @@ def compare_once(images: int) -> dict[str, Any]:
 def compare_pairs(images: int, pairs: int) -> dict[str, Any]:
     """Interleaved pairs at a size that the peer can take."""
     data = embeddings(images)
-    ratios, difference = [], 0.0
-    for number in range(pairs):
-        runs = {}
-        for who in (ours, theirs) if number % 2 == 0 else (theirs, ours):
-            runs[who] = cpu_seconds(lambda who=who: who(*data))
-        ratios.append(runs[theirs][0] / runs[ours][0])
-        difference = max(difference, largest_difference(runs[ours][1], runs[theirs][1]))
-    ratios.sort()
+    rounds = in_turns(lambda: ours(*data), lambda: theirs(*data), pairs)
+    difference = max(largest_difference(mine.result, peer.result) for mine, peer in rounds)
     return {
-        "cpu_ratio": round(statistics.median(ratios), 1),
-        "low": round(ratios[0], 1),
-        "high": round(ratios[-1], 1),
+        **spread([peer.seconds / mine.seconds for mine, peer in rounds], "cpu_ratio", 1),
         "pairs": pairs,
         "numbers_equal": difference < 2e-6,
     }
@@ -231,19 +216,10 @@ def classifier_build(pairs: int, classes: int) -> dict[str, Any]:
         )
         return made.T.numpy()
 
-    ours()
-    ratios, difference = [], 0.0
-    for number in range(pairs):
-        runs = {}
-        for who in (ours, theirs) if number % 2 == 0 else (theirs, ours):
-            runs[who] = cpu_seconds(who)
-        ratios.append(runs[theirs][0] / runs[ours][0])
-        difference = max(difference, float(np.abs(runs[ours][1] - runs[theirs][1]).max()))
-    ratios.sort()
+    rounds = in_turns(ours, theirs, pairs)
+    difference = max(float(np.abs(mine.result - peer.result).max()) for mine, peer in rounds)
     return {
-        "ratio": round(statistics.median(ratios), 2),
-        "low": round(ratios[0], 2),
-        "high": round(ratios[-1], 2),
+        **spread([peer.seconds / mine.seconds for mine, peer in rounds]),
         "pairs": pairs,
         "classes": classes,
         "templates": len(templates),

@@ -23,7 +23,6 @@ import http.client
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -45,6 +44,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from benchmarks.timing import machine, timed  # noqa: E402
 from pretrain.encoder import Encoder, build_encoder, load_encoder  # noqa: E402
 from pretrain.recipe import PretrainRecipe  # noqa: E402
 
@@ -163,8 +163,8 @@ def batch_gain(encoder: Encoder, route: str, requests: Sequence[bytes]) -> float
         encode = encoder.encode_images
     ratios = []
     for _ in range(7):
-        one = statistics.median(cpu_ms(lambda n=n: encode(items[n : n + 1])) for n in range(8))
-        ratios.append(one * len(items) / cpu_ms(lambda: encode(items)))
+        one = statistics.median(timed(lambda n=n: encode(items[n : n + 1])).seconds for n in range(8))
+        ratios.append(one * len(items) / timed(lambda: encode(items)).seconds)
     return statistics.median(ratios)
 
 
@@ -248,12 +248,6 @@ def median_ms(calls: Sequence[Callable[[], Any]]) -> float:
     return statistics.median(times)
 
 
-def cpu_ms(run: Callable[[], Any]) -> float:
-    began = time.process_time()
-    run()
-    return 1000 * (time.process_time() - began)
-
-
 def towers(pairs: int) -> dict[str, Any]:
     """ViT-B/32 in torch and exported, batch 1: the image tower, and the text tower beside it."""
     from benchmarks.small_towers import build, measure
@@ -332,8 +326,7 @@ def main() -> None:
         "exported": exported,
         "int8": int8,
         "pairs": args.pairs,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
-        "load": round(os.getloadavg()[0], 1),
+        **machine(),
     }
     print(json.dumps(result))
 

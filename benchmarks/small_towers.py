@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ sys.path[:] = [str(HERE.parent), *(each for each in sys.path if Path(each or "."
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.timing import machine, timed  # noqa: E402
 from pretrain.encoder import Encoder, build_encoder, load_encoder  # noqa: E402
 from pretrain.recipe_model import TextTransformer, TimmTower, TowersModel  # noqa: E402
 from serve.export.parity import compare_on_data  # noqa: E402
@@ -71,19 +71,13 @@ class Pair:
         self.encode_images, self.encode_texts = (OnnxTower(folder, side, 1) for side in ("image", "text"))
 
 
-def cpu_ms(run: Callable[[], Any]) -> float:
-    began = time.process_time()
-    run()
-    return 1000 * (time.process_time() - began)
-
-
 def in_turn(runs: dict[str, Callable[[], Any]], pairs: int) -> dict[str, Any]:
     """Milliseconds of processor time of each, and how much faster than the first the others are."""
     for run in runs.values():
         run()
     names = list(runs)
     rounds = [
-        {name: cpu_ms(runs[name]) for name in (names if number % 2 else names[::-1])}
+        {name: 1000 * timed(runs[name]).seconds for name in (names if number % 2 else names[::-1])}
         for number in range(pairs)
     ]
     found: dict[str, Any] = {
@@ -217,8 +211,7 @@ def main() -> None:
         "benchmark": "small_towers",
         "models": found,
         "pairs": args.pairs,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
-        "load": round(os.getloadavg()[0], 1),
+        **machine(),
     }
     print(json.dumps(result))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json as json_
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from data.check import each_shard, find_jobs
+from data.check import dump, each_shard, find_jobs
 from data.faults import Fault, FaultRecord
 from data.pictures import MAX_PIXELS, open_picture
 
@@ -61,7 +60,7 @@ def doctor(
     findings = examine(
         shards, decode=decode, workers=workers, max_pixels=max_pixels, max_bytes=max_bytes, progress=True
     )
-    dumped = json_.dumps(findings, indent=1, ensure_ascii=False) + "\n"
+    dumped = dump(findings)
     if json:
         from pairstream.atomic import write_text
 

@@ -53,11 +53,13 @@ class LabelTexts:
         Raises:
             Fault: `bad_label`: neither a name nor a number, or not among the classes.
         """
-        if isinstance(label, str) and label.strip().isdecimal() and label not in self.classes:
-            label = int(label)  # what KEY.cls holds
+        if isinstance(label, str):
+            label = label.strip()
+            if label.isdecimal() and label not in self.classes:
+                label = int(label)  # what KEY.cls holds
         if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.classes):
             label = self.classes[label]
-        if not isinstance(label, str) or not label.strip() or (self.classes and label not in self.classes):
+        if not isinstance(label, str) or not label or (self.classes and label not in self.classes):
             among = f"one of {len(self.classes)} classes or its number" if self.classes else "a class name"
             raise Fault("bad_label", f"{self.key} should be {among}, got {label!r}"[:200])
-        return [template.replace("{}", label.strip()) for template in self.templates]
+        return [template.replace("{}", label) for template in self.templates]

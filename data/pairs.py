@@ -63,8 +63,9 @@ class PairLoad:
         labels: Makes texts of the labels of samples that have one; the others keep their captions.
 
     Raises:
-        ValueError: `scaled_decode` with an evaluation transform, whose pixels are meant to be exact; only one of
-            the two that rewritten captions need; or stored teachers with texts or pictures that they did not see.
+        ValueError: `scaled_decode` with an evaluation transform, whose pixels are meant to be exact, or with views;
+            only one of the two that rewritten captions need; or stored teachers with texts or pictures that they did
+            not see.
     """
 
     transform: EvalTransform | TrainTransform
@@ -84,6 +85,10 @@ class PairLoad:
             raise ValueError(
                 f"scaled_decode is for TrainTransform, got {type(self.transform).__name__}: leave it out"
             )
+        if self.scaled_decode and self.views is not None:
+            raise ValueError(
+                "views are of the whole picture, scaled_decode decodes it for one crop: leave scaled_decode out"
+            )
         if self.captions_per_image > 1 and self.captions != "random":
             raise ValueError(
                 f"captions_per_image {self.captions_per_image} with captions {self.captions!r}: several are drawn, "
@@ -94,7 +99,6 @@ class PairLoad:
                 "rewritten captions need their JSON key and a share above 0, up to 1, got rewritten_key "
                 f"{self.rewritten_key!r} and rewritten_share {self.rewritten_share}"
             )
-
         if self.stored and (
             not isinstance(self.transform, TrainTransform)
             or self.captions == "all"
@@ -126,7 +130,7 @@ class PairLoad:
         if self.word_dropout:
             texts = [drop_words(text, self.word_dropout, rng) for text in texts]
         told, source = self.recall(sample, len(own), chosen[0], rng)
-        if self.views is None and self.scaled_decode and isinstance(self.transform, TrainTransform):
+        if self.scaled_decode and isinstance(self.transform, TrainTransform):
             picture = Picture(sample.image, max_pixels=self.max_pixels)
             return Pair(self.transform.load(picture, source), texts, told)
         pixels = decode_image(sample.image, max_pixels=self.max_pixels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,12 +163,17 @@ def make_trials(
             f"no picture to hold heatmaps against: {tried} with two kinds of objects, of which the model knows none "
             "(its texts do not score above those of absent kinds). Train it on such pictures, or give other --data"
         )
+    return as_trials(kept, tried, unknown)
+
+
+def as_trials(raws: Sequence[Raw], tried: int, unknown: int) -> Trials:
+    """Two trials of each picture, one for each of its kinds."""
     return Trials(
-        images=torch.stack([raw.image for raw in kept]).repeat_interleave(2, 0),
-        texts=[text for raw in kept for text in raw.texts],
-        target=torch.cat([raw.masks for raw in kept]),
-        distractor=torch.cat([raw.masks.flip(0) for raw in kept]),
-        boxes=torch.cat([raw.boxes for raw in kept]),
+        images=torch.stack([raw.image for raw in raws]).repeat_interleave(2, 0),
+        texts=[text for raw in raws for text in raw.texts],
+        target=torch.cat([raw.masks for raw in raws]),
+        distractor=torch.cat([raw.masks.flip(0) for raw in raws]),
+        boxes=torch.cat([raw.boxes for raw in raws]),
         tried=tried,
         unknown=unknown,
     )

@@ -22,7 +22,7 @@ from data.scenes.vocabulary import kinds
 from data.transforms import decode_image
 from explain.targets import Target
 from explain.tasks import LabelTarget, TextTarget, load, text_pieces
-from explain.trials import Raw, Trials, read_trial, scene_samples, shard_samples
+from explain.trials import Raw, Trials, as_trials, read_trial, scene_samples, shard_samples
 from explain.verify import GATES, check_wishes, hold
 from pretrain.encoder import Encoder
 
@@ -105,7 +105,8 @@ def verify_task(
                 "classify": "needs a text with them, which none has",
             }[kind]
         )
-    asked = TasksAsked(encoder, as_trials(found, counts), [each for one in found for each in one.targets])
+    trials = as_trials([one.raw for one in found], tried=counts[0], unknown=counts[1])
+    asked = TasksAsked(encoder, trials, [each for one in found for each in one.targets])
     result = hold(
         asked, TASK_GATES, method=method, methods=methods, slow=(), seed=seed, show=show, complete=16
     )
@@ -115,20 +116,6 @@ def verify_task(
             numbers |= dict.fromkeys(WITH_OBJECTS)
     name = str(getattr(model, "name", model)) if isinstance(model, str | Path) else type(opened).__name__
     return {"model": name, "data": "scenes (val)" if data is None else data, **result}
-
-
-def as_trials(found: Sequence[Question], counts: Sequence[int]) -> Trials:
-    """Questions in the form of trials."""
-    raws = [one.raw for one in found]
-    return Trials(
-        images=torch.stack([raw.image for raw in raws]).repeat_interleave(2, 0),
-        texts=[text for raw in raws for text in raw.texts],
-        target=torch.cat([raw.masks for raw in raws]),
-        distractor=torch.cat([raw.masks.flip(0) for raw in raws]),
-        boxes=torch.cat([raw.boxes for raw in raws]),
-        tried=counts[0],
-        unknown=counts[1],
-    )
 
 
 def batches(model: Any, samples: Samples) -> Iterator[list[Raw]]:

@@ -111,6 +111,7 @@ class Writing:
                 "that goes on keeps its own, so give them as `lora`"
             )
         parts.connector.detach()
+        torch.manual_seed(recipe.seed)  # adapters that the saved model has not follow from the seed, too
         adapt_image_tower(parts.encoder, recipe.tower_lora, folder)
         model = build_task_model(recipe, parts.encoder, parts.language_model, parts.tokenizer)
         model.connector.load_state_dict(parts.connector.state_dict())

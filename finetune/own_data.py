@@ -142,6 +142,8 @@ def write_shards(kind: Kind, own: OwnData, shards: Path) -> None:
             f"{shards} exists: an earlier run made it. Continue that one with --resume, replace it with --overwrite, "
             "or give another --out"
         )
+    if not own.epochs > 0:
+        raise ValueError(f"--epochs {own.epochs:g}: expected a number above 0")
     if not 0 < own.val_share < 1:
         raise ValueError(f"--val-share {own.val_share}: expected a share between 0 and 1")
     faults: list[Skipped] = []
@@ -186,9 +188,8 @@ def tell(own: OwnData, faults: Sequence[Skipped], total: int, written: dict[str,
         )
     for part, pictures in written.items():
         if not pictures:
-            raise ValueError(
-                f"{own.data}: no picture to {'train' if part == 'train' else 'measure'} on:{said}"
-            )
+            table = own.val_data if part == "val" and own.val_data else own.data
+            raise ValueError(f"{table}: no picture to {'train' if part == 'train' else 'measure'} on:{said}")
     print(
         f"{own.data}: {written['train']:,} pictures to train on, {written['val']:,} to measure on, "
         f"{len(faults):,} bad rows{said if faults else ''}",

@@ -106,7 +106,10 @@ def values(kind: Kind, found: dict[str, str | None], row: dict[str, Any]) -> tup
     if kind == "classify":
         return {"label": label, **({"text": captions[0]} if captions else {})}, []
     # One answer, written ten times: VQA accuracy, which is defined on ten people's answers, is exact match then.
-    answers = label if isinstance(label, list) else [str(label)] * 10
+    entries = label if isinstance(label, list) else [label] * 10
+    answers = [str(entry).strip() for entry in entries if isinstance(entry, str | int | float)]
+    if len(answers) < len(entries) or not all(answers):
+        raise ValueError(f"expected answers in the column {found['label']!r}, got {label!r}")
     return {"questions": [{"question": captions[0], "answers": answers}]}, []
 
 

@@ -97,6 +97,7 @@ def predict(
     done = resume(out, settings, overwrite=overwrite)
     writer = Writer(open_model(folder, kind, device), kind, shown)
     log, written = FaultLog(max_faults), 0
+    log.add((), len(done))  # max_faults is a share of all, whichever call looked at them
     with out.open("a", encoding="utf-8") as file, ProgressBar("predict", source.count) as bar:
         for jobs in batches(source.jobs(task, question, done, log, bar), batch_size):
             for line in writer.write(jobs, log):
@@ -301,7 +302,7 @@ def resume(out: Path, settings: dict[str, Any], *, overwrite: bool) -> set[str]:
     whole = content[: content.rfind(b"\n") + 1]
     try:
         before = json.loads(beside.read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
         names = {
             json.dumps(
                 {

@@ -75,7 +75,8 @@ def read_questions(sample: RawSample) -> list[Question]:
         text = entry.get("question") if isinstance(entry, dict) else None
         found = entry.get("answers") if isinstance(entry, dict) else None
         answers: list[Any] = [
-            answer.get("answer") if isinstance(answer, dict) else answer for answer in found or []
+            answer.get("answer") if isinstance(answer, dict) else answer
+            for answer in (found if isinstance(found, list) else ())
         ]
         if not isinstance(text, str) or not text.strip():
             raise Fault("bad_question", f"question {place} is empty or no text: {entry!r}"[:200])

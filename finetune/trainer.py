@@ -19,7 +19,7 @@ from finetune.evaluation import judge, open_val, text_batches
 from finetune.families import make_family
 from finetune.guard import FirstStep
 from finetune.history import History
-from finetune.kept import keep_image_tokens
+from finetune.kept import Present, keep_image_tokens
 from finetune.language_models import recompute_activations
 from finetune.recipe import FinetuneRecipe
 from finetune.regularize import perturbed, pull_back, starting_weights
@@ -113,8 +113,10 @@ class Finetuner:
             )
         if self.main and self.step == 0:
             self.folder.write_recipe(recipe)
-        keeps = recipe.data.cache_image_tokens
-        self.kept = keep_image_tokens(recipe, self.model, show=self.main) if keeps else None
+        self.kept: Tensor | None = None
+        if recipe.data.cache_image_tokens:
+            self.kept, bad = keep_image_tokens(recipe, self.model, show=self.main)
+            self.stream.load = Present(self.stream.load, bad)
 
     def read_texts(self) -> list[TextRow]:
         """All training texts, for the tokenizer and the baselines; the pictures are not decoded."""

@@ -175,6 +175,21 @@ class Continues:
         self.check_room(rows, decoding)
         training = self.training
         self.eval()
+        try:
+            return self.generate_in_evaluation(seen, rows, decoding, use_cache=use_cache)
+        finally:  # also where memory ran out: the caller may go on with fewer rows
+            self.connector.look(None)
+            self.train(training)
+
+    def generate_in_evaluation(
+        self,
+        seen: Tensor,
+        rows: Sequence[Sequence[int | list[int]]],
+        decoding: Decoding,
+        *,
+        use_cache: bool,
+    ) -> Tensor:
+        """`generate_ids` of a model that is in evaluation mode; leaves the connector looking at the pictures."""
         embed, prefix = self.language_model.get_input_embeddings(), self.connector.prefix(seen)
         sequences, owners, pictures = [], [], []
         for row in rows:
@@ -200,18 +215,14 @@ class Continues:
             owner = pad_sequence(owners, batch_first=True, padding_side="left")
             together = pad_sequence(shown, batch_first=True)
             self.connector.look(together if together.shape[1] else None, owner)
-        if use_cache:
-            with no_advice():
-                written = self.language_model.generate(
-                    inputs_embeds=embeddings,
-                    attention_mask=mask,
-                    generation_config=generation_config(decoding, self.tokenizer),
-                )
-        else:
-            written = self.without_cache(embeddings, mask, decoding)
-        self.connector.look(None)
-        self.train(training)
-        return written
+        if not use_cache:
+            return self.without_cache(embeddings, mask, decoding)
+        with no_advice():
+            return self.language_model.generate(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                generation_config=generation_config(decoding, self.tokenizer),
+            )
 
     def without_cache(self, embeddings: Tensor, mask: Tensor, decoding: Decoding) -> Tensor:
         """Greedy decoding that computes every position anew for each token: what the cache is compared with.

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.recompute import INSTEAD_OF_BATCH_NORM, batch_norms
+
 Features = tuple[Tensor, ...]
 
 
@@ -98,13 +100,11 @@ def require_row_by_row(model: nn.Module) -> None:
     Raises:
         ValueError: It has a batch norm that would take its statistics from each part.
     """
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
-            raise ValueError(
-                f"micro_batch: {name} is a {type(layer).__name__}: it would take its statistics from parts of the "
-                "batch, and the gradient would not be that of the batch. Take a tower with another normalisation "
-                "(a ViT), lock this one (phases: image_groups: 0), or leave micro_batch out."
-            )
+    for name, kind in batch_norms(model):
+        raise ValueError(
+            f"micro_batch: {name} is a {kind}: it would take its statistics from parts of the batch, and the gradient "
+            f"would not be that of the batch. {INSTEAD_OF_BATCH_NORM}, or leave micro_batch out."
+        )
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

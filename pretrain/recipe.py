@@ -163,7 +163,7 @@ class PretrainRecipe(Config):
     checkpoint_activations: bool = False
     """Keep only the inputs of each tower's blocks for the backward pass, which runs them again: far less memory for
     about 4/3 of the time, with the same gradients."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=20, ge=1)
     """Optimiser steps between lines of log.jsonl."""
     checkpoint: PretrainCheckpoints = PretrainCheckpoints()

@@ -104,7 +104,7 @@ class Data(Config):
     scaled_decode: bool = False
     """Decode large JPEGs at half, quarter or eighth size where the crop stays as large as the model's input:
     1.7 times as fast at 1024 px, 1.3 at 512; pixels differ by up to 2.5 of 255 on average."""
-    max_faults: float = Field(default=0.01, ge=0, le=1)
+    max_faults: float = Field(default=0.01, ge=0, lt=1)
     """Share of bad samples past which the run stops."""
 
     @field_validator("train")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import nn
+
+INSTEAD_OF_BATCH_NORM = (
+    "Take a tower with another normalisation (a ViT), lock this one (phases: image_groups: 0)"
+)
 
 
 def recompute_activations(model: Any, on: bool = True) -> None:
@@ -66,10 +71,15 @@ def require_no_statistics(model: nn.Module) -> None:
     Raises:
         ValueError: There is one.
     """
+    for name, kind in batch_norms(model):
+        raise ValueError(
+            f"checkpoint_activations: {name} is a {kind}, which would move its running statistics "
+            f"twice a step. {INSTEAD_OF_BATCH_NORM}, or leave checkpoint_activations out."
+        )
+
+
+def batch_norms(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names and classes of the batch norms that would take statistics of what they see now."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
-            raise ValueError(
-                f"checkpoint_activations: {name} is a {type(layer).__name__}, which would move its running statistics "
-                "twice a step. Take a tower with another normalisation (a ViT), lock this one (phases: "
-                "image_groups: 0), or leave checkpoint_activations out."
-            )
+            yield name, type(layer).__name__

@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from data.faults import Fault, FaultLog, FaultRecord
+from data.fetch import is_remote
 from data.pictures import MAX_PIXELS
 from data.samples import RawSample, index_shards, read_manifest, read_sample
 from data.shards import MANIFEST, ShardFile, expand_shards, write_manifest
@@ -108,11 +109,11 @@ def reinforce(
         quiet: Show no progress.
 
     Returns:
-        Samples written, and those left out.
+        Samples written, and those left out, by this and earlier calls.
 
     Raises:
-        ValueError: A bad teacher or name, no shards, two shards of one name, or other settings than those that `out`
-            was begun with.
+        ValueError: A bad teacher or name, no shards, two shards of one name, or other settings or shards than those
+            that `out` was begun with.
     """
     names = read_teachers(teachers)
     if views < 1 or batch_size < 1 or workers < 1:
@@ -137,16 +138,22 @@ def reinforce(
         "seed": seed,
     }
     out.mkdir(parents=True, exist_ok=True)
-    begin(out, settings, overwrite)
+    begin(out, settings, dict(zip(targets, map(whereabouts, sources), strict=True)), overwrite)
     done = read_manifest(out / MANIFEST)
     log = FaultLog(max_faults)
     with ProgressBar("reinforce", len(sources), show=not quiet) as bar, ThreadPoolExecutor(workers) as pool:
         for source, target in zip(sources, targets, strict=True):
-            if target not in done:
+            if target in done:  # what an earlier call left out counts for the budget as well
+                lost = done[target].get("left_out", {})
+                faults = [FaultRecord(cause, source, "", "", number) for cause, number in lost.items()]
+                log.add(faults, done[target]["samples"] + sum(lost.values()))
+            else:
+                before = log.counts.copy()
                 index = index_shards([source])[0]
-                done[target] = copy_shard(index, out / target, encoders, seen, batch_size, pool, log)
+                entry = copy_shard(index, out / target, encoders, seen, batch_size, pool, log)
+                done[target] = {**entry, "left_out": dict(log.counts - before)}
                 write_manifest(out, done)
-                log.judge()
+            log.judge()
             bar.advance()
     log.judge(final=True)
     log.summarise("reinforce")
@@ -177,8 +184,19 @@ def read_teachers(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def begin(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
+def whereabouts(shard: str) -> str:
+    """A shard's URL, or its path from the root."""
+    return shard if is_remote(shard) else str(Path(shard).resolve())
+
+
+def begin(out: Path, settings: dict[str, Any], shards: dict[str, str], overwrite: bool) -> None:
     """Note the settings of a folder, or compare them with those that it was begun with.
+
+    Args:
+        out: The folder.
+        settings: What decides the embeddings.
+        shards: Which shard each copy is of, by the copy's name.
+        overwrite: Begin anew.
 
     Raises:
         ValueError: They differ, or the folder holds other shards.
@@ -189,12 +207,20 @@ def begin(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
             old.unlink(missing_ok=True)
     if not path.exists() and any(out.glob("*.tar")):
         raise ValueError(f"{out} holds other shards: choose another --out, or replace them with --overwrite")
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    known = before.pop("shards", {}) if path.exists() else {}
+    if before != settings:
         raise ValueError(
             f"{out} was begun with other teachers, views or augmentation ({path.name}): go on with those, choose "
             "another --out, or begin anew with --overwrite"
         )
-    write_text(path, json.dumps(settings, indent=1) + "\n")
+    for name, shard in shards.items():
+        if known.get(name, shard) != shard:
+            raise ValueError(
+                f"{name} in {out} is the copy of {known[name]}, not of {shard}: give each folder of shards an --out of "
+                "its own, or begin anew with --overwrite"
+            )
+    write_text(path, json.dumps({**settings, "shards": {**known, **shards}}, indent=1) + "\n")
 
 
 def copy_shard(

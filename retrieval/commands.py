@@ -151,7 +151,7 @@ def suite(
         model: A checkpoint or run folder, a name open_clip knows, or hf-hub:ORG/REPO. Give it again for more.
         pretrained: open_clip's tag of weights, for a name.
         out: The folder of results instead of the recipe's.
-        quick: Only the first samples of each task (`quick_limit` of the recipe).
+        quick: Only some samples of each task (`quick_limit` of the recipe).
         no_cache: Embed anew, and keep nothing.
         device: auto, cpu, cuda or cuda:N.
     """

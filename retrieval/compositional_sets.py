@@ -74,7 +74,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a file with one JSON object a line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected the set's annotations there")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)

@@ -89,7 +89,7 @@ class ClassificationEvaluator:
         classes: imagenet, cifar10, cifar100 or a file; the folders' names when None.
         templates: imagenet, simple, cifar, plain or a file.
         name: Put in front of the numbers.
-        limit: Only the first so many pictures; sets that are sorted by class need all of them.
+        limit: Only so many pictures: spread evenly over class folders, the first of shards.
         batch_size: Pictures at a time.
         workers: Loader processes.
         max_faults: Share of bad pictures past which it stops.
@@ -143,7 +143,7 @@ class SuiteEvaluator:
 
     Args:
         recipe: A suite's YAML file.
-        quick: Only the first samples of each task (`quick_limit` of the recipe).
+        quick: Only some samples of each task (`quick_limit` of the recipe).
 
     Raises:
         FileNotFoundError: No such recipe.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from data.transforms import decode_image
 from pairstream.report import Card, Report
 from pairstream.run import RunFolder
 from pretrain.report import add_training
+from retrieval.embed import Embeddings
 from retrieval.evaluate import Evaluation, cell, interval_rows, result_rows
 from retrieval.index import top_k
 from retrieval.labelled import class_folders, folder_key, spaced
@@ -128,14 +129,7 @@ def add_walls(report: Report, evaluation: Evaluation, queries: int) -> None:
     walls = []
     for query, scores, rows in zip(text_queries, text_scores, text_rows.tolist(), strict=True):
         owner = int(found.image_of_text[query])
-        cards = [
-            Card(
-                pictures[int(found.samples[row])],
-                lines=[f"{score:.3f}"],
-                mark="right" if row == owner else None,
-            )
-            for score, row in zip(scores, rows, strict=True)
-        ]
+        cards = picture_cards(found, pictures, owner, scores, rows)
         place = place_of(float(by_text.expected()[query]), by_text.gallery, "its picture")
         walls.append((Card(title=found.captions[query], lines=[place]), cards))
     report.results("Text to image", walls)
@@ -153,6 +147,28 @@ def add_walls(report: Report, evaluation: Evaluation, queries: int) -> None:
         place = place_of(float(by_image.expected()[query]), by_image.gallery, "first right text")
         walls.append((Card(pictures[int(found.samples[query])], lines=[place]), cards))
     report.results("Image to text", walls)
+
+
+def picture_cards(
+    found: Embeddings, pictures: Mapping[int, bytes], owner: int, scores: Iterable[float], rows: Iterable[int]
+) -> list[Card]:
+    """A text's results: pictures with their cosines, its own one marked.
+
+    Args:
+        found: The set.
+        pictures: Thumbnails by sample number.
+        owner: Row of the text's own picture.
+        scores: Cosines of the results.
+        rows: Their rows among the pictures.
+    """
+    return [
+        Card(
+            pictures[int(found.samples[row])],
+            lines=[f"{score:.3f}"],
+            mark="right" if row == owner else None,
+        )
+        for score, row in zip(scores, rows, strict=True)
+    ]
 
 
 def place_of(rank: float, gallery: int, what: str) -> str:

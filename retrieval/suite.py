@@ -63,7 +63,7 @@ def run_task(
         encoder: The model.
         task: What to measure.
         recipe: The suite, for batch size, workers and faults.
-        quick: Only the first `quick_limit` samples.
+        quick: Only `quick_limit` samples: the first of shards, or spread evenly over class folders and cases.
         cache: Where embeddings are kept; None keeps none.
         share: This process's share of the embedding; all processes get the result.
         show: Show progress.

@@ -12,7 +12,7 @@ from pairstream.report import Card, Report
 from retrieval.evaluate import Evaluation
 from retrieval.index import top_k
 from retrieval.metrics import DIRECTIONS, chance
-from retrieval.page import named_thumbnails, place_of, thumbnails
+from retrieval.page import named_thumbnails, picture_cards, place_of, thumbnails
 from retrieval.queries import differences
 from retrieval.suite import SuiteResult, chances, headline, headline_intervals
 
@@ -40,7 +40,7 @@ def suite_report(models: Sequence[str], results: Sequence[Sequence[SuiteResult]]
     report = Report(
         "Zero-shot suite",
         f"{counted(len(models), 'model')}, {counted(len(tasks), 'task')}"
-        + (", quick: the first samples of each only" if quick else ""),
+        + (", quick: some samples of each only" if quick else ""),
     )
     report.heading("All numbers")
     rows = []
@@ -105,7 +105,7 @@ def describe(report: Report, result: SuiteResult) -> None:
     elif "cases" in metrics["compositional"]:
         words.append(f"{metrics['compositional']['cases']:,} cases.")
     if metrics["limit"] is not None:
-        words.append(f"Only the first {metrics['limit']:,}: not comparable with numbers over all of them.")
+        words.append(f"Only {metrics['limit']:,} of them: not comparable with numbers over all.")
     if metrics.get("faults"):
         words.append("Left out: " + ", ".join(f"{n} {cause}" for cause, n in metrics["faults"].items()) + ".")
     if "data_hash" in metrics:
@@ -205,14 +205,7 @@ def wall(report: Report, evaluation: Evaluation, title: str, queries: list[int],
     pictures = thumbnails(found.shards, wanted)
     entries = []
     for query, owner, values, places in zip(queries, owners.tolist(), scores, rows.tolist(), strict=True):
-        cards = [
-            Card(
-                pictures[int(found.samples[row])],
-                lines=[f"{value:.3f}"],
-                mark="right" if row == owner else None,
-            )
-            for value, row in zip(values, places, strict=True)
-        ]
+        cards = picture_cards(found, pictures, owner, values, places)
         place = place_of(float(ranks[query]), len(found.images), "its picture")
         entries.append((Card(pictures[int(found.samples[owner])], found.captions[query], [place]), cards))
     report.results(title, entries)

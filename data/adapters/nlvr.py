@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,8 @@ def nlvr2(root: Path, split: str = "train") -> Counted:
     bases = [base for base in (root / "images" / part, root / part, root / "images", root) if base.is_dir()]
     faults: list[Skipped] = []
     rows = []
-    for where, row in read_json_lines(path, faults):
-        example = read_example(row, where, faults)
-        if example is None:
-            continue
-        identifier, meta = example
+    for where, identifier, folder, meta in read_examples(path, faults):
         pair = identifier.rsplit("-", 1)[0]
-        folder = str(row.get("directory", ""))
         left, right = (find(bases, folder, f"{pair}-img{side}.png") for side in (0, 1))
         meta["image_id"] = pair
         rows.append(Row(left.name, left, where, (), meta, identifier, partial(beside, right=right)))
@@ -89,28 +85,27 @@ def nlvr(root: Path, split: str = "train") -> Counted:
     bases = [base for base in (path.parent / "images", path.parent) if base.is_dir()]
     faults: list[Skipped] = []
     rows = []
-    for where, row in read_json_lines(path, faults):
-        example = read_example(row, where, faults)
-        if example is None:
-            continue
-        identifier, meta = example
+    for where, identifier, folder, meta in read_examples(path, faults):
         meta["image_id"] = identifier
         for order in range(PERMUTATIONS):
             name = f"{part}-{identifier}-{order}.png"
-            picture = find(bases, str(row.get("directory", "")), name)
-            rows.append(Row(name, picture, where, (), meta))
+            rows.append(Row(name, find(bases, folder, name), where, (), meta))
     return read_rows(rows, faults, captioned=False)
 
 
-def read_example(row: dict[str, Any], where: str, faults: list[Skipped]) -> tuple[str, dict[str, Any]] | None:
-    """Identifier and record of one line; None when it is bad, which is added to `faults`."""
-    identifier, sentence = row.get("identifier"), row.get("sentence")
-    label = str(row.get("label")).lower()  # "True" in NLVR2, "true" in NLVR
-    if not (isinstance(identifier, str) and isinstance(sentence, str)) or label not in ("true", "false"):
-        faults.append(Skipped("bad_row", where, "expected identifier, sentence and a label of true or false"))
-        return None
-    question = {"question_id": identifier, "question": sentence, "answers": one_answer(label)}
-    return identifier, {"text": sentence, "label": label, "questions": [question]}
+def read_examples(path: Path, faults: list[Skipped]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Place in the file, identifier, picture folder and record of each good line; bad ones are added to `faults`."""
+    for where, row in read_json_lines(path, faults):
+        identifier, sentence = row.get("identifier"), row.get("sentence")
+        label = str(row.get("label")).lower()  # "True" in NLVR2, "true" in NLVR
+        if not (isinstance(identifier, str) and isinstance(sentence, str)) or label not in ("true", "false"):
+            faults.append(
+                Skipped("bad_row", where, "expected identifier, sentence and a label of true or false")
+            )
+            continue
+        question = {"question_id": identifier, "question": sentence, "answers": one_answer(label)}
+        folder = str(row.get("directory", ""))
+        yield where, identifier, folder, {"text": sentence, "label": label, "questions": [question]}
 
 
 def find(bases: list[Path], folder: str, name: str) -> Path:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.communication import fork
 from pretrain import losses, soft_targets, term_losses
 from pretrain.exchange import Gather, Ring
 from pretrain.global_contrast import SampleMeans, global_info_nce
@@ -232,20 +233,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     for world in (1, 2, 3, 4):
-        children = []
-        for rank in range(world):
-            child = os.fork()
-            if not child:
-                code = 1
-                try:
-                    rank_main(folder, rank, world)
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
-            children.append(child)
+        children = [fork(partial(rank_main, folder, rank, world), wait=False) for rank in range(world)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if any(codes):
             sys.exit(f"{world} processes ended with {codes}")

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pretrain.trainer
+from benchmarks.communication import fork
 from pretrain.recipe import PretrainRecipe
 
 
@@ -23,21 +24,12 @@ def start(recipe: dict, run: Path) -> int:
     """Fork a training that resumes what there is in a run folder; returns its process id."""
     checkpoint = {**recipe["checkpoint"], "copy_to": f"{run}-copies"}
     recipe = {**recipe, "run": str(run), "checkpoint": checkpoint}
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
+
+    def train() -> None:
         os.setpgid(0, 0)  # so that its loader processes go with it
         pretrain.trainer.Trainer(PretrainRecipe.model_validate(recipe), resume=True).train()
-        code = 0
-    except BaseException as error:
-        import traceback
 
-        traceback.print_exception(error)
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+    return fork(train, wait=False)
 
 
 def ended(child: int, seconds: float) -> bool:

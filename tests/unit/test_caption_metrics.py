@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from finetune.metrics import DocumentFrequencies, bleu, caption_metrics, cider, rouge_l
+from finetune.metrics import DocumentFrequencies, bleu, caption_metrics, cider, ngrams, rouge_l
 
 
 def test_bleu_by_hand():
@@ -35,6 +35,37 @@ def test_cider_of_one_image_is_zero_and_depends_on_the_set():
     fixed = DocumentFrequencies.of([["a dog"], ["a cat"], ["two birds fly"]], "training captions")
     assert cider(["a dog"], [["a dog"]], fixed)[0] == pytest.approx(5.0)  # only n = 1 and 2 exist
     assert fixed.source == "training captions"
+
+
+def test_cider_is_the_loop():
+    """Words that are repeated are clipped to the reference's weight, and other lengths are punished."""
+    candidates = ["a dog a dog a dog runs", "two cats", "a bird in the blue sky"]
+    references = [
+        ["a dog runs home", "the dog"],
+        ["two cats sleep on the old red sofa"],
+        ["a bird", "blue sky"],
+    ]
+    grams = [[ngrams(text) for text in row] for row in references]
+    seen = [set().union(*row) for row in grams]
+
+    def weights(counts, n):
+        return {
+            gram: count * (math.log(3) - math.log(max(1, sum(gram in one for one in seen))))
+            for gram, count in counts.items()
+            if len(gram) == n
+        }
+
+    for number, found in enumerate(cider(candidates, references)[1]):
+        mine, total = ngrams(candidates[number]), 0.0
+        for text, theirs in zip(references[number], grams[number], strict=True):
+            gap = len(candidates[number].split()) - len(text.split())
+            for n in range(1, 5):
+                one, other = weights(mine, n), weights(theirs, n)
+                length = math.dist(one.values(), [0] * len(one)) * math.dist(other.values(), [0] * len(other))
+                product = sum(min(one.get(gram, 0), value) * value for gram, value in other.items())
+                total += math.exp(-(gap**2) / 72) * product / length if length else 0.0
+        assert found == pytest.approx(10 * total / 4 / len(references[number]))
+        assert found > 0
 
 
 def test_caption_metrics_tokenise():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from retrieval.compositional import accuracy, aro, sugarcrepe, winogavil, winoground
-from retrieval.compositional_sets import compositional_metrics
+from retrieval.compositional_sets import compositional_metrics, read_lines
 
 
 def test_winoground_by_hand():
@@ -193,6 +193,13 @@ def decode(content):
     from data.transforms import decode_image
 
     return decode_image(content)
+
+
+def test_lines_end_where_json_ends_them(tmp_path):
+    lines = [{"caption": "a\u2028b"}, {"caption": "c"}]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "lines.jsonl").write_text(text, encoding="utf-8")
+    assert [*read_lines(tmp_path / "lines.jsonl")] == lines
 
 
 def test_bad_sets_are_refused(encoder, pictures, tmp_path):

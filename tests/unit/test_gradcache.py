@@ -101,6 +101,19 @@ def test_the_loss_may_be_scaled():
         torch.testing.assert_close(gradient, 8 * expected[name], rtol=1e-9, atol=1e-12)
 
 
+def test_what_the_loss_drew_is_not_drawn_again():
+    """The random numbers go on where the loss left them, not where the second pass did."""
+    drawn = []
+
+    def noisy(features):
+        drawn.append(torch.rand(3))
+        return loss(features)
+
+    torch.manual_seed(7)
+    cached_backward(Network(0.0), inputs(), noisy, micro_batch=4)
+    assert not torch.equal(torch.rand(3), drawn[0])
+
+
 @pytest.mark.parametrize("passes", [0, 3, 5])
 def test_a_rank_of_fewer_parts_calls_the_network_as_often_as_the_others(passes):
     """Under FSDP2 each call gathers weights; those that are made up have no gradient and hold back the exchange."""

@@ -18,7 +18,7 @@ def sample(make_picture, **record) -> RawSample:
     return RawSample("k", "s.tar", 0, make_picture(0), "jpg", record, None)
 
 
-@pytest.mark.parametrize("label", [1, "1", "dog", ["dog"]])
+@pytest.mark.parametrize("label", [1, "1", " 1 ", "dog", "dog\n", ["dog"]])
 def test_a_label_fills_all_templates(make_picture, label):
     assert PETS.texts(sample(make_picture, label=label)) == ["a dog.", "my dog, a pet"]
 
@@ -37,7 +37,7 @@ def test_without_a_list_of_classes_names_are_taken_as_they_are(make_picture):
         (PETS, 2, "label should be one of 2 classes or its number, got 2"),
         (PETS, "fox", "one of 2 classes or its number, got 'fox'"),
         (LabelTexts(), 3, "label should be a class name, got 3"),
-        (LabelTexts(), " ", "a class name, got ' '"),
+        (LabelTexts(), " ", "a class name, got ''"),
         (PETS, True, "got True"),
     ],
 )

@@ -115,6 +115,15 @@ def test_sources_alternate_within_a_batch_so_that_every_rank_has_its_share():
         assert np.bincount(mixture.rows(2, *rank_slice(64, rank, 4)).sources).tolist() == [12, 4]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_drawing_with_replacement_goes_on_until_small_shards_fill_the_epoch(seed):
+    order = EpochOrder([100, *[1] * 9, 0], seed=seed, window=0, replacement=True)
+    assert len(order.positions(0, 0, 109)) == 109
+    assert (
+        EpochOrder([100, *[1] * 9, 0], seed=seed, window=7, replacement=True).positions(0, 100, 109).size == 9
+    )
+
+
 def test_drawing_with_replacement_repeats_shards_and_keeps_the_size():
     order = EpochOrder([10] * 30, seed=0, window=0, replacement=True)
     epochs = [order.positions(epoch, 0, 300) for epoch in range(2)]

@@ -88,6 +88,17 @@ def test_labels_in_one_command(world, tmp_path, capsys):
     assert not (tmp_path / "other-shards").exists()
 
 
+def test_nothing_to_measure_on_and_no_epochs_are_told(world, tmp_path, capsys):
+    other = tmp_path / "val.csv"
+    other.write_text("image,caption\nbroken.png,a text\n")
+    (world / "pictures/broken.png").write_bytes(b"x")
+    more = ["--val-data", str(other), "--max-faults", "0.9"]
+    assert run_stage(main, words(world, "caption", tmp_path / "run", *more)) == 2
+    assert f"{other}: no picture to measure on" in capsys.readouterr().err
+    assert run_stage(main, words(world, "caption", tmp_path / "run", "--epochs", "0")) == 2
+    assert "--epochs 0: expected a number above 0" in capsys.readouterr().err
+
+
 def test_tables_are_read_by_kind(world, tmp_path):
     faults = []
     own = OwnData(data=world / "my.csv", model="m", images=world / "pictures")
@@ -116,6 +127,19 @@ def test_tables_are_read_by_kind(world, tmp_path):
         read_table("vqa", own, tmp_path / "none.csv", [])
     with pytest.raises(FileNotFoundError, match="expected --images to be where"):
         read_table("vqa", OwnData(data=table, model="m", images=tmp_path / "none"), table, [])
+
+
+def test_answers_of_a_table_are_texts(tmp_path):
+    table, faults = tmp_path / "rows.jsonl", []
+    answers = [[2, 2, 3], ["a", " "], [{"answer": "a"}], 4]
+    lines = [
+        {"path": f"{number}.png", "question": "a?", "answers": each} for number, each in enumerate(answers)
+    ]
+    table.write_text("\n".join(map(json.dumps, lines)))
+    rows = read_table("vqa", OwnData(data=table, model="m"), table, faults)
+    assert [row.meta["questions"][0]["answers"] for row in rows] == [["2", "2", "3"], ["4"] * 10]
+    assert [fault.where for fault in faults] == ["rows.jsonl:2", "rows.jsonl:3"]
+    assert "expected answers in the column 'answers', got ['a', ' ']" in faults[0].why
 
 
 def test_no_picture_is_on_both_sides(world):

@@ -128,6 +128,22 @@ def test_bad_pictures_are_left_out_up_to_a_share(models, pictures, tmp_path, cap
     predict(model=models["caption"], images=(str(pictures),), out=tmp_path / "b.jsonl", max_faults=0.5)
     assert len(read(tmp_path / "b.jsonl")) == 6
     assert "1 left out ({'undecodable_image': 1})" in capsys.readouterr().err
+    # Begun again with the bad one alone left, the share is still that of all.
+    predict(model=models["caption"], images=(str(pictures),), out=tmp_path / "b.jsonl", max_faults=0.5)
+    assert "0 lines written, 6 were there before, 1 left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="1 of 7 samples cannot be used"):
+        predict(model=models["caption"], images=(str(pictures),), out=tmp_path / "a.jsonl")
+
+
+def test_lines_end_where_json_ends_them(models, tmp_path, make_picture, capsys):
+    """Unicode has ends of lines of its own, which JSON leaves as they are."""
+    with ShardWriter(tmp_path / "asked") as writer:
+        for number, mark in enumerate("\u2028\x85\u2029"):
+            question = {"question": f"is there{mark}a dog?"}
+            writer.write(Sample(f"k{number}", make_picture(number), "jpg", [], {"questions": [question]}))
+    for _ in range(2):
+        predict(model=models["vqa"], images=(str(tmp_path / "asked"),), out=tmp_path / "F.jsonl")
+    assert "0 lines written, 3 were there before" in capsys.readouterr().err
 
 
 def test_a_tiny_and_a_transparent_picture(models, tmp_path):

@@ -116,6 +116,8 @@ FAULTS = {
         {"model": {"kind": "towers", "image_tower": {"kind": "resnet", "image_size": 40}}},
         "image_size 40 is not a multiple of 32",
     ),
+    "seed": ({"seed": -1}, "seed: .*greater than or equal to 0"),
+    "every sample bad": ({"data": {"train": "x", "max_faults": 1}}, "data.max_faults: .*less than 1"),
     "evaluator": (
         {"evaluate": [{"use": "retrieval.evaluator"}]},
         r"evaluate.0.use: expected an import string",

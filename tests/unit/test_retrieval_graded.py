@@ -136,6 +136,11 @@ def test_folds_are_the_mean_of_the_parts():
     for direction, numbers in got.items():
         for name in ("recall@1", "recall@5", "mean_rank", "mrr"):
             assert numbers[name] == pytest.approx(np.mean([part[direction][name] for part in parts]))
+    image[1], image[9] = image[0], image[8]  # the texts of both pictures tie, in two of the folds
+    counted = fold_metrics(image, text, owner, folds=5)["text_to_image"]["tied_queries"]
+    assert counted == np.isin(owner, (0, 1, 8, 9)).sum() > 0
+    image, text, owner = draw(1)
+    text, owner = text[order], owner[order]
     whole = retrieval_metrics(image, text, owner, ks=(1, 5))
     assert got["text_to_image"]["recall@1"] > whole["text_to_image"]["recall@1"]
     as_torch = fold_metrics(torch.from_numpy(image), torch.from_numpy(text), owner, folds=5, ks=(1, 5))

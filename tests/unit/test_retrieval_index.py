@@ -11,7 +11,7 @@ from retrieval.artifact import new_artifact, read_artifact, refuse_to_replace
 from retrieval.embed import Embeddings
 from retrieval.index import Index, flat_index, top_k
 from retrieval.metrics import retrieval_ranks
-from retrieval.side import Side
+from retrieval.side import Segment, Side
 
 
 def unit(rows):
@@ -62,6 +62,18 @@ def test_k_above_the_gallery_gives_all_and_no_padding():
     scores, rows = top_k(flat_index(made(images=3).images), made(images=3).texts, 10)
     assert rows.shape == scores.shape == (9, 3)
     assert sorted(rows[0].tolist()) == [0, 1, 2]
+
+
+def test_a_filter_finds_nothing_that_was_deleted_and_no_more_than_is_left():
+    found = made(images=30)
+    deleted, allowed = np.arange(30) < 10, np.arange(30) < 14
+    side = Side([Segment(flat_index(found.images[:20])), Segment(flat_index(found.images[20:]))], [], deleted)
+    scores, rows = top_k(side, found.texts[:4], 10, allowed=allowed)
+    assert scores.shape == rows.shape == (4, 4)
+    assert all(sorted(row) == [10, 11, 12, 13] for row in rows.tolist())
+    assert np.isfinite(scores).all()
+    _, rows = top_k(side, found.texts[:4], 30)
+    assert all(sorted(row) == list(range(10, 30)) for row in rows.tolist())
 
 
 def test_wrong_queries_and_galleries_are_refused():

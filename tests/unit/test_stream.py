@@ -192,6 +192,8 @@ def test_scaled_decoding_is_for_the_train_transform(pairs):
     assert pair_stream(pairs, transform=TrainTransform(16), **options).load.scaled_decode
     with pytest.raises(ValueError, match="scaled_decode is for TrainTransform, got EvalTransform"):
         pair_stream(pairs, transform=EvalTransform(16), **options)
+    with pytest.raises(ValueError, match="views are of the whole picture"):
+        pair_stream(pairs, transform=TrainTransform(16), views=TrainTransform(16), **options)
 
 
 def test_scaled_decoding_changes_pixels_a_little_and_nothing_else(pairs):

@@ -128,6 +128,21 @@ def test_a_cut_inside_a_file_loses_that_sample_and_says_so(tmp_path):
     assert "1 whole samples of the 4 that the manifest promises" in fault.detail
 
 
+def test_a_cut_may_take_a_sample_in_the_middle(tmp_path):
+    """Its other files came earlier: those behind it close up, and without a manifest one is known to be lost."""
+    path = write_tar(
+        tmp_path / "s.tar", {name: name.encode() * 200 for name in ("a.jpg", "b.jpg", "b.txt", "a.txt")}
+    )
+    path.write_bytes(path.read_bytes()[: 3 * 1536 + 1000])
+    index = scan_shard(path)
+    assert [index.key(number) for number in range(len(index))] == ["b"]
+    (fault,) = index.faults
+    assert (fault.cause, fault.count) == ("truncated_tar", 1)
+    with ShardReader() as reader:
+        found = {name: reader.read(index, *place) for name, place in index.members(0).items()}
+    assert found == {"jpg": b"b.jpg" * 200, "txt": b"b.txt" * 200}
+
+
 def test_a_cut_between_files_is_damage_too(tmp_path):
     path = write_tar(tmp_path / "s.tar", {f"{n}.{e}": b"x" * 600 for n in range(4) for e in ("jpg", "txt")})
     whole = path.read_bytes()

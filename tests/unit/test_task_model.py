@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from data.faults import Fault
+from data.samples import RawSample
 from finetune.connectors import build_connector, merge_neighbours, token_grid
 from finetune.language_models import pretrained_language_model, small_language_model
 from finetune.model import VisionLanguageModel, load_task_model
 from finetune.recipe_model import Linear, Mlp, SmallLanguageModel
 from finetune.recipe_task import CaptionTask, Decoding, VqaTask
+from finetune.samples import read_questions
 from finetune.text import END, IGNORED, Pair, make_pair, pack, require_end_and_pad, train_tokenizer
 from pretrain.encoder import build_encoder
 from pretrain.recipe_model import ResNet, TextTransformer, TowersModel, ViT
@@ -242,6 +245,23 @@ def test_weights_that_are_not_finite_write_nothing(files):
         model.answer(files[:1], ["dog?"])
 
 
+def test_a_failure_leaves_the_model_in_its_mode(answerer, files, monkeypatch):
+    def fail(**keys):
+        raise MemoryError("no room")
+
+    looked = []
+    monkeypatch.setattr(answerer.language_model, "generate", fail)
+    monkeypatch.setattr(answerer.connector, "look", lambda *given: looked.append(given[0] is None))
+    answerer.train()
+    try:
+        with pytest.raises(MemoryError):
+            answerer.answer(files[:1], ["is it red?"])
+        assert answerer.training
+        assert looked[-1]
+    finally:
+        answerer.eval()
+
+
 def test_bad_questions(answerer, files):
     with pytest.raises(ValueError, match="empty question"):
         answerer.answer(files[:1], ["  "])
@@ -253,6 +273,16 @@ def test_bad_questions(answerer, files):
         answerer.caption(files)
     with pytest.raises(ValueError, match="use caption"):
         make_model(CaptionTask()).answer(files[:1], ["dog?"])
+
+
+@pytest.mark.parametrize("answers", ["yes", 3, {"answer": "yes"}, [], None])
+def test_answers_are_a_list(answers):
+    """The letters of a text are no answers."""
+    sample = RawSample(
+        "k", "s", 0, b"", "jpg", {"questions": [{"question": "is it red?", "answers": answers}]}
+    )
+    with pytest.raises(Fault, match=r"bad_question: question 0 has no answers"):
+        read_questions(sample)
 
 
 def test_a_picture_that_fills_the_context_is_refused():
