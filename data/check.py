@@ -149,7 +149,7 @@ def each_job(look: Any, jobs: list[Any], workers: int) -> Iterator[Any]:
     import torch
     from torch.utils.data import DataLoader
 
-    from data.stream import as_it_is, start_worker
+    from data.loading import as_it_is, start_worker
 
     yield from DataLoader(
         cast(Any, _Looked(look, jobs)),

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.loading import Steps
 from data.mixture import Source
 from data.pairs import PairLoad
 from data.samples import RawSample
 from data.shards import Sample, ShardWriter
-from data.stream import PairStream, _Steps, pair_stream
+from data.stream import PairStream, pair_stream
 from data.transforms import EvalTransform
 
 
@@ -109,8 +110,8 @@ def loaded(stream: PairStream, start: int, stop: int, workers: int) -> list[list
     made = {}
     for worker in range(max(workers, 1)):
         info = SimpleNamespace(id=worker, num_workers=workers) if workers else None
-        with mock.patch("data.stream.get_worker_info", return_value=info):
-            made |= {batch["step"]: batch["keys"] for batch in _Steps(stream, start, stop)}
+        with mock.patch("data.loading.get_worker_info", return_value=info):
+            made |= {batch["step"]: batch["keys"] for batch in Steps(stream, start, stop)}
     return [made[step] for step in range(start, stop)]
 
 
