@@ -219,14 +219,22 @@ class PairStream:
         Ranks and workers may be others; what decides the order may not.
 
         Raises:
+            TypeError: It is no state.
             ValueError: The state is of other batches; the message has what differs.
         """
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"the state of a stream is a dict from its state_dict, got {type(state).__name__}"
+            )
         mine = self.identity
         other = [name for name, value in mine.items() if state.get(name) != value]
-        if other or not isinstance(state.get("step"), int) or state["step"] < 0:
-            told = ", ".join(
-                f"{name} {state.get(name)!r}, here {mine.get(name)!r}" for name in other or ["step"]
-            )
+        if type(state.get("step")) is not int or state["step"] < 0:
+            other.append("step")
+        if not isinstance(state.get("faults"), dict):
+            other.append("faults")
+        if other:
+            here = {name: f", here {mine[name]!r}" for name in mine}
+            told = ", ".join(f"{name} {state.get(name)!r}{here.get(name, '')}" for name in other)
             raise ValueError(f"the state of another stream cannot be taken up: it has {told}")
         self.step = state["step"]
         self.counts = Counter(state["faults"])

@@ -131,17 +131,6 @@ def open_text(path: Path) -> Iterator[TextIO]:
         yield io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def is_text(value: Any) -> bool:
-    """False for a text that no UTF-8 can hold: bytes of another encoding, or half a character of JSON's."""
-    if not isinstance(value, str) or value.isascii():
-        return True
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def without_zeros(file: TextIO) -> Iterator[str]:
     return (line.replace("\0", "") for line in file)
 

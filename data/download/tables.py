@@ -11,8 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from data.adapters.common import is_text
 from data.adapters.csv import NUMBERS
-from data.download.files import column_names, is_text, kind_of, parquet_file, read_file
+from data.download.files import column_names, kind_of, parquet_file, read_file
 from data.download.presets import CAPTION_COLUMNS, URL_COLUMNS, Preset
 from pairstream.errors import nearest, require
 
