@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections import Counter
@@ -9,13 +10,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import tyro
 
 from data.faults import EXAMPLES, Fault, FaultRecord
 from data.pictures import MAX_PIXELS, open_picture
+
+if TYPE_CHECKING:
+    from data.tar import ShardIndex
 
 PERCENTILES = {"min": 0, "median": 50, "p95": 95, "max": 100}
 
@@ -95,11 +99,12 @@ def check_shards(
         `{"samples": lost, "examples": [...]}`.
 
     Raises:
-        ValueError: No shards.
+        ValueError: No shards, or a limit out of range.
     """
     from data.samples import read_manifest
     from data.shards import MANIFEST
 
+    require_limits(workers=workers, max_pixels=max_pixels)
     jobs = find_jobs(shards)
     manifests = {folder: read_manifest(folder / MANIFEST) for folder in {path.parent for _, path, _ in jobs}}
     look = partial(check_shard, decode=decode, max_pixels=max_pixels)
@@ -115,18 +120,50 @@ def check_shards(
     return summarise(found, faults, compared=any(manifests.values()))
 
 
+def require_limits(*, workers: int, **limits: int) -> None:
+    """Refuse limits that no sample could keep.
+
+    Raises:
+        ValueError: One is below 1, or there are fewer than no workers.
+    """
+    for name, limit in limits.items():
+        if limit < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {limit}")
+    if workers < 0:
+        raise ValueError(f"--workers is a number of processes, at least 0, got {workers}")
+
+
 def find_jobs(shards: str | Path | Iterable[str | Path]) -> list[tuple[str, Path, dict[str, Any] | None]]:
-    """The shards of a specification: name, local file, and what a manifest promises of each."""
-    from data.fetch import local_shard
+    """The shards of a specification: name, where each lies or will lie, and what a manifest promises of each."""
+    from data.fetch import ShardCache, cache_folder, is_remote, require_scheme
     from data.samples import read_manifest
     from data.shards import MANIFEST, expand_shards
 
     names = expand_shards(shards)
-    paths = [local_shard(name) for name in names]
+    for name in filter(is_remote, names):
+        require_scheme(name)  # here, where it is one message and not a worker's end
+    cache = ShardCache(cache_folder())
+    paths = [cache.path(name) for name in names]
     manifests = {folder: read_manifest(folder / MANIFEST) for folder in {path.parent for path in paths}}
     return [
         (name, path, manifests[path.parent].get(path.name)) for name, path in zip(names, paths, strict=True)
     ]
+
+
+def open_shard(name: str, expected: int | None) -> ShardIndex | FaultRecord:
+    """The index of a shard, fetched first when it comes from elsewhere; a fault when it cannot be read.
+
+    It is scanned, and no kept index believed: damage may be why one asks.
+    """
+    from data.fetch import local_shard
+    from data.tar import scan_shard
+
+    try:
+        return scan_shard(local_shard(name), name, expected)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return FaultRecord("unreadable_shard", name, "", f"cannot be read: {error}", expected or 1)
 
 
 def each_shard(what: str, look: Any, jobs: list[Any], workers: int, progress: bool) -> Iterator[Any]:
@@ -149,7 +186,7 @@ def each_job(look: Any, jobs: list[Any], workers: int) -> Iterator[Any]:
     import torch
     from torch.utils.data import DataLoader
 
-    from data.stream import as_it_is, start_worker
+    from data.loading import as_it_is, start_worker
 
     yield from DataLoader(
         cast(Any, _Looked(look, jobs)),
@@ -180,10 +217,11 @@ def check_shard(
 ) -> ShardFindings:
     """Look at one shard, and compare it with its entry in the manifest."""
     from data.samples import read_sample
-    from data.tar import ShardReader, scan_shard
+    from data.tar import ShardReader
 
-    expected = (promised or {}).get("samples")
-    index = scan_shard(path, name, expected)
+    index = open_shard(name, (promised or {}).get("samples"))
+    if isinstance(index, FaultRecord):
+        return ShardFindings(name, faults=[index])
     shard = ShardFindings(name, samples=len(index), bytes=path.stat().st_size, faults=list(index.faults))
     if promised and not index.faults:
         shard.faults += compare(shard, path, promised)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from data.check import dump, each_shard, find_jobs
+from data.check import dump, each_shard, find_jobs, open_shard, require_limits
 from data.faults import Fault, FaultRecord
 from data.pictures import MAX_PIXELS, open_picture
 
@@ -93,13 +93,14 @@ def examine(
         object each with `cause`, `shard`, `key` (empty for a shard as a whole), `detail` and `count`.
 
     Raises:
-        ValueError: No shards.
+        ValueError: No shards, or a limit out of range.
     """
-    jobs = [(name, path, (entry or {}).get("samples")) for name, path, entry in find_jobs(shards)]
+    require_limits(workers=workers, max_pixels=max_pixels, max_bytes=max_bytes)
+    jobs = [(name, (entry or {}).get("samples")) for name, _, entry in find_jobs(shards)]
     look = partial(examine_shard, decode=decode, max_pixels=max_pixels, max_bytes=max_bytes)
     found: list[Examined] = list(each_shard("doctor", look, jobs, workers, progress))
     problems = [problem for shard in found for problem in shard.problems]
-    problems += repeated_keys(found, jobs)
+    problems += repeated_keys(found)
     causes: Counter[str] = Counter()
     for problem in problems:
         causes[problem.cause] += problem.count
@@ -115,14 +116,19 @@ def examine(
 
 
 def examine_shard(
-    name: str, path: Path, expected: int | None, *, decode: bool, max_pixels: int, max_bytes: int
+    name: str, expected: int | None, *, decode: bool, max_pixels: int, max_bytes: int
 ) -> Examined:
     """Look at every sample of one shard."""
     from data.samples import read_sample
-    from data.tar import ShardReader, scan_shard
+    from data.tar import ShardReader
 
-    index = scan_shard(path, name, expected)  # and not the kept index: damage may be why one asks
+    index = open_shard(name, expected)
+    if isinstance(index, FaultRecord):
+        return Examined(name, problems=[index])
     shard = Examined(name, len(index), digests(index.keys), list(index.faults))
+    if not len(index) and not index.faults:
+        detail = "holds no sample: no file in it has a name such as KEY.jpg"
+        shard.problems.append(FaultRecord("empty_shard", name, "", detail))
     with ShardReader() as reader:
         for sample in range(len(index)):
             try:
@@ -151,10 +157,8 @@ def digests(keys: np.ndarray) -> np.ndarray:
     return np.frombuffer(found, dtype=np.uint64)
 
 
-def repeated_keys(found: list[Examined], jobs: list[Any]) -> list[FaultRecord]:
+def repeated_keys(found: list[Examined]) -> list[FaultRecord]:
     """Samples whose key an earlier shard has as well."""
-    from data.tar import scan_shard
-
     values = np.concatenate([shard.keys for shard in found])
     _, first = np.unique(values, return_index=True)
     again = np.setdiff1d(np.arange(len(values)), first)
@@ -172,10 +176,12 @@ def repeated_keys(found: list[Examined], jobs: list[Any]) -> list[FaultRecord]:
     for place in again.tolist():
         shard, sample = at(place)
         if shard not in names:
-            names = {shard: scan_shard(jobs[shard][1], jobs[shard][0])}  # one at a time: they come in order
+            names = {shard: open_shard(found[shard].name, None)}  # one at a time: they come in order
         other = found[at(original[int(values[place])])[0]].name
         detail = f"the same key is in {other}"
-        problems.append(FaultRecord("duplicate_key", found[shard].name, names[shard].key(sample), detail))
+        index = names[shard]
+        key = "" if isinstance(index, FaultRecord) else index.key(sample)
+        problems.append(FaultRecord("duplicate_key", found[shard].name, key, detail))
     return problems
 
 

@@ -79,6 +79,24 @@ class ShardCache:
         last = "" if name.startswith(PIPE) else Path(urlsplit(name).path).name
         return self.folder / f"{digest}-{last or 'shard.tar'}"
 
+    def prepare(self) -> None:
+        """Make the cache folder, once for all shards: each of them would fail for the same reason.
+
+        Raises:
+            ValueError: It cannot be made, or not be written to.
+        """
+        try:
+            (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
+            usable = os.access(self.folder, os.W_OK)
+        except OSError as error:
+            raise ValueError(
+                f"cache_dir {self.folder} cannot be made ({error}): give the path of a folder that can be written to"
+            ) from error
+        if not usable:
+            raise ValueError(
+                f"cache_dir {self.folder} cannot be written to: give another folder, or the right to"
+            )
+
     def local(self, name: str, check: Check | None = None) -> tuple[Path, str | None]:
         """The local file of a shard, fetched first when it is not there.
 

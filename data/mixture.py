@@ -73,6 +73,13 @@ def as_sources(shards: Sources) -> list[Source]:
                 [word for word in words if not isinstance(word, Source)], name=str(words[0]) if words else ""
             )
         ]
+    bare = [
+        source.name for source in sources if not isinstance(source.shards, str | Path) and not source.shards
+    ]
+    if bare:
+        raise ValueError(
+            f"source {bare[0]!r} has no shards: give it at least one path, glob or URL, or leave it out"
+        )
     if len(sources) < len(words):
         raise ValueError(
             "a mixture is a list of sources, got sources and bare shards together: make each a source"
@@ -140,11 +147,17 @@ def whole_weights(
     if told and (len(told) < len(given) or temperature is not None):
         what = "a temperature as well" if len(told) == len(given) else f"{len(told)} of {len(given)} have one"
         raise ValueError(f"weights: give every source one, or none and a temperature; here {what}")
-    if any(not 0 < weight < float("inf") for weight in told):
-        raise ValueError(f"weights must be above 0, got {told}")
+    if any(not isinstance(weight, int | float) or not 0 < weight < float("inf") for weight in told):
+        raise ValueError(f"weights must be numbers above 0, got {told}")
     if not told and temperature in (None, 1):
         return list(sizes)
-    shares = told or [size ** (1 / float(temperature or 1)) for size in sizes]
+    power = 1 / float(temperature or 1)
+    try:
+        shares = told or [size**power for size in sizes]
+    except (
+        OverflowError
+    ):  # a temperature near 0; relative sizes would move the weights of all others by a bit
+        shares = [(size / max(sizes)) ** power for size in sizes]
     return [max(1, round(10**12 * share / sum(shares))) for share in shares]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 
 from data.faults import Fault
 from data.labels import LabelTexts
+from data.mixture import Source
 from data.pictures import MAX_PIXELS, Picture
 from data.samples import RawSample
 from data.stored import SUFFIX, Stored, require_same_settings, unpack
@@ -178,6 +179,28 @@ class PairLoad:
             for name, stored in found.items()
         }
         return told, np.random.default_rng(int(seeds[view]))
+
+
+def own_captions(source: Source, load: PairLoad) -> Source:
+    """A source that loads by its own choice of captions.
+
+    Raises:
+        ValueError: A choice that is unknown, or that cannot be mixed with the stream's.
+    """
+    captions = source.captions or load.captions
+    if (captions == "all") != (load.captions == "all"):
+        raise ValueError(f"source {source.name}: captions 'all' and {captions!r} cannot stand in one batch")
+    if captions not in CAPTIONS:
+        raise ValueError(
+            f"source {source.name}: captions {captions!r}: expected one of {', '.join(CAPTIONS)}"
+        )
+    own = replace(
+        load,
+        captions=captions,
+        rewritten_key=source.rewritten_key,
+        rewritten_share=source.rewritten_share or 0.0,
+    )
+    return replace(source, load=own)
 
 
 def draw_captions(total: int, count: int, rng: np.random.Generator) -> list[int]:

@@ -162,6 +162,7 @@ def index_shards(
             return FaultRecord("unreadable_shard", name, "", str(error), expected or 0)
 
     if any(map(is_remote, names)):
+        cache.prepare()
         with ThreadPoolExecutor(FETCHES) as pool:
             found = list(pool.map(look, names))
         cache.make_room(0, "")  # of those that came at the same time none could make room for the others
@@ -197,6 +198,17 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """What a manifest says of each shard, by file name; empty when there is no readable manifest of ours."""
     try:
         shards = json.loads(path.read_text(encoding="utf-8")).get("shards")
-        return {name: entry for name, entry in shards.items() if isinstance(entry, dict)}
+        return {
+            name: {key: value for key, value in entry.items() if promises(key, value)}
+            for name, entry in shards.items()
+            if isinstance(entry, dict)
+        }
     except (OSError, ValueError, AttributeError):
         return {}
+
+
+def promises(key: str, value: Any) -> bool:
+    """Whether an entry of a manifest says something that can be held against its shard."""
+    if key in ("samples", "bytes"):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, str) if key == "sha256" else True

@@ -47,7 +47,8 @@ class Sample:
         files = {self.extension: self.image}
         if self.captions:
             files["txt"] = self.captions[0].encode("utf-8")
-        files["json"] = json.dumps(record, ensure_ascii=False).encode("utf-8")
+        # Half a character, which UTF-8 cannot hold, is escaped as JSON itself does it.
+        files["json"] = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
         return files
 
 
@@ -196,6 +197,10 @@ def expand_shards(shards: str | Path | Iterable[str | Path]) -> list[str]:
     found: list[str] = []
     for word in words:
         for name in expand_braces(str(word)):
+            if not name.strip():
+                raise ValueError(
+                    "the name of a shard is empty: expected a path, a glob or a URL of .tar files"
+                )
             if name.startswith("pipe:") or "://" in name:
                 found.append(name)
             elif Path(name).is_dir():

@@ -9,7 +9,6 @@ run to run.
 from __future__ import annotations
 
 import hashlib
-import signal
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from data.ahead import Ahead
-from data.faults import Fault, FaultLog, FaultRecord
+from data.faults import FaultLog
 from data.fetch import ShardCache, cache_folder, is_remote
 from data.labels import LabelTexts
+from data.loading import Steps, as_it_is, start_worker
 from data.mixture import Mix, Mixture, Rows, Source, Sources, as_sources, whole_weights
-from data.order import WINDOW, EpochOrder, rank_slice, sample_rng, source_seed
-from data.pairs import CAPTIONS, PairCollate, PairLoad
-from data.samples import RawSample, index_shards, read_sample
+from data.order import WINDOW, EpochOrder, rank_slice, source_seed
+from data.pairs import CAPTIONS, PairCollate, PairLoad, own_captions
+from data.samples import RawSample, index_shards
 from data.stored import require_members
-from data.tar import ShardIndex, ShardReader
+from data.tar import ShardIndex
 from data.tokens import batch_tokenizer
 from data.transforms import MAX_PIXELS, EvalTransform, TrainTransform
 
@@ -220,14 +219,22 @@ class PairStream:
         Ranks and workers may be others; what decides the order may not.
 
         Raises:
+            TypeError: It is no state.
             ValueError: The state is of other batches; the message has what differs.
         """
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"the state of a stream is a dict from its state_dict, got {type(state).__name__}"
+            )
         mine = self.identity
         other = [name for name, value in mine.items() if state.get(name) != value]
-        if other or not isinstance(state.get("step"), int) or state["step"] < 0:
-            told = ", ".join(
-                f"{name} {state.get(name)!r}, here {mine.get(name)!r}" for name in other or ["step"]
-            )
+        if type(state.get("step")) is not int or state["step"] < 0:
+            other.append("step")
+        if not isinstance(state.get("faults"), dict):
+            other.append("faults")
+        if other:
+            here = {name: f", here {mine[name]!r}" for name in mine}
+            told = ", ".join(f"{name} {state.get(name)!r}{here.get(name, '')}" for name in other)
             raise ValueError(f"the state of another stream cannot be taken up: it has {told}")
         self.step = state["step"]
         self.counts = Counter(state["faults"])
@@ -271,7 +278,7 @@ class PairStream:
 
     def _iterate(self, start: int, stop: int | None) -> Iterator[Batch]:
         loader = DataLoader(
-            _Steps(self, start, stop),
+            Steps(self, start, stop),
             batch_size=None,  # a worker hands over whole batches; taking turns keeps their order
             num_workers=self.workers if stop is None else min(self.workers, stop - start),
             collate_fn=as_it_is,
@@ -295,93 +302,6 @@ class PairStream:
                 log.summarise(f"epoch {epoch}")
             self.step = step + 1
             yield Batch(step, epoch, made["keys"], made["indices"], made["data"], made["sources"])
-
-    def make_batch(self, step: int, reader: ShardReader) -> dict[str, Any]:
-        """Read, load and collate this rank's part of one global batch; runs in a worker."""
-        rows, keys, taken, faults = [], [], [], []
-        mine = self.rows_of(step)
-        columns = np.stack([mine.sources, mine.epochs, mine.numbers], axis=1)  # (rows, 3)
-        for source, epoch, number in columns.tolist():
-            row = self.make_row(source, epoch, number, reader, faults)
-            if row is None and self.window and faults[-1].cause == "unreadable_shard":
-                row = self.stand_in(step, source, epoch, number, reader)
-            if row is not None:
-                rows.append(row[0])
-                keys.append(row[1])
-                taken.append((row[2], source))
-        numbers = torch.tensor(taken, dtype=torch.int64).reshape(-1, 2)
-        return {
-            "step": step,
-            "keys": keys,
-            "indices": numbers[:, 0],
-            "sources": numbers[:, 1],
-            "data": self.collate(rows),
-            "faults": faults,
-            "seen": len(mine.numbers),
-        }
-
-    def make_row(
-        self, source: int, epoch: int, number: int, reader: ShardReader, faults: list[FaultRecord]
-    ) -> tuple[Any, str, int] | None:
-        """Read and load one sample: its row, key and global index; None and one more fault when it is bad."""
-        index, sample = self.locate(number)
-        load = self.sources[source].load or self.load
-        try:
-            raw = read_sample(index, sample, number, reader, self.members)
-            return load(raw, sample_rng(self.seed, epoch, number)), raw.key, number
-        except Fault as fault:
-            faults.append(FaultRecord(fault.cause, index.name, index.key(sample), fault.detail))
-            return None
-
-    def stand_in(
-        self, step: int, source: int, epoch: int, number: int, reader: ShardReader
-    ) -> tuple[Any, str, int] | None:
-        """A sample for the place of one whose shard cannot be read, by the epoch's order; None when it is bad too.
-
-        It must not be in the batch already: a pair would be its own negative.
-        """
-        for other in self.mixture.stand_ins(source, epoch, number):
-            faults: list[FaultRecord] = []
-            row = self.make_row(source, epoch, other, reader, faults)
-            if not faults or faults[0].cause != "unreadable_shard":
-                whole = self.mixture.rows(step, 0, self.global_batch)
-                return None if other in whole.numbers else row
-        return None
-
-
-class _Steps(IterableDataset):
-    """The batches that fall to one loader worker: every n-th."""
-
-    def __init__(self, stream: PairStream, start: int, stop: int | None):
-        self.stream, self.start, self.stop = stream, start, stop
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        step = self.start + number
-        stream = self.stream
-        with ShardReader(locate=stream.cache.locate) as reader, Ahead(stream.fetch, number, count) as ahead:
-            while self.stop is None or step < self.stop:
-                if stream.remote:
-                    ahead.ask(
-                        stream.shards_of(
-                            min(step + stream.lookahead, (self.stop or step + stream.lookahead + 1) - 1)
-                        )
-                    )
-                yield stream.make_batch(step, reader)
-                step += count
-
-
-def as_it_is(made: Any) -> Any:
-    return made
-
-
-def start_worker(_: int) -> None:
-    torch.set_num_threads(1)  # the workers are the parallelism
-    # Schedulers send these to every process of a job, and they are the training process's to answer: a loader
-    # that dies of them fails the step that would have been the last before the save. It ends with its parent.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def pair_stream(
@@ -479,25 +399,3 @@ def set_picture_size(stream: PairStream, size: tuple[int, int]) -> None:
 
     stream.load, stream.collate = resized(stream.load), replace(stream.collate, size=size)  # pyright: ignore
     stream.sources = [replace(source, load=resized(source.load)) for source in stream.sources]
-
-
-def own_captions(source: Source, load: PairLoad) -> Source:
-    """A source that loads by its own choice of captions.
-
-    Raises:
-        ValueError: A choice that is unknown, or that cannot be mixed with the stream's.
-    """
-    captions = source.captions or load.captions
-    if (captions == "all") != (load.captions == "all"):
-        raise ValueError(f"source {source.name}: captions 'all' and {captions!r} cannot stand in one batch")
-    if captions not in CAPTIONS:
-        raise ValueError(
-            f"source {source.name}: captions {captions!r}: expected one of {', '.join(CAPTIONS)}"
-        )
-    own = replace(
-        load,
-        captions=captions,
-        rewritten_key=source.rewritten_key,
-        rewritten_share=source.rewritten_share or 0.0,
-    )
-    return replace(source, load=own)

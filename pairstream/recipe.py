@@ -249,9 +249,15 @@ def explain(kind: type[BaseModel], error: ValidationError, source: str) -> str:
             fields = fields_at(kind, fault["loc"][:-1])
             hint = nearest(str(fault["loc"][-1]), fields)
             lines.append(f"{key}: unknown key{hint or '; valid here: ' + ', '.join(fields)}")
+        elif fault["type"] == "union_tag_not_found":
+            tag = str(fault["ctx"]["discriminator"]).strip("'")
+            lines.append(
+                f"{key}: no {tag}, which says what it is: expected {tag} beside the keys {list(fault['input'])}"
+            )
         else:
             came = f" (got {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
-            lines.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}{came}")
+            said = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+            lines.append(f"{key}: {said}{came}")
     return f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
 
 

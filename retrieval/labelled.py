@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.faults import Fault, FaultLog, FaultRecord
+from data.loading import as_it_is, start_worker
 from data.pictures import MAX_PIXELS
 from data.samples import RawSample
-from data.stream import PairStream, as_it_is, start_worker
+from data.stream import PairStream
 from data.transforms import EvalTransform, decode_image
 from pairstream.errors import nearest
 from retrieval.share import ALONE, Share

@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.faults import Fault, FaultRecord
+from data.loading import as_it_is, start_worker
 from data.pairs import PairCollate, PairLoad
 from data.samples import index_shards, read_sample
-from data.stream import as_it_is, start_worker
 from data.tar import ShardIndex, ShardReader
 from data.transforms import EvalTransform
 from pretrain.encoder import Encoder

@@ -99,6 +99,10 @@ def read_row(row: Row, captioned: bool = True) -> Sample | Skipped:
     captions = [text for text in map(str.strip, row.captions) if text]
     if captioned and not captions:
         return Skipped("missing_caption", row.where, f"{row.name} has no caption")
+    if not all(map(is_text, captions)):
+        return Skipped(
+            "bad_text", row.where, f"a caption of {row.name} holds half a character (a lone surrogate)"
+        )
     try:
         image = fetch(row.source) if isinstance(row.source, str) else row.source.read_bytes()
         image = row.compose(image) if row.compose else image
@@ -110,6 +114,17 @@ def read_row(row: Row, captioned: bool = True) -> Sample | Skipped:
     extension = claimed if claimed in IMAGE_EXTENSIONS else "jpg"
     meta = {"url" if isinstance(row.source, str) else "name": row.name, **row.meta}
     return Sample(row.key or safe_key(row.name), image, extension, captions, meta)
+
+
+def is_text(value: Any) -> bool:
+    """False for a text that no UTF-8 can hold: bytes of another encoding, or half a character of JSON's."""
+    if not isinstance(value, str) or value.isascii():
+        return True
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def safe_key(name: str) -> str:

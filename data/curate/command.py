@@ -90,6 +90,10 @@ def run(recipe: CurateRecipe, *, overwrite: bool = False, progress: bool = False
     theirs = expand_shards(recipe.leaks.shards) if recipe.leaks else []
     if out in {Path(name).resolve().parent for name in names if not is_remote(name)}:
         raise ValueError(f"out: {out} is the folder of the shards that come in: choose another one")
+    if shared := sorted(set(names) & set(theirs)):
+        raise ValueError(
+            f"leaks: shards: {shared[0]} is one of the shards that come in, whose samples would all go"
+        )
     work = out / WORK
     done = out / "metrics.json"
     with alone(out):
@@ -101,7 +105,7 @@ def run(recipe: CurateRecipe, *, overwrite: bool = False, progress: bool = False
         open_plan(recipe, out, names, theirs, overwrite)
         if done.is_file():
             clean(out)
-            return json.loads(done.read_text(encoding="utf-8"))
+            return read_object(done)
         look = Look(recipe, work / "looked")
         log = FaultLog(recipe.max_faults)
         do("curate, in shards read", look, names, look.path, recipe, progress, log)
@@ -158,12 +162,13 @@ def open_plan(recipe: CurateRecipe, out: Path, names: list[str], theirs: list[st
     ]
     other = [name for name in other if not name.startswith(TEMPORARY)]
     if path.is_file() and not overwrite:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_object(path)
         for what, value in asked.items():
-            if before[what] != value:
+            if before.get(what) != value:
+                differing = difference(what, before.get(what), value)
                 raise FileExistsError(
-                    f"out: {out} holds a curation with {difference(what, before[what], value)}: give the same again to "
-                    "go on with it, replace it with --overwrite, or choose another folder"
+                    f"out: {out} holds a curation with {differing}: give the same again to go on with it, replace it "
+                    "with --overwrite, or choose another folder"
                 )
         return
     if other:
@@ -182,10 +187,27 @@ def open_plan(recipe: CurateRecipe, out: Path, names: list[str], theirs: list[st
 
 def difference(what: str, before: Any, now: Any) -> str:
     """The first thing in which two plans differ, in words."""
-    if what != "recipe":
+    if what != "recipe" or not isinstance(before, dict):
         return f"other {what}"
     key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
     return f"{key} = {json.dumps(before.get(key))[:200]}, and now it is {json.dumps(now.get(key))[:200]}"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file of an earlier run holds.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, got {type(found).__name__}")
+    except ValueError as error:
+        raise ValueError(
+            f"out: {path} is damaged ({error}): start anew with --overwrite, or choose another folder"
+        ) from error
+    return found
 
 
 def size_of(name: str) -> int | None:

@@ -72,10 +72,20 @@ class Facts:
         Raises:
             MissingMetadataError: It is not there, or no number.
         """
-        value = self.record.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        value = as_number(self.record.get(key))
+        if value is None:
             raise MissingMetadataError(key)
+        return value
+
+
+def as_number(value: Any) -> float | None:
+    """A number of JSON; None for what is none, which the infinite ones of a broken writer are not."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        return None
+    try:
         return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
 
 
 def within(number: float, smallest: float, largest: float | None) -> bool:
@@ -107,9 +117,9 @@ def similarity(config: Similarity) -> Callable[[Facts], bool]:
 
 
 def url_domains(config: UrlDomains) -> Callable[[Facts], bool]:
-    blocked = {domain_of(name) for name in config.block}
+    blocked = {listed_domain(name, "block") for name in config.block}
     for path in config.files:
-        blocked |= {domain_of(line) for line in read_list(path, "filters: url_domains")}
+        blocked |= {listed_domain(line, str(path)) for line in read_list(path, "filters: url_domains")}
 
     def passes(facts: Facts) -> bool:
         url = facts.record.get("url")
@@ -135,6 +145,20 @@ def domain_of(url: str) -> str:
     with suppress(UnicodeError):
         host = host.encode("idna").decode("ascii")  # so that both spellings of a name are one
     return host.removeprefix("www.")
+
+
+def listed_domain(name: str, where: str) -> str:
+    """The domain of an entry of a list.
+
+    Raises:
+        ValueError: It has none.
+    """
+    domain = domain_of(name.strip())
+    if not domain:
+        raise ValueError(
+            f"filters: url_domains: {where} has {name!r}, which names no domain: expected one such as example.com"
+        )
+    return domain
 
 
 def is_below(host: str, domains: set[str]) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from data.curate import records as store
 from data.curate.balance import Entries, uniform
 from data.curate.encode import PairEncoder, best_cosines, embed_images, load
-from data.curate.filters import MISSING, Facts, Rules
+from data.curate.filters import MISSING, Facts, Rules, as_number
 from data.curate.hashes import grey_of, hash_greys, sha256_of
 from data.curate.plant import KINDS, plant
 from data.curate.recipe import Alike, ClipScore, CurateRecipe
@@ -31,6 +31,7 @@ LEAK = "leak"
 DUPLICATES = ("duplicate_exact", "duplicate_perceptual", "duplicate_semantic")
 BALANCE, NO_ENTRY = "balance", "no_entry"
 PLANT_SEED = 20240229
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def causes(recipe: CurateRecipe) -> list[str]:
@@ -217,9 +218,9 @@ class _Shard:
         if facts.captions:
             rows.characters[row], rows.words[row] = len(facts.captions[0]), len(facts.captions[0].split())
         for name in NUMBERS:
-            value = facts.record.get(name)
-            if isinstance(value, int | float):
-                getattr(rows, name)[row] = value
+            value = as_number(facts.record.get(name))
+            if value is not None:
+                getattr(rows, name)[row] = np.clip(value, -LARGEST, LARGEST)
 
     def plant(self, row: int, image: bytes) -> None:
         for kind, copy in enumerate(plant(image, self.recipe.max_pixels)):

@@ -24,6 +24,14 @@ class ImageSize(Config):
     max_side: int | None = Field(default=None, ge=1)
     """Pixels that the longer side has at most."""
 
+    @model_validator(mode="after")
+    def is_ordered(self) -> ImageSize:
+        if self.max_side is not None and self.max_side < self.min_side:
+            raise ValueError(
+                f"max_side ({self.max_side}) is below min_side ({self.min_side}): nothing would stay"
+            )
+        return self
+
 
 class AspectRatio(Config):
     """Pictures by longer side / shorter side."""
@@ -90,6 +98,12 @@ class TextPatterns(Config):
                 raise ValueError(f"{text!r} is not a regular expression: {error}") from None
         return value
 
+    @model_validator(mode="after")
+    def finds_something(self) -> TextPatterns:
+        if not self.find and not self.regexes:
+            raise ValueError(f"give patterns in find ({', '.join(PATTERNS)}) or regexes: both are empty")
+        return self
+
 
 class MetadataRule(Config):
     """A rule that reads a key of the sample's JSON."""
@@ -143,8 +157,8 @@ class PictureHashes(Config):
 class Scored(Config):
     """Pairs by a score: those of at least `min`, or the best of all, or both."""
 
-    min: float | None = None
-    """The smallest score that stays."""
+    min: float | None = Field(default=None, ge=-1, le=1)
+    """The smallest cosine that stays."""
     top: float | None = Field(default=None, gt=0, le=1)
     """The share of the samples that stays, the best ones, once all other filters and the search for copies are
     done."""
@@ -279,7 +293,7 @@ class CurateRecipe(Config):
 
     shards: str | tuple[str, ...]
     """What comes in: folders, tar files, globs, braces, URLs."""
-    out: str
+    out: str = Field(min_length=1)
     """The folder of the result: shards, `manifest.json`, `report.html`, `metrics.json`, `dropped.csv.gz`."""
     filters: tuple[Filter, ...] = ()
     """Applied in this order; the first one that a sample fails is the one it counts under."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -178,10 +179,19 @@ def save(records: Records, path: Path) -> None:
 
 
 def load(path: Path) -> Records:
-    """Read the records of one shard."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    said = json.loads(arrays.pop("said").tobytes())
+    """Read the records of one shard.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        said = json.loads(arrays.pop("said").tobytes())
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it, and the same command reads its shard again"
+        ) from error
     planted = {name: arrays.pop(f"plants_{name}") for name in PLANTED if f"plants_{name}" in arrays}
     return Records(
         **arrays,

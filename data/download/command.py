@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from data.download.distribute import distribute
+from data.download.files import list_files
 from data.download.presets import PRESETS, Preset
-from data.download.tables import Columns, choose_columns, count_rows, list_files, read_parts
+from data.download.tables import Columns, choose_columns, count_rows, join_tables, read_parts
 from pairstream.atomic import write_text
 from pairstream.errors import nearest, require
 from pairstream.progress import ProgressBar
@@ -353,7 +354,7 @@ def stage(tables: Iterator[Any], size: int, work: Path, first: int) -> int:
     def write(final: bool) -> None:
         nonlocal waiting, parts
         while waiting and (final or sum(table.num_rows for table in waiting) >= size):
-            joined = pa.concat_tables(waiting, promote_options="permissive")
+            joined = join_tables(pa, waiting)
             write_table(
                 joined.slice(0, size).combine_chunks(), work / "rows" / f"{shard_name(first + parts)}.arrow"
             )

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from data.adapters.csv import DELIMITERS, NUMBERS
+from data.adapters.common import is_text
+from data.adapters.csv import NUMBERS
+from data.download.files import column_names, kind_of, parquet_file, read_file
 from data.download.presets import CAPTION_COLUMNS, URL_COLUMNS, Preset
 from pairstream.errors import nearest, require
 
-FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 BATCH = 65_536
 # img2dataset writes columns of these names itself.
 RESERVED = ("key", "caption", "url", "width", "height", "original_width", "original_height", "status", "error_message",
             "exif", "md5", "sha256", "sha512", "source_row")  # fmt: skip
-
-Rows = Iterator[dict[str, Any]]
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -42,39 +41,6 @@ class Columns:
     kept: dict[str, str]
     unnamed: tuple[str, ...] = ()
     boxes: str | None = None
-
-
-def list_files(words: Sequence[str]) -> list[Path]:
-    """The files of a list: files as given, the lists in a folder, the matches of a glob; sorted within each.
-
-    Raises:
-        FileNotFoundError: One of the words means no file.
-    """
-    found: list[Path] = []
-    for word in words:
-        path = Path(word)
-        if path.is_dir():
-            here = sorted(entry for entry in path.rglob("*") if entry.is_file() and kind_of(entry) in FORMATS)
-        elif any(sign in word for sign in "*?["):
-            anchor = Path(path.anchor)
-            here = sorted(anchor.glob(str(path.relative_to(anchor))))
-        else:
-            here = [path] if path.is_file() else []
-        if not here:
-            raise FileNotFoundError(
-                f"no list of URLs at {word}: expected a file, a folder or a glob of {', '.join(FORMATS)}"
-            )
-        found += here
-    for path in found:
-        if kind_of(path) not in FORMATS:
-            raise ValueError(f"{path}: expected one of {', '.join(FORMATS)} (all but parquet also as .gz)")
-    return list(dict.fromkeys(found))
-
-
-def kind_of(path: Path) -> str:
-    """The format by the name, such as `.tsv` for `x.tsv.gz`."""
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    return suffixes[-1] if suffixes else ""
 
 
 def choose_columns(
@@ -111,17 +77,77 @@ def choose_columns(
         "captions",
         "--caption-column",
     )
+    require_values(path, there, lists, link, words)
     boxes = given.boxes if given and given.boxes in there else None
     for name in keep or ():
         pick(path, there, name, (), (), "kept values", "--keep-columns")
-    single = [name for name in there if name not in lists]
+    single = [
+        name for name in there if name and name not in lists
+    ]  # spreadsheets number their rows under no name
     kept = {name: name for name in (single if keep is None else keep) if name not in (link, words, boxes)}
     for name in kept:
         if name in RESERVED:
             kept[name] = f"source_{name}"
         elif name.lower() in NUMBERS and name.lower() not in there:
             kept[name] = f"source_{name.lower()}" if name.lower() in RESERVED else name.lower()
+    new = list(kept.values())
+    for name in (link, words, *kept):
+        same = [other for other in kept if new.count(kept[other]) > 1 and kept[other] == kept.get(name)]
+        same = same or [other for other in there if other == name and there.count(name) > 1]
+        if same:
+            raise ValueError(
+                f"{path}: the columns {' and '.join(map(repr, same))} would have one name in the samples' JSON: "
+                "rename one, or choose with --keep-columns"
+            )
     return Columns(link, words, kept, tuple(unnamed), boxes)
+
+
+def require_values(path: Path, there: Sequence[str], lists: set[str], link: str, words: str) -> None:
+    """Make sure that URLs and captions are two columns of single values.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if link == words:
+        raise ValueError(
+            f"{path}: the column {link!r} cannot hold the URLs and the captions: it has {told(there)}; name another "
+            "with --caption-column"
+        )
+    for name, what, option in ((link, "URL", "--url-column"), (words, "caption", "--caption-column")):
+        if name in lists:
+            raise ValueError(
+                f"{path}: the column {name!r} holds lists, expected one {what} a row: name another with {option}, or "
+                "give each its own row"
+            )
+
+
+def require_columns(files: Sequence[Path], columns: Columns) -> None:
+    """Make sure that the later files of a list have the columns that were chosen by its first one.
+
+    Args:
+        files: All.
+        columns: As chosen.
+
+    Raises:
+        ValueError: One of them has not; the message names it.
+    """
+    for path in files[1:]:
+        kind = kind_of(path)
+        if kind not in (".parquet", ".csv", ".tsv"):  # rows of JSON have names each of its own
+            continue
+        there, _ = column_names(path, columns.unnamed)
+        needed = [columns.url, columns.caption]
+        if kind == ".parquet":
+            needed += [*columns.kept, *([columns.boxes] if columns.boxes else [])]
+        missing = [name for name in needed if name not in there]
+        if missing:
+            raise ValueError(f"{path}: no column {missing[0]!r}, which {files[0]} has; it has {told(there)}")
+
+
+def told(names: Sequence[str]) -> str:
+    """The columns of a file, for a message."""
+    text = ", ".join(names) or "no columns"
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def is_url(text: str) -> bool:
@@ -141,115 +167,25 @@ def pick(
     if asked is not None:
         if asked in there:
             return asked
-        raise ValueError(f"{path}: no column {asked!r}: it has {', '.join(there)}{nearest(asked, there)}")
+        raise ValueError(f"{path}: no column {asked!r}: it has {told(there)}{nearest(asked, there)}")
     by_lower_case = {name.lower(): name for name in reversed(there)}
     for name in (*preset, *usual):
         if name in there or name.lower() in by_lower_case:
             return name if name in there else by_lower_case[name.lower()]
-    raise ValueError(
-        f"{path}: which column holds the {what}? It has {', '.join(there)}; name one with {option}"
-    )
+    raise ValueError(f"{path}: which column holds the {what}? It has {told(there)}; name one with {option}")
 
 
-def column_names(path: Path, unnamed: Sequence[str]) -> tuple[tuple[str, ...], set[str]]:
-    """All columns of a file, and those that hold lists."""
-    if kind_of(path) == ".parquet":
-        parquet = require("pyarrow.parquet", "download", "reading parquet")
-        types = require("pyarrow.types", "download", "reading parquet")
-        schema = parquet.read_schema(path)
-        return tuple(schema.names), {field.name for field in schema if types.is_nested(field.type)}
-    if unnamed:
-        return tuple(unnamed), set()
-    if kind_of(path) in (".csv", ".tsv"):
-        with open_text(path) as file:
-            first = next(csv.reader(file, delimiter=delimiter_of(path)), None)
-        if not first:
-            raise ValueError(f"{path} is empty: expected a line of column names and one row per URL")
-        return tuple(name.strip() for name in first), set()
-    first = next((row for row in read_file(path, ()) if row), None)
-    if first is None:
-        raise ValueError(f"{path}: no row to be found in it")
-    return tuple(first), {name for name, value in first.items() if isinstance(value, list | dict)}
+def count_rows(files: Sequence[Path], columns: Columns) -> int:
+    """How many rows the files hold, bad ones included.
 
-
-def open_text(path: Path) -> TextIO:
-    """A text file, unpacked when its name ends in .gz; bytes that are not UTF-8 are replaced."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
-    return path.open(encoding="utf-8-sig", errors="replace", newline="")
-
-
-def delimiter_of(path: Path) -> str:
-    """Tab for .tsv; otherwise the most frequent of the usual delimiters in the first line."""
-    if kind_of(path) == ".tsv":
-        return "\t"
-    with open_text(path) as file:
-        head = file.readline()
-    return max(DELIMITERS, key=head.count)
-
-
-def read_file(path: Path, unnamed: Sequence[str]) -> Rows:
-    """The rows of one file that is not parquet; an empty dict for one that cannot be read."""
-    kind = kind_of(path)
-    if kind in (".csv", ".tsv"):
-        yield from read_delimited(path, unnamed)
-    elif kind == ".json":
-        yield from read_object(path)
-    else:
-        with open_text(path) as file:
-            for line in file:
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except ValueError:
-                        row = None
-                    yield row if isinstance(row, dict) else {}
-
-
-def read_delimited(path: Path, unnamed: Sequence[str]) -> Rows:
-    # The published files without names do not quote: a " there is a character like any other.
-    quoting = csv.QUOTE_NONE if unnamed else csv.QUOTE_MINIMAL
-    with open_text(path) as file:
-        lines = (line.replace("\0", "") for line in file)
-        reader = csv.reader(lines, delimiter=delimiter_of(path), quoting=quoting)
-        names = list(unnamed) or [name.strip() for name in next(reader, [])]
-        while True:
-            try:
-                values = next(reader, None)
-            except (
-                csv.Error
-            ):  # a quote that is left open has swallowed 128 kB; the reader goes on behind them
-                values = [""]
-            if values is None:
-                return
-            if values:
-                yield dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
-
-
-def read_object(path: Path) -> Rows:
-    """A JSON file: a list of objects, `annotations` with one (RedCaps), or an object of lists (SBU)."""
-    from data.adapters.common import load_json
-
-    content = load_json(path)
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        content = content["annotations"]
-    if isinstance(content, list):
-        yield from (row if isinstance(row, dict) else {} for row in content)
-        return
-    lists = {name: values for name, values in content.items() if isinstance(values, list)}
-    length = max(map(len, lists.values()), default=0)
-    names = [name for name, values in lists.items() if len(values) == length]
-    yield from (
-        dict(zip(names, values, strict=True)) for values in zip(*(lists[name] for name in names), strict=True)
-    )
-
-
-def count_rows(files: Iterable[Path], columns: Columns) -> int:
-    """How many rows the files hold, bad ones included."""
+    Raises:
+        ValueError: A file has not the columns.
+    """
+    require_columns(files, columns)
     total = 0
     for path in files:
         if kind_of(path) == ".parquet":
-            total += require("pyarrow.parquet", "download", "reading parquet").read_metadata(path).num_rows
+            total += parquet_file(path).metadata.num_rows
         else:
             total += sum(1 for _ in read_file(path, columns.unnamed))
     return total
@@ -286,8 +222,38 @@ def read_parts(files: Iterable[Path], columns: Columns, size: int, limit: int) -
 
 
 def number_rows(pa: Any, tables: list[Any], start: int) -> Any:
-    joined = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    joined = join_tables(pa, tables).combine_chunks()
     return joined.add_column(0, "source_row", pa.array(range(start, start + joined.num_rows), pa.int64()))
+
+
+def join_tables(pa: Any, tables: list[Any]) -> Any:
+    """One table of several; a column that is of different types in them becomes text.
+
+    Raises:
+        ValueError: One cannot, since it holds lists here and single values there.
+    """
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        pass
+    names = list(dict.fromkeys(name for table in tables for name in table.column_names))
+    for name in names:
+        kinds = {table.schema.field(name).type for table in tables if name in table.column_names}
+        if len(kinds) > 1 and any(map(pa.types.is_nested, kinds)):
+            raise ValueError(
+                f"the files of the list differ in the column {name!r} ({', '.join(sorted(map(str, kinds)))}): leave it "
+                "out by --keep-columns"
+            )
+        if len(kinds) > 1:
+            tables = [
+                table.set_column(
+                    table.column_names.index(name), name, table[name].cast(pa.string(), safe=False)
+                )
+                if name in table.column_names
+                else table
+                for table in tables
+            ]
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def read_tables(path: Path, columns: Columns) -> Iterator[Any]:
@@ -297,17 +263,18 @@ def read_tables(path: Path, columns: Columns) -> Iterator[Any]:
     if columns.boxes:
         names[columns.boxes] = "boxes"
     if kind_of(path) == ".parquet":
-        file = require("pyarrow.parquet", "download", "reading parquet").ParquetFile(path)
-        missing = [name for name in names if name not in file.schema_arrow.names]
-        if missing:
-            has = ", ".join(file.schema_arrow.names)
-            raise ValueError(f"{path}: no column {missing[0]!r}, which the files before have; it has {has}")
+        file = parquet_file(path)
         for batch in file.iter_batches(BATCH, columns=list(names)):
             table = pa.Table.from_batches([batch]).select(list(names)).rename_columns(list(names.values()))
             yield plain(pa, table)
         return
     rows = read_file(path, columns.unnamed)
     while batch := [row for row, _ in zip(rows, range(BATCH), strict=False)]:
+        # A URL or a caption in another encoding is no guess of ours: its row counts as one that cannot be read.
+        batch = [
+            row if is_text(row.get(columns.url)) and is_text(row.get(columns.caption)) else {}
+            for row in batch
+        ]
         arrays = {new: column_of(pa, [row.get(old) for row in batch], new) for old, new in names.items()}
         yield plain(pa, pa.table(arrays))
 
@@ -318,10 +285,15 @@ def column_of(pa: Any, values: list[Any], name: str) -> Any:
         return pa.array([as_number(value) for value in values], pa.float64())
     if name in ("url", "caption"):
         return pa.array([value if isinstance(value, str) else None for value in values], pa.string())
+    if not all(map(is_text, values)):
+        values = [SURROGATES.sub("\ufffd", value) if isinstance(value, str) else value for value in values]
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError):
+        texts = [
+            None if value is None else SURROGATES.sub("\ufffd", json.dumps(value, ensure_ascii=False))
+            for value in values
+        ]
         return pa.array(texts, pa.string())
 
 
@@ -339,7 +311,9 @@ def plain(pa: Any, table: Any) -> Any:
     types = pa.types
     for place, field in enumerate(table.schema):
         column, kind = table.column(place), field.type
-        if field.name in ("url", "caption") and kind != pa.string():
+        if is_bytes(pa, column):
+            column = decoded(pa, column, "strict" if field.name in ("url", "caption") else "replace")
+        elif field.name in ("url", "caption") and kind != pa.string():
             column = column.cast(pa.string(), safe=False)
         elif types.is_floating(kind):
             column = pc.if_else(pc.is_finite(column), column, None)
@@ -351,3 +325,29 @@ def plain(pa: Any, table: Any) -> Any:
             column = column.cast(pa.string(), safe=False)
         table = table.set_column(place, field.name, column)
     return table
+
+
+def is_bytes(pa: Any, column: Any) -> bool:
+    """Whether a column holds bytes that nobody has found to be UTF-8, whatever its type says."""
+    types, kind = pa.types, column.type
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        return True
+    if not (types.is_string(kind) or types.is_large_string(kind)):
+        return False
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return True
+    return False
+
+
+def decoded(pa: Any, column: Any, errors: str) -> Any:
+    """Bytes as text; with `strict` errors, None for those that are not UTF-8."""
+
+    def text(value: bytes | None) -> str | None:
+        try:
+            return None if value is None else value.decode("utf-8", errors)
+        except UnicodeDecodeError:
+            return None
+
+    return pa.array([text(value) for value in column.cast(pa.large_binary()).to_pylist()], pa.string())

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import traceback
 import urllib.request
 import warnings
@@ -37,6 +38,7 @@ from pairstream.atomic import fsync_path, write_text
 WORK = "_download"  # the folder of unfinished things inside the folder of shards
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # a stranger's bytes: no others are tried
 ID_DIGITS = 5  # of a shard's name
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what http.client refuses in an address, beside the space
 # What img2dataset adds to the columns of a part.
 RESULT_COLUMNS = (
     "key",
@@ -235,14 +237,22 @@ def usable(table: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
         cause = None
         if url is None and caption is None:
             cause = "bad_row"
-        elif not (url or "").strip().lower().startswith(("http://", "https://")):
+        elif not is_link(url or ""):
             cause = "bad_url"
         elif not (caption or "").strip():
             cause = "missing_caption"
         keep.append(cause is None)
         if cause is not None:
             skipped.append({"source_row": source_row, "url": url or "", "cause": cause, "detail": ""})
-    return table.filter(pa.array(keep, pa.bool_())), skipped
+    table = table.filter(pa.array(keep, pa.bool_()))
+    links = pa.array([url.strip() for url in table["url"].to_pylist()], pa.string())
+    return table.set_column(table.column_names.index("url"), "url", links), skipped
+
+
+def is_link(text: str) -> bool:
+    """Whether a server can be asked for it: http or https, in one line."""
+    text = text.strip()
+    return text.lower().startswith(("http://", "https://")) and CONTROL.search(text) is None
 
 
 def write_table(table: pa.Table, path: Path) -> None:

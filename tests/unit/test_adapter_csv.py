@@ -102,6 +102,19 @@ def test_jsonl_with_lists_of_captions_and_kept_columns(folder: Path) -> None:
     assert "expected a number in the column 'similarity', got 'high'" in faults[2].why
 
 
+def test_half_a_character_costs_its_caption_and_no_more(folder: Path) -> None:
+    rows = [
+        {"path": "pictures/a.jpg", "caption": "half \ud800 a character", "by": None},
+        {"path": "pictures/b.jpg", "caption": "whole", "by": "\udfff"},
+    ]
+    table = write(folder, "t.jsonl", "\n".join(json.dumps(row) for row in rows))
+    (sample,), (fault,) = split_up(samples(table, keep_columns=["by"]))
+    assert (fault.cause, fault.where) == ("bad_text", "t.jsonl:1")
+    assert json.loads(sample.members()["json"]) == {
+        "caption": "whole", "captions": ["whole"], "name": "pictures/b.jpg", "by": "\udfff"
+    }  # fmt: skip
+
+
 def test_bad_rows_are_named_by_their_line(folder: Path) -> None:
     content = (
         "image,caption\n"

@@ -493,6 +493,55 @@ def test_folders_that_are_taken(recipe, web: Path, tmp_path: Path) -> None:
         run(recipe(samples_per_shard=31, shards=str(web / "train" / "00000.tar")))
 
 
+def test_what_an_earlier_run_left_damaged(recipe, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    simple = {"filters": [{"kind": "image_size"}], "duplicates": None, "leaks": None}
+    run(recipe(**simple))
+    for name in ("metrics.json", "_curate/plan.json"):
+        for content in ("{", "[]"):
+            (out / name).write_text(content)
+            with pytest.raises(ValueError, match=rf"{name} is damaged \(.*start anew with --overwrite"):
+                run(recipe(**simple))
+    (out / "_curate" / "plan.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds a curation with other recipe"):
+        run(recipe(**simple))
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "settle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe(**simple), overwrite=True)
+    record = out / "_curate" / "looked" / "00001.npz"
+    whole = record.read_bytes()
+    for content in (whole[:200], b"", b"no archive"):
+        record.write_bytes(content)
+        with pytest.raises(ValueError, match=r"00001\.npz is damaged .*: remove it, and the same command"):
+            run(recipe(**simple))
+    record.unlink()
+    assert run(recipe(**simple))["samples"] == 100
+
+
+def test_an_evaluation_set_that_is_the_set_itself(recipe, web: Path) -> None:
+    with pytest.raises(ValueError, match=r"leaks: shards: .*00001\.tar is one of the shards that come in"):
+        run(recipe(leaks={"shards": str(web / "train" / "00001.tar")}))
+
+
+def test_empty_shards_and_odd_json(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    with ShardWriter(folder) as writer:
+        writer.write(pair("a", detailed(0), punsafe=1e300, similarity=10**400))
+        writer.write(pair("b", detailed(1), punsafe=float("inf")))
+    tarfile.open(folder / "empty.tar", "w").close()
+    (folder / "zero.tar").write_bytes(b"")
+    content = {"shards": str(folder), "out": str(tmp_path / "out"), "filters": [{"kind": "text_patterns"}]}
+    with pytest.raises(ValueError, match=r"1 of 3 samples cannot be used(.|\n)*zero\.tar: is empty"):
+        run(validate(CurateRecipe, {**content, "max_faults": 0.1}, "test"))
+    metrics = run(validate(CurateRecipe, {**content, "max_faults": 0.5}, "test"))
+    assert (metrics["samples"], metrics["kept"], metrics["faults"]) == (2, 2, {"bad_shard": 1})
+    (folder / "00000.tar").unlink()
+    (folder / "zero.tar").unlink()
+    with pytest.raises(ValueError, match=r"nothing is left of 0 samples \(the shards hold none\)"):
+        run(validate(CurateRecipe, {**content, "out": str(tmp_path / "none")}, "test"))
+
+
 def test_one_process_at_a_time(recipe, tmp_path: Path) -> None:
     with command.alone(tmp_path / "out"), pytest.raises(ValueError, match="another process is at work on"):
         run(recipe())

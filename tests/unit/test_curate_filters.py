@@ -173,6 +173,25 @@ def test_lists_that_are_no_lists(tmp_path) -> None:
         rules({"kind": "picture_hashes", "files": [str(tmp_path / "list.txt")]})
 
 
+@pytest.mark.parametrize("entry", ["", "  ", "http://[bad", "https://"])
+def test_entries_that_name_no_domain(tmp_path, entry: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"url_domains: block has .*, which names no domain: expected one such as"
+    ):
+        rules({"kind": "url_domains", "block": ["a.com", entry]})
+    listed = tmp_path / "list.txt"
+    listed.write_text("a.com\nhttps://\n")
+    with pytest.raises(ValueError, match=r"list\.txt has 'https://', which names no domain"):
+        rules({"kind": "url_domains", "files": [str(listed)]})
+
+
+def test_numbers_that_are_none() -> None:
+    rule = {"kind": "punsafe", "max": 0.5}
+    assert judge(rule, punsafe=True) == judge(rule, punsafe=10**400) == judge(rule, punsafe=float("nan"))
+    assert judge(rule, punsafe=10**400) == "missing_metadata"
+    assert judge(rule, punsafe=float("inf")) == "punsafe"
+
+
 def test_an_unknown_language() -> None:
     pytest.importorskip("py3langid")
     with pytest.raises(ValueError, match=r"language: allow has 'english'; py3langid knows .*en"):
@@ -197,6 +216,20 @@ def test_a_missing_identifier(monkeypatch) -> None:
         ({"filters": [{"kind": "image_size", "min_sid": 3}]}, r"filters\.0\.min_sid: unknown key; did you mean 'min"),
         ({"filters": [{"kind": "word_count", "min": 5, "max": 4}]}, r"max \(4\) is below min \(5\): nothing would"),
         ({"filters": [{"kind": "url_domains"}]}, "give the domains in block, or files of them"),
+        ({"filters": [{"min_side": 3}]}, r"filters\.0: no kind, which says what .*keys \['min_side'\]"),
+        ({"filters": {"kind": "image_size"}}, r"filters: Input should be a list"),
+        ({"filters": ["image_size"]}, r"filters\.0: Input should be a valid dictionary.*got 'image_size'"),
+        ({"filters": [{"kind": "image_size", "min_side": 9, "max_side": 8}]}, r"max_side \(8\) is below min_side"),
+        ({"filters": [{"kind": "image_size", "min_side": "big"}]}, r"filters\.0\.min_side: .*valid integer.*got 'big'"),
+        ({"filters": [{"kind": "punsafe", "max": 1.5}]}, r"filters\.0\.max: .*less than or equal to 1 \(got 1\.5\)"),
+        ({"filters": [{"kind": "similarity", "min": 2}]}, r"filters\.0\.min: .*less than or equal to 1 \(got 2\)"),
+        ({"filters": [{"kind": "similarity", "min": float("nan")}]}, r"filters\.0\.min: .*\(got nan\)"),
+        ({"filters": [{"kind": "clip_score", "top": 0}]}, r"filters\.0\.top: .*greater than 0 \(got 0\)"),
+        ({"filters": [{"kind": "language", "allow": "en"}]}, r"filters\.0\.allow: Input should be a list \(got 'en'\)"),
+        ({"filters": [{"kind": "text_patterns", "find": []}]}, r"give patterns in find \(email, phone\) or regexes"),
+        ({"duplicates": {"perceptual": {"max_distance": 40}}}, r"duplicates\.perceptual\.max_distance: .*got 40"),
+        ({"balance": {"cap": 3}}, r"balance\.entries: Field required"),
+        ({"duplicates": {}, "out": ""}, r"out: .*at least 1 character"),
         ({"filters": [{"kind": "similarity"}]}, r"give min \(a threshold\) or top"),
         ({"filters": [{"kind": "clip_score", "min": 0.2}]}, r"clip_score needs an encoder: add `encoder:"),
         ({"filters": [{"kind": "text_patterns", "regexes": ["("]}]}, r"'\(' is not a regular expression"),

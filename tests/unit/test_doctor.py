@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data.check import check_shards
 from data.cli import main
 from data.doctor import as_text, examine
 from data.shards import Sample, ShardWriter
@@ -99,6 +100,67 @@ def test_exit_code_text_and_json(sick, tmp_path, make_picture, capsys):
     assert "nothing found" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--json takes one file, got .*: put SHARDS before it"):
         main(["doctor", str(sick), "--json", "a", "b"])
+
+
+def test_shards_without_a_sample_and_those_that_cannot_be_read(tmp_path, make_picture):
+    good = make_picture(0)
+    folder = tmp_path / "odd"
+    write_tar(folder / "0.tar", [])
+    write_tar(folder / "1.tar", [("README", b"x"), (".hidden.jpg", good), ("folder/.jpg", good)])
+    (folder / "2.tar").write_bytes(b"")
+    (folder / "3.tar").write_bytes(b"<html>" * 100)
+    (folder / "4.tar").mkdir()
+    (folder / "5.tar").symlink_to(tmp_path / "gone.tar")
+    write_tar(folder / "6.tar", [("\u65e5\u672c/\u0436 1.jpg", good), ("\u65e5\u672c/\u0436 1.txt", b"a")])
+    again = write_tar(folder / "7.tar", [("caf\udce9.jpg", good), ("caf\udce9.txt", b"a text")])
+    again.with_name("8.tar").write_bytes(again.read_bytes())
+    findings = examine(folder)
+    named = [(Path(one["shard"]).name, one["cause"], one["key"]) for one in findings["problems"]]
+    assert named == [
+        ("0.tar", "empty_shard", ""),
+        ("1.tar", "empty_shard", ""),
+        ("2.tar", "bad_shard", ""),
+        ("3.tar", "bad_shard", ""),
+        ("4.tar", "unreadable_shard", ""),
+        ("5.tar", "unreadable_shard", ""),
+        ("8.tar", "duplicate_key", r"caf\xe9"),
+    ]
+    assert (findings["samples"], findings["sound"]) == (3, 2)
+    assert "holds no sample: no file in it has a name such as KEY.jpg" in as_text(findings)
+    assert check_shards(folder)["faults"]["unreadable_shard"]["samples"] == 2
+
+
+def test_a_set_elsewhere_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    findings = examine("memory://no/shard.tar")
+    assert findings["causes"] == {"unreadable_shard": 1}
+    with pytest.raises(ValueError, match=r"shard nosuch://a\.tar: .*got the scheme 'nosuch'"):
+        examine("nosuch://a.tar")
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"max_pixels": 0}, "--max-pixels must be at least 1, got 0"),
+        ({"max_bytes": -1}, "--max-bytes must be at least 1, got -1"),
+        ({"workers": -1}, "--workers is a number of processes, at least 0, got -1"),
+    ],
+)
+def test_limits_that_cannot_be(sick, limits, says):
+    with pytest.raises(ValueError, match=says):
+        examine(sick, **limits)
+    if "max_bytes" not in limits:
+        with pytest.raises(ValueError, match=says):
+            check_shards(sick, **limits)
+
+
+def test_a_manifest_that_promises_nonsense_promises_nothing(tmp_path, make_picture):
+    with ShardWriter(tmp_path) as writer:
+        writer.write(Sample("a", make_picture(0), "jpg", ["a text"]))
+    for entry in ({"samples": "five", "bytes": [], "sha256": 7}, {"samples": -5}, {"samples": True}, 3, None):
+        (tmp_path / "manifest.json").write_text(json.dumps({"shards": {"00000.tar": entry}}))
+        assert examine(tmp_path)["problems"] == []
+        assert check_shards(tmp_path)["faults"] == {}
 
 
 def test_the_text_names_some_and_counts_the_rest():

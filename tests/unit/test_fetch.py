@@ -7,6 +7,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import fsspec
 import pytest
@@ -125,6 +126,19 @@ def test_a_shard_is_fetched_once_and_streamed(server, tmp_path):
     assert stream.indices[0].name == urls[0]
     left = {path.suffix for path in (tmp_path / "cache").iterdir() if path.is_file()}
     assert left == {".tar", ".idx"}  # nothing half-written
+
+
+def test_a_cache_that_cannot_be_written_is_one_error(server, tmp_path):
+    (tmp_path / "file").touch()
+    for folder, says in ((tmp_path / "file", "cannot be made"), (Path("/proc/cache"), "cannot be made")):
+        with pytest.raises(ValueError, match=f"cache_dir {folder} {says} .*give the path of a folder"):
+            PairStream(f"{server.url}/s.tar", load, collate, batch_size=4, cache_dir=folder)
+    with (
+        mock.patch("data.fetch.os.access", return_value=False),
+        pytest.raises(ValueError, match="cannot be written to: give another folder, or the right to"),
+    ):
+        PairStream(f"{server.url}/s.tar", load, collate, batch_size=4, cache_dir=tmp_path / "cache")
+    assert server.paths == []
 
 
 @pytest.mark.parametrize("troubles", [[503, 500], ["cut", "cut", 429]])

@@ -145,6 +145,7 @@ def test_drawing_with_replacement_repeats_shards_and_keeps_the_size():
         ([None, None], 1, [0.9, 0.1]),
         ([None, None], 2, [0.75, 0.25]),
         ([None, None], 1e9, [0.5, 0.5]),
+        ([None, None], 1e-9, [1.0, 0.0]),
         ([0.7, 0.3], None, [0.7, 0.3]),
         ([2, 6], None, [0.25, 0.75]),
     ],
@@ -161,7 +162,11 @@ def test_weights_and_temperature(given_, temperature, shares):
     [
         ([1, None], None, "give every source one, or none and a temperature; here 1 of 2 have one"),
         ([1, 2], 2.0, "here a temperature as well"),
-        ([1, 0], None, r"weights must be above 0, got \[1, 0\]"),
+        ([1, 0], None, r"weights must be numbers above 0, got \[1, 0\]"),
+        ([1, -1], None, r"weights must be numbers above 0, got \[1, -1\]"),
+        ([1, float("nan")], None, r"weights must be numbers above 0, got \[1, nan\]"),
+        ([1, "2"], None, r"weights must be numbers above 0, got \[1, '2'\]"),
+        ([None, None], float("nan"), "temperature must be above 0, got nan"),
         ([None, None], 0, "temperature must be above 0, got 0"),
     ],
 )

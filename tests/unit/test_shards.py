@@ -97,11 +97,15 @@ def test_names_of_shards(tmp_path):
     ("shards", "message"),
     [
         ([], "the shard list is empty"),
+        ("", "the name of a shard is empty"),
+        (["{d}", " "], "the name of a shard is empty"),
         ("{d}/none-*.tar", "no shards found"),
         ("{d}/0{{1..2}}.tar", "no shards at"),
     ],
 )
 def test_no_shards(tmp_path, shards, message):
-    given = shards.format(d=tmp_path) if isinstance(shards, str) else shards
+    (tmp_path / "0.tar").touch()
+    words = [shards] if isinstance(shards, str) else shards
+    given = [word.format(d=tmp_path) for word in words]
     with pytest.raises(ValueError, match=message):
         expand_shards(given)

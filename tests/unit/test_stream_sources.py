@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.loading import Steps
 from data.mixture import Source
 from data.pairs import PairLoad
 from data.samples import RawSample
 from data.shards import Sample, ShardWriter
-from data.stream import PairStream, _Steps, pair_stream
+from data.stream import PairStream, pair_stream
 from data.transforms import EvalTransform
 
 
@@ -109,8 +110,8 @@ def loaded(stream: PairStream, start: int, stop: int, workers: int) -> list[list
     made = {}
     for worker in range(max(workers, 1)):
         info = SimpleNamespace(id=worker, num_workers=workers) if workers else None
-        with mock.patch("data.stream.get_worker_info", return_value=info):
-            made |= {batch["step"]: batch["keys"] for batch in _Steps(stream, start, stop)}
+        with mock.patch("data.loading.get_worker_info", return_value=info):
+            made |= {batch["step"]: batch["keys"] for batch in Steps(stream, start, stop)}
     return [made[step] for step in range(start, stop)]
 
 
@@ -209,6 +210,13 @@ def test_a_state_of_other_weights_shards_or_no_step_is_refused(sources, tmp_path
     other = [sources[0], Source(write_keys(tmp_path / "c", [5, 6]), name="b", weight=1)]
     with pytest.raises(ValueError, match="it has shards"):  # as many samples, with other keys
         stream_of(other).load_state_dict(state)
+    for step in (True, None, "3"):
+        with pytest.raises(ValueError, match=rf"it has step {step!r}$"):
+            stream_of(sources).load_state_dict({**state, "step": step})
+    with pytest.raises(ValueError, match=r"it has faults None$"):
+        stream_of(sources).load_state_dict({**state, "faults": None})
+    with pytest.raises(TypeError, match="a dict from its state_dict, got NoneType"):
+        stream_of(sources).load_state_dict(None)
     with pytest.raises(ValueError, match="it has step -1"):
         stream_of(sources).load_state_dict({**state, "step": -1})
 
@@ -216,6 +224,8 @@ def test_a_state_of_other_weights_shards_or_no_step_is_refused(sources, tmp_path
 def test_mixtures_that_cannot_be(sources):
     with pytest.raises(ValueError, match="got sources and bare shards together"):
         stream_of([sources[0], "b"])
+    with pytest.raises(ValueError, match="source 'none' has no shards: give it at least one path"):
+        stream_of([*sources, Source([], name="none")])
     with pytest.raises(ValueError, match="need different names, got a, a"):
         stream_of([sources[0], sources[0]])
     with pytest.raises(ValueError, match="cache_limit is a number of bytes, at least 1, got 0"):
