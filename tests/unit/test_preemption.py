@@ -32,7 +32,7 @@ class Probe:
 @pytest.fixture
 def start(tiny_recipe, fresh_accelerate, monkeypatch):
     """`start(resume=..., **recipe_keys) -> Trainer`, with an evaluator that is due at every other step."""
-    monkeypatch.setattr("pretrain.trainer.load_evaluator", lambda config: Probe())
+    monkeypatch.setattr("pretrain.evaluator.load_evaluator", lambda config: Probe())
 
     def make(*, resume: bool | str = False, **keys) -> Trainer:
         fresh_accelerate()
@@ -79,8 +79,8 @@ def test_a_signal_ends_the_run_after_its_step_and_a_resume_ends_as_one_that_had_
     assert "told to leave: saved step 4 of 6" in capsys.readouterr().err
     resumed = start(resume=True, **keys)
     resumed.train()
-    assert whole.history == resumed.history
-    assert sorted(resumed.history) == ["0", "2", "4", "6"]
+    assert whole.evaluations.history == resumed.evaluations.history
+    assert sorted(resumed.evaluations.history) == ["0", "2", "4", "6"]
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "left")
     ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -71,9 +71,9 @@ def test_a_run_leaves_recipe_log_metrics_report_and_checkpoints(train, tmp_path)
 
 
 def test_evaluators_run_at_the_start_when_due_and_at_the_end(train, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.trainer.load_evaluator", lambda config: Probe())
+    monkeypatch.setattr("pretrain.evaluator.load_evaluator", lambda config: Probe())
     trainer = train(steps=5, evaluate=[{"use": "some:Thing", "every": 2}])
-    assert sorted(trainer.history, key=int) == ["0", "2", "4", "5"]
+    assert sorted(trainer.evaluations.history, key=int) == ["0", "2", "4", "5"]
     assert "| probe/recall@1 | 0.5 |" in (trainer.model_folder / "README.md").read_text()
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["evaluation"] == {"probe/recall@1": 0.5}
@@ -91,7 +91,7 @@ def test_evaluating_and_logging_leave_the_weights_alone(train, tmp_path, monkeyp
             torch.rand(17)  # an evaluator that draws from the global generator
             return super().run(encoder)
 
-    monkeypatch.setattr("pretrain.trainer.load_evaluator", lambda config: Greedy())
+    monkeypatch.setattr("pretrain.evaluator.load_evaluator", lambda config: Greedy())
     plain = weights(train(run=str(tmp_path / "a"), steps=3))
     watched = train(run=str(tmp_path / "b"), steps=3, evaluate=[{"use": "a:B", "every": 1}], log_every=3)
     assert same(plain, weights(watched))
