@@ -1,9 +1,10 @@
 """Which way of pretraining wins on a small set, from equally many pairs: runs over seeds, and a table of them.
 
-Five settings see the same pictures for as many pairs, at the same rates: a small ViT and text transformer from random
-weights with InfoNCE (`info_nce`), with the sigmoid loss (`sigmoid`), with InfoNCE tiled over a batch four times as large by
-GradCache, so in a quarter of the steps (`gradcache`), with what the set's `lit` run of seed 0 says of one view a picture
-(`distillation`); and the packaged EfficientNet and MiniLM with locked weights under projections (`lit`, extra `towers`).
+Five settings see the same pictures for as many pairs. From random weights, a small ViT and text transformer with
+InfoNCE (`info_nce`), with the sigmoid loss (`sigmoid`), with InfoNCE tiled over a batch four times as large by
+GradCache, so in a quarter of the steps (`gradcache`), and with what the set's `lit` run of seed 0 says of one view a
+picture (`distillation`). `lit` has the packaged EfficientNet and MiniLM (extra `towers`), locked, under projections
+that train.
 
 Each run that ends adds its row to --results. A row that is there is not made again, so the command can be stopped and
 repeated, and parts of it can be run apart (--only, --seeds). With --table nothing is run: the rows become a table with

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import pretrain.objectives as module
 from pretrain.checkpoint import complete_checkpoints
@@ -161,6 +162,26 @@ def test_a_run_killed_before_its_first_checkpoint_begins_its_log_anew(train, tmp
     train(steps=4, resume=True)
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["muon", "lion", "adafactor"])
+def test_every_optimiser_goes_on_bit_for_bit_over_phases_and_a_resume(train, tmp_path, tiny_models, kind):
+    """Accelerate loads a new optimiser's own state into it, which each kind must stand."""
+    keys = {
+        "model": tiny_models["vit"],
+        "optim": {"kind": kind, "lr": 1e-3},
+        "phases": [{"step": 0, "image_groups": 1}, {"step": 3}],
+        "checkpoint": {"every": 2, "keep": 4},
+    }
+    whole = train(run=str(tmp_path / "whole"), **keys)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000006")
+    resumed = train(run=str(tmp_path / "cut"), resume=True, **keys)
+    assert same(weights(whole), weights(resumed))
+    moments = [
+        load_file(run.model_folder.parent / "training/optimizer.safetensors") for run in (whole, resumed)
+    ]
+    assert same(*moments)
 
 
 def test_a_finished_run_resumed_stays_as_it_is(train, tmp_path, capsys):

@@ -59,7 +59,10 @@ def test_recipes_that_shards_do_not_go_with(wrap, keys, told, kind):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"cpu_offload": True}, r"does not take --fsdp_offload_params \(shards stay on their devices\): leave"),
+        (
+            {"cpu_offload": True},
+            r"does not take --fsdp_offload_params \(shards stay on their devices\): leave",
+        ),
         (
             {"activation_checkpointing": True},
             r"does not take --fsdp_activation_checkpointing \(the recipe has it: checkpoint_activations: true\)",
