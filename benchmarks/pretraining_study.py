@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("expected --data (to run) or --table (to write the page)")
     if args.steps % LARGER:
         parser.error(f"--steps {args.steps}: expected a multiple of {LARGER}, the factor of the larger batch")
-    args.out = args.out / args.name
+    args.out = args.out / f"{args.name}-{args.steps}"
     study(args)
 
 
