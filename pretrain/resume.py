@@ -45,7 +45,7 @@ class Restored:
     trained: dict[str, Tensor]
     """Of the model that was trained: the same, unless the run keeps an average or trains adapters."""
     terms: dict[str, Tensor]
-    """State of the loss's terms."""
+    """State of the loss and its terms."""
     image_size: tuple[int, int]
     """Of its pictures, which a run may change on its way."""
 
@@ -70,8 +70,9 @@ def read_whole(folder: Path) -> Restored:
         else weights
     )
     size = as_size(built.preprocess_cfg["size"])
-    terms = state["identity"].get("terms") or {}
-    own = read_terms(folder) if terms.get("alignment") or terms.get("self_supervision") else {}
+    terms, loss = (state["identity"].get(key) or {} for key in ("terms", "loss"))
+    beside = terms.get("alignment") or terms.get("self_supervision") or loss.get("kind") == "global_contrast"
+    own = read_terms(folder) if beside else {}
     return Restored(folder, state, optimizer, weights, trained, own, size)
 
 

@@ -26,6 +26,7 @@ from pretrain.compiled import require_compiler, rows_vary
 from pretrain.divergence import RollBack, Watch, batch_statistics
 from pretrain.encoder import build_encoder
 from pretrain.evaluator import Evaluations
+from pretrain.global_contrast import SampleMeans
 from pretrain.gradcache import cached_backward
 from pretrain.inputs import input_names, open_stream
 from pretrain.locks import learning_rate_scales, set_training_mode
@@ -40,6 +41,7 @@ from pretrain.phases import Phases
 from pretrain.precision import LossScale, clip_gradients
 from pretrain.preemption import Preempted, StopRequest
 from pretrain.recipe import Phase, PretrainRecipe
+from pretrain.recipe_loss import GlobalContrastConfig
 from pretrain.records import Records
 from pretrain.report import model_card, write_report
 from pretrain.resume import (
@@ -85,7 +87,8 @@ class Trainer:
         self.encoder = build_encoder(recipe.model, device=self.accelerator.device)
         self.model: Any = self.encoder.model
         self.terms = build_terms(recipe.terms, self.encoder)
-        self.objective = build_objective(recipe.loss, self.encoder, self.terms)
+        self.means = SampleMeans(0) if isinstance(recipe.loss, GlobalContrastConfig) else None
+        self.objective = build_objective(recipe.loss, self.encoder, self.terms, self.means)
         if recipe.lora:
             add_adapters(self.model, recipe.lora)
         self.phases = Phases(self.encoder, recipe)
@@ -97,6 +100,11 @@ class Trainer:
         self.evaluations = Evaluations(recipe)
         self.stream = open_stream(recipe, self.encoder, self.rank, self.world)
         self.inputs = input_names(recipe)
+        self.beside = nn.ModuleDict(dict(self.terms.items()))
+        """What a checkpoint has beside the model."""
+        if self.means is not None:
+            self.means.resize(self.stream.samples, self.accelerator.device)
+            self.beside["sample_means"] = self.means
         self.saver = Saver(Path(recipe.run) / "checkpoints", recipe.checkpoint)
         # Not before all else has been found good: `overwrite` deletes.
         self.folder = RunFolder(recipe.run, resume=bool(resume), overwrite=overwrite, writes=self.main)
@@ -149,7 +157,7 @@ class Trainer:
         if self.recipe.ema:
             self.average = WeightAverage(self.model, self.recipe.ema)
             self.model.load_state_dict(found.trained)
-        self.terms.load_state_dict(found.terms)
+        self.beside.load_state_dict(found.terms)
         self.saved = found.optimizer
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.evaluations.history = state["history"]
@@ -173,7 +181,10 @@ class Trainer:
             )
         self.phases.lock(self.phases.at(self.step))
         network = DualEncoder(self.encoder, self.terms)
-        parts = check_gradients(network, self.encoder, self.objective, self.accelerator, self.recipe)
+        objective = self.objective
+        if self.means is not None:  # noise is nothing to be remembered
+            objective = build_objective(self.recipe.loss, self.encoder, self.terms)
+        parts = check_gradients(network, self.encoder, objective, self.accelerator, self.recipe)
         told = ", ".join(f"{part} {cosine:.6f}, {ratio:.6f}" for part, (cosine, ratio) in parts.items())
         self.say(f"gradients are those of one process (cosine, ratio of lengths): {told}")
 
@@ -305,7 +316,8 @@ class Trainer:
             return 0
         model, optimizer = self.wrap.model, self.wrap.stepper
         set_training_mode(model, self.phases.begun(self.step))
-        statistics = batch_statistics(model) if self.recipe.on_divergence.action == "skip" else []
+        skips = self.recipe.on_divergence.action == "skip"
+        statistics = batch_statistics(model, self.means) if skips else []
         inputs = tuple(batch[name].to(device, non_blocking=True) for name in self.inputs)
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
         self.watched = batch.sources if told and len(self.stream.sources) > 1 else None
@@ -443,7 +455,7 @@ class Trainer:
                     "scale": self.scale.state(),
                 },
                 average=self.average.state if self.average else None,
-                terms=self.terms.state_dict(),
+                terms=self.beside.state_dict(),
             )
 
     def averaged(self) -> AbstractContextManager[Any]:
