@@ -404,6 +404,7 @@ class Trainer:
             "lr": lr,
             "samples_per_s": window.samples / elapsed,
             "data_wait_s": window.waiting / max(window.steps, 1),
+            "data_wait_share": window.waiting / elapsed,
             "grad_norm": float(window.norm),
             "logit_scale": float(whole(self.wrap.model.logit_scale.detach()).exp()),
             "memory_mb": peak_memory_mb(self.accelerator.device),

@@ -56,7 +56,7 @@ def signal_in_step(monkeypatch, step: int, number: signal.Signals) -> None:
 
 
 def log_of(run: Path) -> list[dict]:
-    varying = ("samples_per_s", "tflops_per_s", "data_wait_s", "memory_mb")
+    varying = ("samples_per_s", "tflops_per_s", "data_wait_s", "data_wait_share", "memory_mb")
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in varying} for line in lines]
 

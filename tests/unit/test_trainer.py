@@ -60,6 +60,10 @@ def test_a_run_leaves_recipe_log_metrics_report_and_checkpoints(train, tmp_path)
     assert [record["epoch"] for record in log] == [0, 0, 0, 0, 0, 1]
     assert [record["lr"] for record in log[:3]] == pytest.approx([5e-4, 1e-3, 1e-3])
     assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in log)
+    for record in log:  # a line for each step, which took 8 pairs
+        waited = record["data_wait_s"] * record["samples_per_s"] / 8
+        assert 0 <= record["data_wait_share"] <= 1
+        assert record["data_wait_share"] == pytest.approx(waited)
     assert [path.name for path in complete_checkpoints(folder / "checkpoints")] == [
         "step-00000006",
         "step-00000004",
