@@ -47,7 +47,8 @@ class Batch:
         epoch: `step // batches_per_epoch`.
         keys: Keys of the samples, in order.
         indices: Their global indices; int64 (b,).
-        data: What `collate` made of them; `batch["images"]` is short for `batch.data["images"]`.
+        data: What `collate` made of them; `batch["images"]` is short for `batch.data["images"]`, and
+            `batch["indices"]` for `batch.indices`.
         sources: Number of each sample's source; int64 (b,), zeros where there is one.
     """
 
@@ -62,7 +63,7 @@ class Batch:
         return len(self.keys)
 
     def __getitem__(self, name: str) -> Any:
-        return self.data[name]
+        return self.indices if name == "indices" else self.data[name]
 
 
 class PairStream:

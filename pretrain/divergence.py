@@ -181,11 +181,16 @@ def read_incidents(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def batch_statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """The statistics of batch norms that train, each with a copy: the forward pass of a bad batch spoils them."""
-    return [
-        (value, value.clone())
+def batch_statistics(network: nn.Module, *others: nn.Module | None) -> list[tuple[Tensor, Tensor]]:
+    """What the forward pass of a bad batch spoils, each with a copy.
+
+    That is the statistics of batch norms that train, and all buffers of `others`.
+    """
+    layers = [
+        layer
         for layer in network.modules()
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training
-        for value in layer.buffers(recurse=False)
     ]
+    found = [value for layer in layers for value in layer.buffers(recurse=False)]
+    found += [value for other in others if other is not None for value in other.buffers()]
+    return [(value, value.clone()) for value in found]

@@ -1,4 +1,4 @@
-"""What training needs from above: something that measures an encoder."""
+"""What training needs from above: something that measures an encoder, now and then."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
 from pretrain.encoder import Encoder
-from pretrain.recipe import Evaluation
+from pretrain.recipe import Evaluation, PretrainRecipe
 
 
 @runtime_checkable
@@ -36,3 +36,50 @@ def load_evaluator(config: Evaluation) -> Evaluator:
     if not isinstance(made, Evaluator):
         raise ValueError(f"evaluate.use {config.use!r}: has no run(encoder) -> dict[str, float]")
     return made
+
+
+class Evaluations:
+    """A recipe's evaluators: when each is due, and what they have found.
+
+    Args:
+        recipe: All of the run.
+
+    Raises:
+        ValueError: An evaluator cannot be made.
+
+    Attributes:
+        history: What was found, by step (a text, as JSON has it); part of a checkpoint.
+    """
+
+    def __init__(self, recipe: PretrainRecipe):
+        self.last = recipe.steps
+        self.evaluators = [(config.every, load_evaluator(config)) for config in recipe.evaluate]
+        self.history: dict[str, dict[str, float]] = {}
+
+    def due(self, step: int, *, every: bool = True) -> list[Evaluator]:
+        """Those that run after a step: by their intervals and after the last, or all of them unless `every`."""
+        return [
+            evaluator
+            for interval, evaluator in self.evaluators
+            if not every or step % interval == 0 or step == self.last
+        ]
+
+    def fall_on(self, step: int) -> bool:
+        """Whether the interval of one ends at a step."""
+        return any(step % interval == 0 for interval, _ in self.evaluators)
+
+    def made_at(self, step: int) -> bool:
+        """Whether what is due at a step has run."""
+        return str(step) in self.history
+
+    def run(self, due: list[Evaluator], encoder: Encoder, *, main: bool) -> dict[str, float]:
+        """Numbers by name: on every rank of those that share their work, on rank 0 of the others too."""
+        numbers: dict[str, float] = {}
+        for evaluator in due:
+            if main or getattr(evaluator, "over_ranks", False):
+                numbers |= evaluator.run(encoder)
+        return numbers
+
+    def keep(self, step: int, numbers: dict[str, float]) -> None:
+        """Note what was found after a step."""
+        self.history[str(step)] = numbers

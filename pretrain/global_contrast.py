@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pretrain.collectives import several_ranks
 from pretrain.losses import check_features, widen
 from pretrain.soft_targets import everyone
 
@@ -14,8 +15,7 @@ from pretrain.soft_targets import everyone
 class SampleMeans(nn.Module):
     """What each sample's denominators have been so far, by its index in the set; belongs into the checkpoint.
 
-    Two float32 logarithms a sample. Each rank changes the entries of its own samples only, so that a
-    checkpoint of several ranks needs the newest of each.
+    Two float32 logarithms a sample; NaN for one that was never seen.
 
     Args:
         samples: Samples in the set.
@@ -28,6 +28,21 @@ class SampleMeans(nn.Module):
         super().__init__()
         self.register_buffer("image", torch.full((samples,), torch.nan))
         self.register_buffer("text", torch.full((samples,), torch.nan))
+
+    def resize(self, samples: int, device: torch.device) -> None:
+        """Begin anew for a set of so many samples."""
+        self.image, self.text = (torch.full((samples,), torch.nan, device=device) for _ in range(2))
+
+    def exchange(self, indices: Tensor) -> None:
+        """Let all ranks have what each found of its own samples, which another rank may draw in the next epoch.
+
+        Args:
+            indices: int64 `(b,)`: this rank's samples of the step.
+        """
+        if several_ranks():
+            everyones = everyone(indices).rows
+            for values in (self.image, self.text):
+                values[everyones] = everyone(values[indices]).rows
 
 
 def global_info_nce(
@@ -51,7 +66,8 @@ def global_info_nce(
         text_features: This rank's `(b, d)`.
         logit_scale: Scalar, already exponentiated.
         indices: int64 `(b,)`: each sample's index in the set, the same in every epoch.
-        means: The averages; those of `indices` are updated. A sample's first g_i is taken as it is.
+        means: The averages; those of `indices` are updated, on this rank (`SampleMeans.exchange` tells the others). A
+            sample's first g_i is taken as it is.
         gamma: Share of the new value, above 0 and at most 1. With 1 the gradient is that of InfoNCE over the
             batch.
         floor: Added to the average; None is 1 / (N - 1), with which gamma = 1 is InfoNCE exactly.

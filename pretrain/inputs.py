@@ -13,7 +13,7 @@ from data.stream import PairStream, pair_stream
 from data.transforms import TrainTransform
 from pretrain.encoder import Encoder
 from pretrain.recipe import PretrainRecipe
-from pretrain.recipe_loss import DistillationConfig, TermsConfig
+from pretrain.recipe_loss import DistillationConfig, GlobalContrastConfig, TermsConfig
 
 WIDTH = 8  # of a stored teacher's stand-in
 
@@ -30,7 +30,8 @@ def input_names(recipe: PretrainRecipe) -> tuple[str, ...]:
     """
     told = [f"{name}.{column}" for name in stored_teachers(recipe) for column in ("image", "text", "scale")]
     views = ["views"] if recipe.views else []
-    return "images", "tokens", *views, *told
+    known = ["indices"] if isinstance(recipe.loss, GlobalContrastConfig) else []
+    return "images", "tokens", *views, *known, *told
 
 
 def random_inputs(
@@ -55,6 +56,7 @@ def random_inputs(
         made["views"] = torch.randint(
             0, 256, (rows, 2, 3, *encoder.image_size), dtype=torch.uint8, generator=generator
         )
+    made["indices"] = torch.arange(rows)
     for name in stored_teachers(recipe):
         for column in ("image", "text"):
             noise = torch.randn(rows, WIDTH, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,16 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any):
         super().__init__(groups, **options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state, as `load_state_dict` does, with which Accelerate wraps an optimiser that is resumed.
+
+        AdamW's own looks for a step count in the state of every parameter; those that Muon steps have none.
+        """
+        by_muon = {key: own for key, own in state["state"].items() if "momentum" in own}
+        others = {key: own for key, own in state["state"].items() if key not in by_muon}
+        super().__setstate__({**state, "state": defaultdict(dict, others)})
+        self.state.update(by_muon)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.encoder import Encoder, load_encoder
+from pretrain.global_contrast import SampleMeans, global_info_nce
 from pretrain.losses import distributed_info_nce, distributed_sigmoid_loss, smoothing_term
 from pretrain.recipe_loss import (
     DistillationConfig,
+    GlobalContrastConfig,
     HardNegativesConfig,
     InfoNCEConfig,
     Loss,
@@ -34,7 +36,9 @@ Objective = Callable[..., Tensor]
 PROBES = ("a photo of a cat", "Zwölf naïve façades — 3.14 €?", "", "two brown dogs running " * 40)
 
 
-def build_objective(config: Loss, encoder: Encoder, terms: Terms | None = None) -> Objective:
+def build_objective(
+    config: Loss, encoder: Encoder, terms: Terms | None = None, means: SampleMeans | None = None
+) -> Objective:
     """Make the loss of a recipe, and give the model the parameters that it needs.
 
     Args:
@@ -42,6 +46,7 @@ def build_objective(config: Loss, encoder: Encoder, terms: Terms | None = None) 
         terms: What is added to it; its outputs are the last of the features.
         encoder: The student. The sigmoid loss gives its model a logit_bias; the others lock one that is there,
             since a shift of all logits means nothing to a softmax.
+        means: What `global_contrast` remembers of each sample; None is for trying it on noise: every sample is new.
 
     Returns:
         The objective.
@@ -49,7 +54,7 @@ def build_objective(config: Loss, encoder: Encoder, terms: Terms | None = None) 
     Raises:
         ValueError: A teacher whose input is not the student's.
     """
-    objective = build_contrast(config, encoder)
+    objective = build_contrast(config, encoder, means)
     if not terms:
         return objective
     count, taken = terms.outputs, int("self_supervision" in terms)
@@ -61,7 +66,7 @@ def build_objective(config: Loss, encoder: Encoder, terms: Terms | None = None) 
     return with_terms
 
 
-def build_contrast(config: Loss, encoder: Encoder) -> Objective:
+def build_contrast(config: Loss, encoder: Encoder, means: SampleMeans | None = None) -> Objective:
     """`build_objective` without terms."""
     if isinstance(config, SigmoidConfig):
         add_logit_bias(encoder, config)
@@ -73,6 +78,8 @@ def build_contrast(config: Loss, encoder: Encoder) -> Objective:
     if isinstance(config, HardNegativesConfig):
         beta = config.beta
         return lambda features, images, tokens: hard_negative_info_nce(*features[:3], beta=beta)
+    if isinstance(config, GlobalContrastConfig):
+        return lambda features, images, tokens, indices: global_of(config, features, indices, means)
     if isinstance(config, DistillationConfig):
         return Distillation(config, encoder)
     return lambda features, images, tokens: info_nce_of(config, features)
@@ -93,6 +100,17 @@ def multi_positive_of(config: MultiPositiveConfig, features: Features, tokens: T
     return multi_positive_info_nce(
         images, texts.flatten(0, -2), scale, ids, ids.flatten(), label_smoothing=config.label_smoothing
     )
+
+
+def global_of(
+    config: GlobalContrastConfig, features: Features, indices: Tensor, means: SampleMeans | None
+) -> Tensor:
+    """The global estimator as the recipe has it; `indices` are those of this rank's samples in the set."""
+    if means is None:
+        means, indices = SampleMeans(len(indices)).to(indices.device), torch.arange(len(indices)).to(indices)
+    loss = global_info_nce(*features[:3], indices, means, gamma=config.gamma, floor=config.floor)
+    means.exchange(indices)
+    return loss
 
 
 def sigmoid_of(config: SigmoidConfig, features: Features) -> Tensor:

@@ -50,6 +50,16 @@ class HardNegativesConfig(Config):
     """Sharpness of the weights; 0 is InfoNCE."""
 
 
+class GlobalContrastConfig(Config):
+    """InfoNCE against a moving average of each sample's denominator, for batches too small for a softmax."""
+
+    kind: Literal["global_contrast"] = "global_contrast"
+    gamma: float = Field(default=0.6, gt=0, le=1)
+    """Share of the batch's own denominator in a sample's average; 1 is InfoNCE."""
+    floor: float | None = Field(default=None, ge=0)
+    """Added to the averages; None is 1 / (N - 1) for N pairs in a batch."""
+
+
 class DistillationConfig(Config):
     """InfoNCE and agreement with the softmax of teachers over the same batch."""
 
@@ -80,7 +90,12 @@ class DistillationConfig(Config):
 
 
 Loss = Annotated[
-    InfoNCEConfig | SigmoidConfig | MultiPositiveConfig | HardNegativesConfig | DistillationConfig,
+    InfoNCEConfig
+    | SigmoidConfig
+    | MultiPositiveConfig
+    | HardNegativesConfig
+    | GlobalContrastConfig
+    | DistillationConfig,
     Field(discriminator="kind"),
 ]
 

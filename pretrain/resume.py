@@ -13,11 +13,22 @@ from torch import Tensor
 from pretrain.checkpoint import complete_checkpoints, read_terms, read_trained_weights, read_training_state
 from pretrain.collectives import gather_counts
 from pretrain.copies import fetch_newest
+from pretrain.recipe import PretrainRecipe
 from pretrain.recipe_model import Model, OpenClipModel, TimmTower, TransformersText
 from pretrain.resolution import as_size
 from pretrain.towers import read_checkpoint
 
 Say = Callable[[str], None]
+
+# What a resumed run may change: where things lie, how fast they come, what is told of them.
+FREE: Any = {
+    **dict.fromkeys(
+        ("run", "processes", "precision", "log_every", "checkpoint", "evaluate", "trackers"), True
+    ),
+    **dict.fromkeys(("on_divergence", "preempted_exit_code", "rank_timeout"), True),
+    **dict.fromkeys(("compile", "checkpoint_activations"), True),
+    "data": {"train", "workers", "max_faults", "cache_dir", "cache_gb"},
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Restored:
     trained: dict[str, Tensor]
     """Of the model that was trained: the same, unless the run keeps an average or trains adapters."""
     terms: dict[str, Tensor]
-    """State of the loss's terms."""
+    """State of the loss and its terms."""
     image_size: tuple[int, int]
     """Of its pictures, which a run may change on its way."""
 
@@ -59,8 +70,9 @@ def read_whole(folder: Path) -> Restored:
         else weights
     )
     size = as_size(built.preprocess_cfg["size"])
-    terms = state["identity"].get("terms") or {}
-    own = read_terms(folder) if terms.get("alignment") or terms.get("self_supervision") else {}
+    terms, loss = (state["identity"].get(key) or {} for key in ("terms", "loss"))
+    beside = terms.get("alignment") or terms.get("self_supervision") or loss.get("kind") == "global_contrast"
+    own = read_terms(folder) if beside else {}
     return Restored(folder, state, optimizer, weights, trained, own, size)
 
 
@@ -158,6 +170,16 @@ def given_checkpoint(given: str, say: Say) -> Restored:
             "`training/` in it, or a run folder. For its weights alone, begin a run with --model.name."
         )
     return read_whole(place)
+
+
+def identity(recipe: PretrainRecipe, samples: int) -> dict[str, Any]:
+    """What must not change when a run is resumed.
+
+    Args:
+        recipe: All of the run.
+        samples: Of the training set.
+    """
+    return {**recipe.model_dump(mode="json", exclude=FREE), "samples": samples}
 
 
 def require_same_run(found: Restored, identity: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ the run, and are no part of the model.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -49,22 +50,43 @@ class Seen(NamedTuple):
     """`(b * k, context, width)` of CoCa's text tower."""
 
 
-class Term(nn.Module):
-    """One term. `outputs` is how many tensors `forward` gives, each with a row for each pair and none a view."""
+class Term(nn.Module, ABC):
+    """One term: a subclass says what it adds to the network, what that costs, and what the log has of it.
+
+    Attributes:
+        outputs: How many tensors `forward` gives.
+    """
 
     outputs = 1
 
+    @abstractmethod
     def forward(self, seen: Seen) -> tuple[Tensor, ...]:
-        """The outputs for some rows."""
-        raise NotImplementedError
+        """The outputs for some rows, which may be part of a batch: a row must not depend on the others.
 
+        Returns:
+            `outputs` tensors of their own memory (no views), each with a row for each pair.
+        """
+
+    @abstractmethod
     def loss(self, outputs: tuple[Tensor, ...], features: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
-        """This rank's weighted share of the term, of all its rows."""
-        raise NotImplementedError
+        """This rank's weighted share of the term: the mean over ranks is the term of the whole batch.
 
+        Args:
+            outputs: What `forward` gave, of all this rank's rows.
+            features: Those of the contrastive loss: images `(b, d)`, texts `(b, d)` or `(b, k, d)`, and scalars.
+            tokens: int64 `(b, context)` or `(b, k, context)`.
+
+        Returns:
+            Scalar.
+        """
+
+    @abstractmethod
     def record(self) -> dict[str, float]:
-        """Numbers of the last step for the log; every rank must call it, and it waits for the device."""
-        return {}
+        """Numbers of the last step for the log; every rank must call it, and it waits for the device.
+
+        Returns:
+            Nothing where there was no step since the last call.
+        """
 
 
 class Alignment(Term):

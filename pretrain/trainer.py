@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data.stream import Batch, set_picture_size
 from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder
-from pretrain.adapters import add_adapters, lock_all_but_adapters, merge_adapters
+from pretrain.adapters import add_adapters, merge_adapters
 from pretrain.average import WeightAverage
 from pretrain.checkpoint import (
     clear_leftovers,
@@ -25,10 +25,11 @@ from pretrain.checkpoint import (
 from pretrain.compiled import require_compiler, rows_vary
 from pretrain.divergence import RollBack, Watch, batch_statistics
 from pretrain.encoder import build_encoder
-from pretrain.evaluator import Evaluator, load_evaluator
-from pretrain.gradcache import cached_backward, require_row_by_row
+from pretrain.evaluator import Evaluations
+from pretrain.global_contrast import SampleMeans
+from pretrain.gradcache import cached_backward
 from pretrain.inputs import input_names, open_stream
-from pretrain.locks import apply_lock, learning_rate_scales, phases_begun, set_training_mode
+from pretrain.locks import learning_rate_scales, set_training_mode
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
 from pretrain.meter import Meter
 from pretrain.network import DualEncoder
@@ -36,16 +37,18 @@ from pretrain.norm import use_global_batch_norm
 from pretrain.objectives import Features, build_objective
 from pretrain.optim import learning_rate_factor, require_gradients, set_learning_rate
 from pretrain.peers import peers_present
+from pretrain.phases import Phases
 from pretrain.precision import LossScale, clip_gradients
 from pretrain.preemption import Preempted, StopRequest
 from pretrain.recipe import Phase, PretrainRecipe
-from pretrain.recompute import recompute_activations, require_no_statistics
-from pretrain.report import flatten, model_card, write_report
-from pretrain.resolution import as_size, require_image_size, set_patch_dropout
+from pretrain.recipe_loss import GlobalContrastConfig
+from pretrain.records import Records
+from pretrain.report import model_card, write_report
 from pretrain.resume import (
     Restored,
     beginning,
     find_checkpoint,
+    identity,
     newest_whole,
     other_world,
     require_same_run,
@@ -55,16 +58,6 @@ from pretrain.selfcheck import check_gradients
 from pretrain.source_losses import source_losses, source_records
 from pretrain.terms import build_terms
 from pretrain.wrapping import Shards, make_wrapping, share, whole
-
-# What a resumed run may change: where things lie, how fast they come, what is told of them.
-FREE: Any = {
-    **dict.fromkeys(
-        ("run", "processes", "precision", "log_every", "checkpoint", "evaluate", "trackers"), True
-    ),
-    **dict.fromkeys(("on_divergence", "preempted_exit_code", "rank_timeout"), True),
-    **dict.fromkeys(("compile", "checkpoint_activations"), True),
-    "data": {"train", "workers", "max_faults", "cache_dir", "cache_gb"},
-}
 
 
 class Trainer:
@@ -94,42 +87,34 @@ class Trainer:
         self.encoder = build_encoder(recipe.model, device=self.accelerator.device)
         self.model: Any = self.encoder.model
         self.terms = build_terms(recipe.terms, self.encoder)
-        self.objective = build_objective(recipe.loss, self.encoder, self.terms)
+        self.means = SampleMeans(0) if isinstance(recipe.loss, GlobalContrastConfig) else None
+        self.objective = build_objective(recipe.loss, self.encoder, self.terms, self.means)
         if recipe.lora:
             add_adapters(self.model, recipe.lora)
-        self.own_size = self.encoder.image_size
-        for phase in recipe.phases or (Phase(),):
-            phases = phases_begun(recipe.phases, phase.step)
-            self.lock(phase)
-            set_patch_dropout(self.model.visual, phase.patch_dropout)
-            if phase.image_size:
-                require_image_size(self.model.visual, as_size(phase.image_size))
-            if recipe.micro_batch or recipe.checkpoint_activations:
-                set_training_mode(self.model, phases)
-            if recipe.micro_batch:
-                require_row_by_row(self.model)
-            if recipe.checkpoint_activations:
-                recompute_activations(self.model)
-                require_no_statistics(self.model)
+        self.phases = Phases(self.encoder, recipe)
         if recipe.compile:
             require_compiler(self.accelerator.device)
         use_global_batch_norm(self.model)
         self.wrap = make_wrapping(self.encoder, self.terms, recipe, self.accelerator)
         self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
-        self.evaluators: list[tuple[int, Evaluator]] = [
-            (config.every, load_evaluator(config)) for config in recipe.evaluate
-        ]
+        self.evaluations = Evaluations(recipe)
         self.stream = open_stream(recipe, self.encoder, self.rank, self.world)
         self.inputs = input_names(recipe)
+        self.beside = nn.ModuleDict(dict(self.terms.items()))
+        """What a checkpoint has beside the model."""
+        if self.means is not None:
+            self.means.resize(self.stream.samples, self.accelerator.device)
+            self.beside["sample_means"] = self.means
         self.saver = Saver(Path(recipe.run) / "checkpoints", recipe.checkpoint)
         # Not before all else has been found good: `overwrite` deletes.
         self.folder = RunFolder(recipe.run, resume=bool(resume), overwrite=overwrite, writes=self.main)
         if self.main:
             clear_leftovers(self.folder.checkpoints)
-        self.step, self.samples_seen, self.history = 0, 0, {}
+        self.step, self.samples_seen = 0, 0
         self.saved: dict[str, Tensor] = {}
         self.watched: Tensor | None = None  # sources of the rows of a step whose loss is told by source
         self.source_losses: Tensor | None = None
+        self.records = Records(self.folder, self.accelerator)
         self.meter = Meter(self.encoder, self.terms, recipe, self.accelerator)
         self.scale = LossScale(self.accelerator)
         self.stop = StopRequest(self.world, self.accelerator.device)
@@ -166,26 +151,22 @@ class Trainer:
             ValueError: It is of another run.
         """
         state = found.state
-        require_same_run(found, self.identity())
+        require_same_run(found, identity(self.recipe, self.stream.samples))
         self.encoder.set_image_size(found.image_size)
         self.model.load_state_dict(found.trained if self.recipe.lora else found.weights)
         if self.recipe.ema:
             self.average = WeightAverage(self.model, self.recipe.ema)
             self.model.load_state_dict(found.trained)
-        self.terms.load_state_dict(found.terms)
+        self.beside.load_state_dict(found.terms)
         self.saved = found.optimizer
-        self.step, self.samples_seen, self.history = state["step"], state["samples_seen"], state["history"]
+        self.step, self.samples_seen = state["step"], state["samples_seen"]
+        self.evaluations.history = state["history"]
         self.stream.load_state_dict(state["stream"])
         self.watch.load(state.get("losses", []))
         self.scale.load(state.get("scale"))
         self.folder.rewind_log(self.step)
         if state["world_size"] != self.world:
             self.say(other_world(state["world_size"], self.world))
-
-    def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed."""
-        recipe = self.recipe.model_dump(mode="json", exclude=FREE)
-        return {**recipe, "samples": self.stream.samples}
 
     def check_gradients(self) -> None:
         """Compare the gradient that these processes get with that of one process; see `pretrain.selfcheck`.
@@ -198,9 +179,12 @@ class Trainer:
                 "--check-gradients wraps the model for replicas, which would prove nothing of FSDP2: leave it out, or "
                 "check without --use_fsdp"
             )
-        self.lock(phases_begun(self.recipe.phases, self.step)[-1])
+        self.phases.lock(self.phases.at(self.step))
         network = DualEncoder(self.encoder, self.terms)
-        parts = check_gradients(network, self.encoder, self.objective, self.accelerator, self.recipe)
+        objective = self.objective
+        if self.means is not None:  # noise is nothing to be remembered
+            objective = build_objective(self.recipe.loss, self.encoder, self.terms)
+        parts = check_gradients(network, self.encoder, objective, self.accelerator, self.recipe)
         told = ", ".join(f"{part} {cosine:.6f}, {ratio:.6f}" for part, (cosine, ratio) in parts.items())
         self.say(f"gradients are those of one process (cosine, ratio of lengths): {told}")
 
@@ -216,9 +200,7 @@ class Trainer:
             Preempted: A signal asked the run to leave; it has saved (see `pretrain.preemption`).
         """
         began, recipe = time.monotonic(), self.recipe
-        if recipe.trackers:
-            settings = {key: str(value) for key, value in flatten(recipe.model_dump(mode="json"))}
-            self.accelerator.init_trackers(Path(recipe.run).name, config=settings)
+        self.records.begin(recipe)
         trainable = sum(parameter.numel() for parameter in self.model.parameters())
         self.say(
             f"{trainable / 1e6:.1f} M parameters, {self.stream.samples} pairs, {recipe.steps} steps of "
@@ -228,9 +210,9 @@ class Trainer:
         if self.step == 0:
             self.begin_phase()
             self.evaluate(every=False)
-        elif str(self.step) not in self.history:
+        elif not self.evaluations.made_at(self.step):
             self.evaluate()  # what a run that was told to leave had left out
-        bounds = [*(phase.step for phase in recipe.phases if phase.step < recipe.steps), recipe.steps]
+        bounds = self.phases.bounds()
         with (
             self.stop,  # a signal does not end the process before the last save has
             peers_present(self.world, self.after_a_loss),
@@ -297,7 +279,7 @@ class Trainer:
             leaves = self.stop.agreed and self.step < recipe.steps
             saves = leaves or self.step % recipe.checkpoint.every == 0 or self.step == recipe.steps
             logs = self.step % recipe.log_every == 0 or self.step == recipe.steps
-            if saves or logs or any(self.step % interval == 0 for interval, _ in self.evaluators):
+            if saves or logs or self.evaluations.fall_on(self.step):
                 self.watch.settle()  # before anything is told or kept of a run that has diverged
             self.saver.poll()
             if logs:
@@ -317,29 +299,12 @@ class Trainer:
         self.wrap.refresh()
         self.accelerator.free_memory()
 
-    def lock(self, phase: Phase) -> None:
-        """Set which parameters train."""
-        apply_lock(self.model, phase)
-        if self.recipe.lora:
-            lock_all_but_adapters(self.model, self.recipe.lora)
-
     def begin_phase(self) -> Phase:
         """Make the model and the stream what the phase of the current step wants, and return it."""
-        phase = phases_begun(self.recipe.phases, self.step)[-1]
-        self.lock(phase)
-        set_patch_dropout(self.model.visual, phase.patch_dropout)
-        size = as_size(phase.image_size) if phase.image_size else self.own_size
-        if size != self.encoder.image_size:
-            before = {name: value.shape for name, value in self.model.named_parameters()}
-            if self.average:
-                self.average.resize_image_tower(size)
-            self.encoder.set_image_size(size)
-            if self.average:
-                self.average.follow(self.model)
-            # Moments of another grid's positions are of no use.
-            gone = {f"model.{n}" for n, value in self.model.named_parameters() if value.shape != before[n]}
-            self.saved = {key: value for key, value in self.saved.items() if key.split("|")[0] not in gone}
-        set_picture_size(self.stream, size)
+        phase, resized = self.phases.enter(self.step, self.average)
+        # Moments of another grid's positions are of no use.
+        self.saved = {key: value for key, value in self.saved.items() if key.split("|")[0] not in resized}
+        set_picture_size(self.stream, self.encoder.image_size)
         return phase
 
     def train_step(self, batch: Batch, parameters: list[nn.Parameter], window: Window) -> int:
@@ -350,8 +315,9 @@ class Trainer:
         if sum(counts) < 2 or min(counts) == 0 or self.step + 1 in self.watch.left_out:
             return 0
         model, optimizer = self.wrap.model, self.wrap.stepper
-        set_training_mode(model, phases_begun(self.recipe.phases, self.step))
-        statistics = batch_statistics(model) if self.recipe.on_divergence.action == "skip" else []
+        set_training_mode(model, self.phases.begun(self.step))
+        skips = self.recipe.on_divergence.action == "skip"
+        statistics = batch_statistics(model, self.means) if skips else []
         inputs = tuple(batch[name].to(device, non_blocking=True) for name in self.inputs)
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
         self.watched = batch.sources if told and len(self.stream.sources) > 1 else None
@@ -384,8 +350,7 @@ class Trainer:
         """
         self.saver.wait()
         self.accelerator.wait_for_everyone()
-        if self.accelerator.trackers:
-            self.accelerator.end_training()
+        self.records.end()
         self.say(
             f"told to leave: saved step {self.step} of {self.recipe.steps} in {self.folder.checkpoints}; "
             "the same command with --resume goes on"
@@ -439,6 +404,7 @@ class Trainer:
             "lr": lr,
             "samples_per_s": window.samples / elapsed,
             "data_wait_s": window.waiting / max(window.steps, 1),
+            "data_wait_share": window.waiting / elapsed,
             "grad_norm": float(window.norm),
             "logit_scale": float(whole(self.wrap.model.logit_scale.detach()).exp()),
             "memory_mb": peak_memory_mb(self.accelerator.device),
@@ -452,34 +418,20 @@ class Trainer:
                 self.stream.mixture, self.logged, self.step, elapsed, self.source_losses
             )
             self.source_losses = None
-        self.folder.log(record)
-        if self.accelerator.trackers:
-            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-            self.accelerator.log(numbers, step=self.step)
+        self.records.step(record)
         return record
 
     def evaluate(self, *, every: bool = True) -> None:
-        """Run the evaluators that are due: on every rank those that share their work, on rank 0 the others."""
-        due = [
-            evaluator
-            for interval, evaluator in self.evaluators
-            if not every or self.step % interval == 0 or self.step == self.recipe.steps
-        ]
+        """Run the evaluators that are due, all of them unless `every`."""
+        due = self.evaluations.due(self.step, every=every)
         if not due:
             return
-        numbers: dict[str, float] = {}
         self.wrap.refresh()
         with self.averaged():
-            for evaluator in due:
-                if self.main or getattr(evaluator, "over_ranks", False):
-                    numbers |= evaluator.run(self.encoder)
+            numbers = self.evaluations.run(due, self.encoder, main=self.main)
         if self.main:
-            self.history[str(self.step)] = numbers
-            self.folder.log({"step": self.step, "samples_seen": self.samples_seen, "evaluation": numbers})
-            if self.accelerator.trackers:
-                self.accelerator.log(
-                    {f"eval/{name}": value for name, value in numbers.items()}, step=self.step
-                )
+            self.evaluations.keep(self.step, numbers)
+            self.records.evaluation(self.step, self.samples_seen, numbers)
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
@@ -493,18 +445,18 @@ class Trainer:
                 self.step,
                 self.encoder,
                 moments,
-                card=model_card(self.recipe, self.step, self.samples_seen, self.history),
+                card=model_card(self.recipe, self.step, self.samples_seen, self.evaluations.history),
                 state={
                     "samples_seen": self.samples_seen,
                     "world_size": self.world,
-                    "identity": self.identity(),
-                    "history": self.history,
+                    "identity": identity(self.recipe, self.stream.samples),
+                    "history": self.evaluations.history,
                     "stream": self.stream.state_dict(),
                     "losses": self.watch.state(),
                     "scale": self.scale.state(),
                 },
                 average=self.average.state if self.average else None,
-                terms=self.terms.state_dict(),
+                terms=self.beside.state_dict(),
             )
 
     def averaged(self) -> AbstractContextManager[Any]:
@@ -529,7 +481,7 @@ class Trainer:
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "pairs": self.stream.samples,
             "seconds": seconds,
-            "evaluation": self.history.get(str(self.step), {}),
+            "evaluation": self.evaluations.history.get(str(self.step), {}),
             "faults": dict(self.stream.faults),
             "batches_left_out": len(self.watch.left_out),
             "checkpoint": str(self.model_folder),
@@ -537,8 +489,7 @@ class Trainer:
         self.folder.write_metrics(metrics)
         if self.main:
             write_report(self.folder, self.recipe, metrics)
-        if self.accelerator.trackers:
-            self.accelerator.end_training()
+        self.records.end()
         self.say(f"the model: {self.model_folder}; the report: {self.folder.path / 'report.html'}")
         return metrics
 

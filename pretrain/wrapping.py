@@ -199,8 +199,8 @@ def make_wrapping(
     """The wrapping that the launcher asks for.
 
     Raises:
-        ValueError: The recipe has what FSDP2 does not do here, or the launcher asks for FSDP's first version or CPU
-            offload.
+        ValueError: The recipe has what FSDP2 does not do here, or the launcher asks for FSDP's first version, CPU
+            offload, activation checkpointing or loading on one rank.
     """
     if not wants_shards() or (
         accelerator.num_processes == 1 and accelerator.distributed_type.value != "FSDP"
@@ -226,15 +226,28 @@ def make_wrapping(
             f"FSDP2 here does not go with {', '.join(told)}: they need whole weights at each step. Leave it out, or "
             "train replicas (launch without --use_fsdp)."
         )
-    if (
-        plugin.activation_checkpointing
-        or plugin.cpu_ram_efficient_loading
-        or isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-    ):
-        raise ValueError(
-            "FSDP2 here keeps shards on their devices and takes activation checkpointing from the recipe "
-            "(checkpoint_activations): leave --fsdp_offload_params, --fsdp_cpu_ram_efficient_loading and "
-            "--fsdp_activation_checkpointing out"
+    asked = [
+        f"{flag} ({instead})"
+        for flag, found, instead in (
+            (
+                "--fsdp_offload_params",
+                isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+                "shards stay on their devices",
+            ),
+            (
+                "--fsdp_activation_checkpointing",
+                plugin.activation_checkpointing,
+                "the recipe has it: checkpoint_activations: true",
+            ),
+            (
+                "--fsdp_cpu_ram_efficient_loading",
+                plugin.cpu_ram_efficient_loading,
+                "every rank makes or reads the first weights",
+            ),
         )
+        if found
+    ]
+    if asked:
+        raise ValueError(f"FSDP2 here does not take {', '.join(asked)}: leave it out")
     accelerator.state.fsdp_plugin = plugin
     return Shards(encoder, terms, recipe, accelerator)

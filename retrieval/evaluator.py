@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pairstream.recipe import load_recipe
 from pretrain.encoder import Encoder
 from retrieval.checks import checked_cutoffs
+from retrieval.diagnostics import diagnostics
 from retrieval.embed import embed_shards
 from retrieval.metrics import retrieval_metrics
 from retrieval.recipe import ClassificationTask, SuiteRecipe
@@ -14,7 +15,7 @@ from retrieval.share import Share
 
 
 class RetrievalEvaluator:
-    """Recall and ranks in both directions; a recipe names it `retrieval.evaluator:RetrievalEvaluator`.
+    """Recall, ranks and the embeddings' shape; a recipe names it `retrieval.evaluator:RetrievalEvaluator`.
 
     The encoder keeps its weights, each module its training mode, and no global random state is touched, so
     a run with evaluations trains as one without. Several processes share the work, and all get its numbers.
@@ -55,7 +56,8 @@ class RetrievalEvaluator:
         """Measure.
 
         Returns:
-            `image_to_text/recall@1`, ..., `text_to_image/mean_rank`.
+            `image_to_text/recall@1`, ..., `text_to_image/mean_rank`, and with two pairs or more the shape of both
+            spaces: `diagnostics/alignment`, ... (see `retrieval.diagnostics`).
         """
         share = Share.of_processes()
         found = embed_shards(
@@ -70,12 +72,16 @@ class RetrievalEvaluator:
         metrics = retrieval_metrics(
             found.images, found.texts, found.image_of_text, self.ks, over_ranks=share.world > 1
         )
-        return {
+        numbers = {
             f"{direction}/{name}": value
-            for direction, numbers in metrics.items()
-            for name, value in numbers.items()
+            for direction, ranked in metrics.items()
+            for name, value in ranked.items()
             if name.startswith(("recall", "median", "mean"))
         }
+        if min(len(found.images), len(found.texts)) < 2:
+            return numbers
+        shape = diagnostics(found.images, found.texts, found.image_of_text)
+        return numbers | {f"diagnostics/{name}": value for name, value in shape.items()}
 
 
 class ClassificationEvaluator:

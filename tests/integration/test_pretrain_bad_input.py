@@ -205,7 +205,7 @@ def test_a_run_that_fails_keeps_its_log(tiny_recipe, tmp_path, monkeypatch):
                 raise ValueError("the evaluation set is gone")
             return {"x": 1.0}
 
-    monkeypatch.setattr("pretrain.trainer.load_evaluator", lambda config: Breaks())
+    monkeypatch.setattr("pretrain.evaluator.load_evaluator", lambda config: Breaks())
     recipe = PretrainRecipe.model_validate(tiny_recipe(evaluate=[{"use": "a:B", "every": 2}]))
     with pytest.raises(ValueError, match="the evaluation set is gone"):
         Trainer(recipe).train()

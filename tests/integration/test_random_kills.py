@@ -53,7 +53,7 @@ def test_killed_at_random_moments(tmp_path, tiny_shards, tiny_models, kills):
 def content(run: Path) -> tuple:
     """Weights, moments, log and incidents of a run, without what a clock or the memory says."""
     last = run / "checkpoints" / "step-00000012"
-    varying = ("samples_per_s", "tflops_per_s", "data_wait_s", "memory_mb")
+    varying = ("samples_per_s", "tflops_per_s", "data_wait_s", "data_wait_share", "memory_mb")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return (
         *(

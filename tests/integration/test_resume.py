@@ -116,7 +116,7 @@ def runs(tmp_path_factory, tiny_shards, tiny_models, tiny_bert) -> dict[str, Pat
 def content(run: Path) -> tuple[dict, dict, list[dict]]:
     """Weights, training state and log of a run, without what a clock or the memory says."""
     last = run / "checkpoints" / "step-00000006"
-    varying = ("samples_per_s", "tflops_per_s", "data_wait_s", "memory_mb")
+    varying = ("samples_per_s", "tflops_per_s", "data_wait_s", "data_wait_share", "memory_mb")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     log = [{key: value for key, value in record.items() if key not in varying} for record in log]
     state = load_file(last / "training" / "optimizer.safetensors")

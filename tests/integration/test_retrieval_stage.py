@@ -13,6 +13,7 @@ from pairstream.cli import main as pairstream
 from pretrain.encoder import load_encoder
 from pretrain.evaluator import load_evaluator
 from pretrain.recipe import Evaluation
+from retrieval.diagnostics import diagnostics
 from retrieval.embed import embed_shards
 from retrieval.evaluate import evaluate
 from retrieval.evaluator import RetrievalEvaluator
@@ -200,14 +201,17 @@ def test_the_evaluator_leaves_training_untouched(shards, found, small_encoder):
     assert encoder.fingerprint == before
     few = found.image_of_text < 20
     exact = retrieval_metrics(found.images[:20], found.texts[few], found.image_of_text[few])
-    assert set(numbers) == {
+    shape = diagnostics(found.images[:20], found.texts[few], found.image_of_text[few])
+    assert {"alignment", "modality_gap", "effective_rank_images"} < set(shape)
+    exact["diagnostics"] = shape
+    assert set(numbers) == {f"diagnostics/{name}" for name in shape} | {
         f"{direction}/{name}"
         for direction in ("image_to_text", "text_to_image")
         for name in ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank")
     }
     for name, value in numbers.items():
         direction, metric = name.split("/")
-        assert value == pytest.approx(exact[direction][metric], abs=1e-9)
+        assert value == pytest.approx(exact[direction][metric], rel=1e-6, abs=1e-9)
 
 
 def test_the_evaluator_checks_its_options_when_it_is_made(shards):

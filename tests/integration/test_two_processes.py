@@ -92,6 +92,13 @@ def trainings(models, odd_shards) -> Callable[[Path], dict[str, dict]]:
                 "loss": {"kind": "sigmoid", "tile": 2},
                 "micro_batch": 2,
             },
+            # What each rank found of its samples in the first epoch is there in the second, wherever they come.
+            "global": {
+                **base,
+                "run": str(folder / "global"),
+                "model": models["vit"],
+                "loss": {"kind": "global_contrast", "gamma": 0.5},
+            },
             # A critic, further views of the pictures and a decoder, also in parts.
             "terms": {
                 **base,
@@ -243,7 +250,7 @@ def test_open_clip_with_gathered_gradients_is_what_we_do_by_default(two, models,
 
 
 @pytest.mark.parametrize("way", ["", "sharded "])
-@pytest.mark.parametrize("name", ["vit", "phases", "sigmoid", "terms"])
+@pytest.mark.parametrize("name", ["vit", "phases", "sigmoid", "global", "terms"])
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_trained_weights_are_those_of_one_process(two, trainings, tmp_path, name, way):
     """Six real steps over an epoch's end with uneven ranks, augmentation on; within 1e-4 of the distance trained.

@@ -76,7 +76,7 @@ def test_a_run_evaluates_and_saves_its_average(tiny_recipe, fresh_accelerate, tm
             seen.setdefault(run, []).append(encoder.model.visual.conv1.weight.detach().clone())
             return {"probe": 0.0}
 
-    monkeypatch.setattr("pretrain.trainer.load_evaluator", lambda config: Spy())
+    monkeypatch.setattr("pretrain.evaluator.load_evaluator", lambda config: Spy())
     trainers = {}
     for run, ema in (("plain", None), ("averaged", {"decay": 0.5})):
         keys = {"run": str(tmp_path / run), "ema": ema, "checkpoint": {"every": 4, "keep": 1}, "steps": 4}

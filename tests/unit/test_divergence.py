@@ -75,6 +75,36 @@ def test_a_step_that_is_skipped_leaves_no_trace_but_its_line(run, tmp_path, tiny
     assert not (tmp_path / "omitted/divergence.jsonl").exists()
 
 
+def test_a_step_that_is_skipped_is_not_remembered_of_its_samples(
+    tiny_recipe, fresh_accelerate, tmp_path, monkeypatch
+):
+    """The averages of a global estimator are those of a run whose step 3 was never taken."""
+    exact, ends = module.global_info_nce, []
+    for run in ("skipped", "omitted"):
+        fresh_accelerate()
+        keys = {
+            "run": str(tmp_path / run),
+            "loss": {"kind": "global_contrast"},
+            "on_divergence": {"action": "skip"},
+        }
+        trainer = Trainer(PretrainRecipe.model_validate(tiny_recipe(**keys)))
+
+        def loss(*features, trainer=trainer, **options):
+            return exact(*features, **options) * (math.nan if trainer.step == 2 else 1.0)
+
+        monkeypatch.setattr(module, "global_info_nce", loss)
+        if run == "omitted":
+            trainer.watch.left_out.add(3)
+        trainer.train()
+        ends.append(trainer)
+    assert same(*ends)
+    ours, theirs = (trainer.beside.state_dict() for trainer in ends)
+    for name in ("sample_means.image", "sample_means.text"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, equal_nan=True)
+    assert len(incidents(tmp_path / "skipped")) == 1
+    assert not (tmp_path / "omitted/divergence.jsonl").exists()
+
+
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_roll_back_ends_as_a_run_that_left_the_batch_out(run, tmp_path, step):
     """Step 4 diverges after the checkpoint of step 2, step 1 before there would be any."""

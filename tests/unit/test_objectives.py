@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.encoder import build_encoder, load_encoder
+from pretrain.global_contrast import SampleMeans, global_info_nce
 from pretrain.losses import info_nce, sigmoid_loss, smoothing_term
 from pretrain.objectives import PROBES, build_objective, text_ids
 from pretrain.recipe import PretrainRecipe
 from pretrain.recipe_loss import (
     DistillationConfig,
+    GlobalContrastConfig,
     HardNegativesConfig,
     InfoNCEConfig,
     MultiPositiveConfig,
@@ -89,6 +93,7 @@ def test_equal_captions_have_equal_ids(encoder):
         {"kind": "multi_positive"},
         {"kind": "multi_positive", "label_smoothing": 0.1, "captions": 2},
         {"kind": "hard_negatives"},
+        {"kind": "global_contrast"},
         {"kind": "distillation"},
     ],
     ids=lambda loss: f"{loss['kind']}-{len(loss)}",
@@ -117,6 +122,52 @@ def test_each_kind_trains_and_in_parts_the_same(tiny_recipe, fresh_accelerate, t
     assert ("logit_bias" in ends[0]) == (loss["kind"] == "sigmoid")
 
 
+def test_the_global_estimator_remembers_samples_by_their_index(encoder, pairs):
+    features = tuple(value.detach() for value in DualEncoder(encoder)(*pairs))
+    ours, beside = SampleMeans(9), SampleMeans(9)
+    objective = build_objective(GlobalContrastConfig(gamma=0.5), encoder, means=ours)
+    for indices in (torch.tensor([4, 0, 8, 2, 3]), torch.tensor([3, 8, 1, 0, 2])):
+        value = objective(features, *pairs, indices)
+        expected = global_info_nce(*features[:3], indices, beside, gamma=0.5)
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+        torch.testing.assert_close(ours.image, beside.image, rtol=0, atol=0, equal_nan=True)
+    assert ours.image.isnan().tolist() == [False] * 5 + [True] * 3 + [False]
+    tried = build_objective(GlobalContrastConfig(gamma=0.5), encoder)  # on noise: every sample is new
+    new = global_info_nce(*features[:3], torch.arange(5), SampleMeans(5), gamma=0.5)
+    for _ in range(2):
+        torch.testing.assert_close(tried(features, *pairs, torch.tensor([0, 0, 0, 0, 0])), new)
+
+
+def test_a_resumed_run_has_the_averages_of_its_samples(tiny_recipe, tmp_path, fresh_accelerate):
+    """Resumed in the middle of the second epoch; without the averages it would be another run."""
+    content = tiny_recipe(
+        steps=10, loss={"kind": "global_contrast", "gamma": 0.3}, checkpoint={"every": 4, "keep": 9}
+    )
+    ends, means = [], []
+    for resume in (False, True):
+        fresh_accelerate()
+        trainer = Trainer(PretrainRecipe.model_validate(content), resume=resume)
+        assert trainer.step == (8 if resume else 0)
+        trainer.check_gradients()
+        trainer.train()
+        ends.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        newest = complete_checkpoints(tmp_path / "run/checkpoints")[0]
+        means.append(load_file(newest / "training/terms.safetensors"))
+        shutil.rmtree(newest)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert means[0].keys() == {"sample_means.image", "sample_means.text"}
+    for name, values in means[0].items():
+        assert len(values) == trainer.stream.samples
+        assert not values.isnan().any()  # all samples have come
+        assert torch.equal(values, means[1][name])
+    path = complete_checkpoints(tmp_path / "run/checkpoints")[0] / "training/terms.safetensors"
+    save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(path).items()}, path)
+    fresh_accelerate()
+    other = Trainer(PretrainRecipe.model_validate(content), resume=True)
+    other.train()
+    assert not all(torch.equal(ends[0][name], value) for name, value in other.model.state_dict().items())
+
+
 def test_stock_open_clip_opens_a_model_with_a_bias(tiny_recipe, tmp_path, make_picture):
     recipe = tiny_recipe(steps=2, loss={"kind": "sigmoid"}, schedule={"warmup": 0})
     trainer = Trainer(PretrainRecipe.model_validate(recipe))
@@ -135,8 +186,6 @@ def test_stock_open_clip_opens_a_model_with_a_bias(tiny_recipe, tmp_path, make_p
 
 
 def test_a_resumed_sigmoid_run_is_the_uninterrupted_one(tiny_recipe, tmp_path, fresh_accelerate):
-    import shutil
-
     content = tiny_recipe(steps=4, loss={"kind": "sigmoid"})
     ends = []
     for resume in (False, True):

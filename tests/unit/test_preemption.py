@@ -32,7 +32,7 @@ class Probe:
 @pytest.fixture
 def start(tiny_recipe, fresh_accelerate, monkeypatch):
     """`start(resume=..., **recipe_keys) -> Trainer`, with an evaluator that is due at every other step."""
-    monkeypatch.setattr("pretrain.trainer.load_evaluator", lambda config: Probe())
+    monkeypatch.setattr("pretrain.evaluator.load_evaluator", lambda config: Probe())
 
     def make(*, resume: bool | str = False, **keys) -> Trainer:
         fresh_accelerate()
@@ -56,7 +56,7 @@ def signal_in_step(monkeypatch, step: int, number: signal.Signals) -> None:
 
 
 def log_of(run: Path) -> list[dict]:
-    varying = ("samples_per_s", "tflops_per_s", "data_wait_s", "memory_mb")
+    varying = ("samples_per_s", "tflops_per_s", "data_wait_s", "data_wait_share", "memory_mb")
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in varying} for line in lines]
 
@@ -79,8 +79,8 @@ def test_a_signal_ends_the_run_after_its_step_and_a_resume_ends_as_one_that_had_
     assert "told to leave: saved step 4 of 6" in capsys.readouterr().err
     resumed = start(resume=True, **keys)
     resumed.train()
-    assert whole.history == resumed.history
-    assert sorted(resumed.history) == ["0", "2", "4", "6"]
+    assert whole.evaluations.history == resumed.evaluations.history
+    assert sorted(resumed.evaluations.history) == ["0", "2", "4", "6"]
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "left")
     ours, theirs = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -143,7 +143,7 @@ def test_a_run_grows_its_pictures(tiny_recipe, towers, tiny_models, fresh_accele
             )
             return super().train_step(batch, *rest)
 
-    monkeypatch.setattr("pretrain.trainer.load_evaluator", lambda config: Spy())
+    monkeypatch.setattr("pretrain.evaluator.load_evaluator", lambda config: Spy())
     content = tiny_recipe(
         model={**tiny_models["vit"], "image_tower": towers["vit"]},
         steps=4,

@@ -28,7 +28,7 @@ from pretrain.plan import describe, make_plan, read_fleet
 from pretrain.recipe import PretrainRecipe
 from pretrain.recipe_model import TowersModel
 from pretrain.resume import require_same_run
-from pretrain.terms import build_terms
+from pretrain.terms import Term, build_terms
 from pretrain.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -49,6 +49,15 @@ def parts_of(recipe, dtype=torch.float64):
 
 def gradients_of(network):
     return {name: value.grad.clone() for name, value in network.named_parameters() if value.grad is not None}
+
+
+def test_a_term_that_leaves_part_of_the_contract_out_cannot_be_made():
+    class Half(Term):
+        def forward(self, seen):
+            return (seen.image_features.sum(1),)
+
+    with pytest.raises(TypeError, match=r"abstract class Half .* methods? 'loss', 'record'"):
+        Half()  # pyright: ignore[reportAbstractUsage]
 
 
 @pytest.fixture

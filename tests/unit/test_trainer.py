@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import pretrain.objectives as module
 from pretrain.checkpoint import complete_checkpoints
@@ -59,6 +60,10 @@ def test_a_run_leaves_recipe_log_metrics_report_and_checkpoints(train, tmp_path)
     assert [record["epoch"] for record in log] == [0, 0, 0, 0, 0, 1]
     assert [record["lr"] for record in log[:3]] == pytest.approx([5e-4, 1e-3, 1e-3])
     assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in log)
+    for record in log:  # a line for each step, which took 8 pairs
+        waited = record["data_wait_s"] * record["samples_per_s"] / 8
+        assert 0 <= record["data_wait_share"] <= 1
+        assert record["data_wait_share"] == pytest.approx(waited)
     assert [path.name for path in complete_checkpoints(folder / "checkpoints")] == [
         "step-00000006",
         "step-00000004",
@@ -71,9 +76,9 @@ def test_a_run_leaves_recipe_log_metrics_report_and_checkpoints(train, tmp_path)
 
 
 def test_evaluators_run_at_the_start_when_due_and_at_the_end(train, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.trainer.load_evaluator", lambda config: Probe())
+    monkeypatch.setattr("pretrain.evaluator.load_evaluator", lambda config: Probe())
     trainer = train(steps=5, evaluate=[{"use": "some:Thing", "every": 2}])
-    assert sorted(trainer.history, key=int) == ["0", "2", "4", "5"]
+    assert sorted(trainer.evaluations.history, key=int) == ["0", "2", "4", "5"]
     assert "| probe/recall@1 | 0.5 |" in (trainer.model_folder / "README.md").read_text()
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["evaluation"] == {"probe/recall@1": 0.5}
@@ -91,7 +96,7 @@ def test_evaluating_and_logging_leave_the_weights_alone(train, tmp_path, monkeyp
             torch.rand(17)  # an evaluator that draws from the global generator
             return super().run(encoder)
 
-    monkeypatch.setattr("pretrain.trainer.load_evaluator", lambda config: Greedy())
+    monkeypatch.setattr("pretrain.evaluator.load_evaluator", lambda config: Greedy())
     plain = weights(train(run=str(tmp_path / "a"), steps=3))
     watched = train(run=str(tmp_path / "b"), steps=3, evaluate=[{"use": "a:B", "every": 1}], log_every=3)
     assert same(plain, weights(watched))
@@ -161,6 +166,26 @@ def test_a_run_killed_before_its_first_checkpoint_begins_its_log_anew(train, tmp
     train(steps=4, resume=True)
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["muon", "lion", "adafactor"])
+def test_every_optimiser_goes_on_bit_for_bit_over_phases_and_a_resume(train, tmp_path, tiny_models, kind):
+    """Accelerate loads a new optimiser's own state into it, which each kind must stand."""
+    keys = {
+        "model": tiny_models["vit"],
+        "optim": {"kind": kind, "lr": 1e-3},
+        "phases": [{"step": 0, "image_groups": 1}, {"step": 3}],
+        "checkpoint": {"every": 2, "keep": 4},
+    }
+    whole = train(run=str(tmp_path / "whole"), **keys)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-00000006")
+    resumed = train(run=str(tmp_path / "cut"), resume=True, **keys)
+    assert same(weights(whole), weights(resumed))
+    moments = [
+        load_file(run.model_folder.parent / "training/optimizer.safetensors") for run in (whole, resumed)
+    ]
+    assert same(*moments)
 
 
 def test_a_finished_run_resumed_stays_as_it_is(train, tmp_path, capsys):
