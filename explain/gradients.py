@@ -120,7 +120,8 @@ def grad_cam(target: Target, pixels: Tensor) -> Tensor:
     On a ViT it is the norm in front of the last attention (`ln_1`): behind it a class token's score has no gradient
     by the patches, and the map would be zero. On a ResNet it is the product of the maps of the last three stages, each
     relative to its largest: the last knows best which object is meant, and its cells see everything; the earlier ones
-    know where edges and colours are.
+    know where edges and colours are. There, a reader of tokens, to whom a channel means something else in each cell,
+    has each cell weighed by its own gradients.
 
     Args:
         target: What to explain.
@@ -130,7 +131,7 @@ def grad_cam(target: Target, pixels: Tensor) -> Tensor:
         float `(b, rows, columns)`, not negative; on a ResNet at most 1, in the cells of the earliest of its stages.
 
     Reference:
-        Selvaraju et al. 2017; it takes the last stage alone.
+        Selvaraju et al. 2017, which takes the last stage alone; Draelos and Carin 2020 for weights by cell.
     """
     layout = tower_layout(target.encoder)
     kept: list[Tensor] = []
@@ -151,7 +152,8 @@ def grad_cam(target: Target, pixels: Tensor) -> Tensor:
             handle.remove()
     if layout.grid is None:
         stages = [
-            weighted_channels(layer.detach(), found) for layer, found in zip(kept, gradients, strict=True)
+            weighted_channels(layer.detach(), found, by_cell=target.reads == "tokens")
+            for layer, found in zip(kept, gradients, strict=True)
         ]
         return stages_product(stages)
     activation, gradient = kept[0].detach()[:, layout.prefix :], gradients[0][:, layout.prefix :]  # (b, n, d)
@@ -159,9 +161,13 @@ def grad_cam(target: Target, pixels: Tensor) -> Tensor:
     return (weight * activation).sum(-1).clamp(min=0).view(-1, *layout.grid)
 
 
-def weighted_channels(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Grad-CAM of one layer: `(b, c, rows, columns)` twice to `(b, rows, columns)`."""
-    return (gradient.mean((2, 3), keepdim=True) * activation).sum(1).clamp(min=0)
+def weighted_channels(activation: Tensor, gradient: Tensor, *, by_cell: bool) -> Tensor:
+    """Grad-CAM of one layer, weighed by the gradients' mean or cell by cell.
+
+    `(b, c, rows, columns)` twice to `(b, rows, columns)`.
+    """
+    weight = gradient if by_cell else gradient.mean((2, 3), keepdim=True)
+    return (weight * activation).sum(1).clamp(min=0)
 
 
 def stages_product(maps: Sequence[Tensor]) -> Tensor:

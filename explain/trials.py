@@ -54,6 +54,8 @@ class Raw:
     texts: tuple[str, str]
     masks: Tensor
     boxes: Tensor
+    colours: tuple[str, str] = ("", "")
+    counts: tuple[int, int] = (1, 1)
 
 
 def scene_samples(count: int, size: int, seed: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -112,7 +114,9 @@ def read_trial(encoder: Encoder, image: bytes, record: dict[str, Any]) -> Raw | 
     one, other = groups
     texts = describe(groups[one]), describe(groups[other])
     pixels = encoder.preprocess(decode_image(image))
-    return Raw(pixels, (one, other), texts, torch.stack(masks), torch.stack(boxes))
+    colours = groups[one][0]["colour"] or "", groups[other][0]["colour"] or ""
+    counts = len(groups[one]), len(groups[other])
+    return Raw(pixels, (one, other), texts, torch.stack(masks), torch.stack(boxes), colours, counts)
 
 
 def in_view(encoder: Encoder, mask: np.ndarray) -> Tensor:

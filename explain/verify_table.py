@@ -29,6 +29,7 @@ def print_table(result: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("method", no_wrap=True)
     for heading, _ in COLUMNS:
+        heading = heading.replace("(cosine)", f"({result.get('score', 'cosine')})")
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("gates", no_wrap=True)
     for name, numbers in result["methods"].items():

@@ -1,9 +1,9 @@
 """`pairstream explain verify` for captioners, VQA models and classifiers: do their heatmaps hang on what is asked?
 
 Neighbouring trials are two questions about one picture: the words for each of its two kinds in the model's own caption;
-"is there ...?" of each kind, where the model says yes; the two likeliest labels of a post. The gates are those that
-need no truth about the picture and no unit of the score: maps of the two differ, and maps of random weights are others.
-What scenes know of their objects stands beside them.
+a question about each kind, where the model answers both rightly; the two likeliest labels of a post. The gates are
+those that need no truth about the picture and no unit of the score: maps of the two differ, and maps of random weights
+are others. What scenes know of their objects stands beside them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from data.scenes.language import article, plural
-from data.scenes.vocabulary import kinds
+from data.scenes.questions import CATEGORY_QUESTIONS
+from data.scenes.vocabulary import COLOUR_SYNONYMS, alike, kinds
 from data.transforms import decode_image
 from explain.targets import Target
 from explain.tasks import LabelTarget, TextTarget, load, text_pieces
@@ -101,7 +102,7 @@ def verify_task(
             f"no picture to ask about: {counts[0]} were looked at, and the model "
             + {
                 "caption": "names both kinds of objects of none in its caption",
-                "vqa": "sees both kinds of objects in none",
+                "vqa": "answers rightly about both kinds of objects of none",
                 "classify": "needs a text with them, which none has",
             }[kind]
         )
@@ -115,7 +116,8 @@ def verify_task(
         for numbers in result["methods"].values():
             numbers |= dict.fromkeys(WITH_OBJECTS)
     name = str(getattr(model, "name", model)) if isinstance(model, str | Path) else type(opened).__name__
-    return {"model": name, "data": "scenes (val)" if data is None else data, **result}
+    unit = "logit" if kind == "classify" else "log-prob."
+    return {"model": name, "data": "scenes (val)" if data is None else data, "score": unit, **result}
 
 
 def batches(model: Any, samples: Samples) -> Iterator[list[Raw]]:
@@ -165,23 +167,61 @@ def named(words: Sequence[str], places: Sequence[tuple[int, int]], name: str) ->
 
 
 def vqa_questions(model: Any, samples: Samples, counts: list[int]) -> Iterator[Question]:
-    """Whether there is each of the two kinds, where the model says yes to both."""
-    ids, _, _ = text_pieces(model.tokenizer, "yes", behind_prompt=True)
+    """A question about each of the two kinds, where the model answers both rightly.
+
+    What it answers wrongly, or would answer to anything, cannot be held against the picture.
+    """
     for raws in batches(model, samples):
-        questions = [f"is there {article(name)} in the picture?" for raw in raws for name in raw.names]
-        answers = model.answer([raw.image for raw in raws for _ in raw.names], questions)
+        asked = [question_about(raw, place) for raw in raws for place in (0, 1)]
+        denied = [f"is there {article(absent(raw))} in the picture?" for raw in raws]
+        images = [raw.image for raw in raws for _ in raw.names]
+        answers = model.answer(
+            [*images, *(raw.image for raw in raws)], [*(question for question, _ in asked), *denied]
+        )
+        said = [answer.strip().lower() for answer in answers]
         for number, raw in enumerate(raws):
             counts[0] += 1
-            both = slice(2 * number, 2 * number + 2)
-            if any(answer.strip().lower() != "yes" for answer in answers[both]):
+            both = range(2 * number, 2 * number + 2)
+            guessed = said[len(asked) + number] == "yes"  # of what is not there
+            if any(said[each] not in asked[each][1] or (said[each] == "yes" and guessed) for each in both):
                 counts[1] += 1
                 continue
-            prompts = [
-                model.tokenizer(model.prompt(question), add_special_tokens=False)["input_ids"]
-                for question in questions[both]
-            ]
-            one, other = (TextTarget(model, prompt, ids, (0, len(ids))) for prompt in prompts)
+            one, other = (answer_target(model, asked[each][0], said[each]) for each in both)
             yield Question(raw, (one, other))
+
+
+def answer_target(model: Any, question: str, answer: str) -> TextTarget:
+    """The log-probability of an answer."""
+    prompt = model.tokenizer(model.prompt(question), add_special_tokens=False)["input_ids"]
+    ids, _, _ = text_pieces(model.tokenizer, answer, behind_prompt=True)
+    return TextTarget(model, prompt, ids, (0, len(ids)))
+
+
+def question_about(raw: Raw, place: int) -> tuple[str, tuple[str, ...]]:
+    """A question that only the objects of one kind answer, and what is right.
+
+    What it is, where only one of the kinds is of its category; its colour, where it may have several; whether it is
+    there, otherwise.
+    """
+    name, other = raw.names[place], raw.names[1 - place]
+    kind, rival = kinds().get(name), kinds().get(other)
+    if kind and rival:
+        category, beside = kind.category, rival.category
+        eaten = {category, beside} <= {"food", "fruit"}
+        if category in CATEGORY_QUESTIONS and category not in ("face", beside) and not eaten:
+            names = kind.names
+            return f"{CATEGORY_QUESTIONS[category][0]}?", (*names, *(plural(each) for each in names))
+        if kind.colourful and raw.colours[place]:
+            colour, several = raw.colours[place], raw.counts[place] > 1
+            words = f"are the {plural(name)}" if several else f"is the {name}"
+            return f"what color {words}?", (colour, *COLOUR_SYNONYMS.get(colour, ()))
+    return f"is there {article(name)} in the picture?", ("yes",)
+
+
+def absent(raw: Raw) -> str:
+    """A kind that a picture does not show; another one for most pictures."""
+    names = [name for name in kinds() if not any(alike(name, one) for one in raw.names if one in kinds())]
+    return names[int(raw.image.long().sum()) % len(names)]
 
 
 def label_questions(model: Any, samples: Samples, counts: list[int]) -> Iterator[Question]:

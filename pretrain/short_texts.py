@@ -27,21 +27,45 @@ def text_features(model: Any, tokens: Tensor) -> Tensor:
     tower = text_tower(model)
     if not len(tokens) or not reads_at_the_end(tower):
         return model.encode_text(tokens)
-    pool, eos = (
-        getattr(tower, f"text_{name}", getattr(tower, name, None)) for name in ("pool_type", "eos_id")
-    )
-    assert isinstance(pool, str)
-    ends = tokens if pool == "argmax" else (tokens == eos).int()
-    length = int(ends.argmax(1).max()) + 1
-    tokens = tokens[:, :length]
-    dtype = tower.transformer.get_cast_dtype()
-    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+    length = int(ends(tower, tokens).max()) + 1
+    return features_of(tower, tokens[:, :length])
+
+
+def ends(tower: Any, tokens: Tensor) -> Tensor:
+    """Where each text ends, int64 `(n,)`: the place that a tower which `reads_at_the_end` reads."""
+    pool, eos = pooling(tower)
+    return (tokens if pool == "argmax" else (tokens == eos).int()).argmax(1)
+
+
+def features_of(tower: Any, tokens: Tensor) -> Tensor:
+    """What a tower which `reads_at_the_end` makes of tokens up to any place behind the longest text.
+
+    Args:
+        tower: As `text_tower` gives it.
+        tokens: int64 `(n, length)`, `length` at most the tower's context.
+
+    Returns:
+        `(n, embed_dim)`, not normalised.
+    """
+    pool, eos = pooling(tower)
+    length, dtype = tokens.shape[1], tower.transformer.get_cast_dtype()
+    x, places = tower.token_embedding(tokens), tower.positional_embedding[:length]
+    if x.dtype != dtype:  # an idle cast would fix the length of an exported graph
+        x, places = x.to(dtype), places.to(dtype)
+    x = tower.transformer(x + places, attn_mask=tower.attn_mask[:length, :length])
     x = text_global_pool(tower.ln_final(x), tokens, pool, eos_token_id=eos)  # (n, width)
     projection = tower.text_projection
     if projection is None:
         return x
     return projection(x) if isinstance(projection, nn.Module) else x @ projection
+
+
+def pooling(tower: Any) -> tuple[Any, int | None]:
+    """How a tower finds the end of a text, `argmax` or `eos`, and the token of the latter."""
+    pool, eos = (
+        getattr(tower, f"text_{name}", getattr(tower, name, None)) for name in ("pool_type", "eos_id")
+    )
+    return pool, eos
 
 
 def text_tower(model: Any) -> Any:

@@ -12,6 +12,7 @@ from finetune.saved import task_folder
 from pretrain.encoder import Encoder, load_encoder
 from retrieval.artifact import MANIFEST, sha256
 from retrieval.index import Index
+from serve.folding import fold
 from serve.gallery import Gallery, PictureRows, alive
 from serve.schemas import ClassifierIdentity, EncoderIdentity, IndexIdentity, ModelIdentity
 
@@ -87,6 +88,7 @@ def load_models(
                 texts=alive(loaded.texts),
             ),
         )
+    fold(encoder)  # rows stay what they were; the fingerprint was asked for above
     if data:
         if found is None:
             raise ValueError("--data shows the pictures of an index: give --index, too")

@@ -78,7 +78,8 @@ class EdgeEncoder:
 
     def encode_texts(self, texts: np.ndarray | Sequence[str]) -> np.ndarray:
         """Embed texts (strings, or int64 tokens `(n, context_length)`): float32 `(n, embed_dim)`, unit rows."""
-        return self.text_tower(texts if isinstance(texts, np.ndarray) else self.tokenize(texts))
+        tokens = texts if isinstance(texts, np.ndarray) else self.tokenize(texts)
+        return self.text_tower(tokens) if len(tokens) else np.zeros((0, self.embed_dim), np.float32)
 
     def predict(
         self, images: np.ndarray | Sequence[Picture], labels: Sequence[str], template: str = "a photo of a {}"

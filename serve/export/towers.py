@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pairstream.errors import require
 from pretrain.encoder import Encoder
+from pretrain.short_texts import features_of, pooling, reads_at_the_end, text_tower
 from pretrain.towers import quiet
 
 OPSET = 18
@@ -31,18 +34,28 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """int64 tokens `(b, context_length)` to unit rows float32 `(b, dim)`."""
+    """int64 tokens `(b, length)` to unit rows float32 `(b, dim)`.
+
+    Attributes:
+        short: Whether `length` may be anything up to the context, which a causal tower allows; else it is the context.
+    """
 
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.model = encoder.model
+        self.short = reads_at_the_end(text_tower(encoder.model))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+        features = (
+            features_of(text_tower(self.model), tokens) if self.short else self.model.encode_text(tokens)
+        )
+        return F.normalize(features.float(), dim=-1)
 
 
 def write_onnx(encoder: Encoder, folder: Path) -> None:
     """Write `image.onnx` and `text.onnx`, float32, each in one file.
+
+    A causal text tower leaves the places behind the batch's longest text out, as the Encoder does.
 
     Args:
         encoder: The model; on the CPU.
@@ -56,10 +69,9 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
     size = encoder.image_size
     pixels = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     tokens = encoder.tokenize(["a", "two dogs on a beach"])
-    for name, tower, example in (
-        ("image", ImageTower(encoder), pixels),
-        ("text", TextTower(encoder), tokens),
-    ):
+    image, text = ImageTower(encoder), TextTower(encoder)
+    for name, tower, example in (("image", image, pixels), ("text", text, tokens)):
+        axes = {0: "batch", 1: "length"} if tower is text and text.short else {0: "batch"}
         try:
             with quiet(), plain_attention(), torch.no_grad():
                 torch.onnx.export(
@@ -68,7 +80,7 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
                     folder / f"{name}.onnx",
                     input_names=[name],
                     output_names=["rows"],
-                    dynamic_axes={name: {0: "batch"}, "rows": {0: "batch"}},
+                    dynamic_axes={name: axes, "rows": {0: "batch"}},
                     opset_version=OPSET,
                     dynamo=False,  # the one on torch.export needs onnxscript and twice the time, for the same numbers
                 )
@@ -77,6 +89,50 @@ def write_onnx(encoder: Encoder, folder: Path) -> None:
             raise ValueError(
                 f"{encoder.name}: its {name} tower ({tower_name(encoder, name)}) cannot be exported: {reason}"
             ) from error
+    if text.short:
+        cut_padding(folder / "text.onnx", *pooling(text_tower(encoder.model)))
+
+
+def cut_padding(path: Path, pool: str, eos: int | None) -> None:
+    """Let a text tower's graph begin with cutting its tokens behind the batch's longest text.
+
+    Done to the graph, since a trace would keep the number of places of its example.
+
+    Args:
+        path: A graph whose one input, int64 `(b, length)`, may have any length.
+        pool: What ends a text: the largest token (`argmax`), or the first `eos`.
+        eos: That token.
+    """
+    onnx = require("onnx", "export", "`pairstream export`")
+    model = onnx.load(str(path))
+    graph, make = model.graph, onnx.helper.make_node
+    (tokens,) = graph.input
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name == tokens.name:
+                node.input[place] = "cut.tokens"
+    numbers, ending, source = {"cut.zero": [0], "cut.one": [1]}, [], tokens.name
+    if pool == "eos":
+        numbers["cut.end"], source = [eos], "cut.marks"
+        ending = [
+            make("Equal", [tokens.name, "cut.end"], ["cut.is_end"]),
+            make("Cast", ["cut.is_end"], [source], to=onnx.TensorProto.INT32),
+        ]
+    graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.array(value, dtype=np.int64), name) for name, value in numbers.items()
+    )
+    nodes = [
+        *ending,
+        make("ArgMax", [source], ["cut.ends"], axis=1, keepdims=0),
+        make("ReduceMax", ["cut.ends"], ["cut.last"], keepdims=1),  # int64 (1,)
+        make("Add", ["cut.last", "cut.one"], ["cut.length"]),
+        make("Slice", [tokens.name, "cut.zero", "cut.length", "cut.one"], ["cut.tokens"]),
+    ]
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+    tokens.type.tensor_type.shape.dim[1].dim_param = "length"
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
 
 
 def tower_name(encoder: Encoder, side: str) -> str:
@@ -118,10 +174,49 @@ def to_openvino(folder: Path, names: Sequence[str] = ("image", "text")) -> None:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Take attention apart into operators that ONNX has: torch's fused fast path for inference is none of them."""
+    """Take attention apart into operators that ONNX has, few of them, and for any number of tokens.
+
+    torch's fused fast path for inference is none of them, and its other path leaves a dozen reshapes a layer that the
+    length of the example is written into.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
+    theirs = nn.MultiheadAttention.forward
+
+    def forward(
+        self: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Any:
+        if query is key is value and plain(self, options):
+            return self_attention(self, query, options.get("attn_mask")), None
+        return theirs(self, query, key, value, **options)
+
     torch.backends.mha.set_fastpath_enabled(False)
+    nn.MultiheadAttention.forward = forward  # pyright: ignore
     try:
         yield
     finally:
+        nn.MultiheadAttention.forward = theirs
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def plain(layer: nn.MultiheadAttention, options: dict[str, Any]) -> bool:
+    """Whether `self_attention` does all that a layer is asked for: what open_clip's and torch's blocks ask for."""
+    mask = options.get("attn_mask")
+    return (
+        layer.batch_first
+        and layer.in_proj_weight is not None
+        and layer.bias_k is None
+        and not (layer.training or layer.add_zero_attn)
+        and not options.get("need_weights", True)
+        and options.get("key_padding_mask") is None
+        and (mask is None or (mask.ndim == 2 and mask.is_floating_point()))
+    )
+
+
+def self_attention(layer: nn.MultiheadAttention, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of `(b, n, width)` to itself, `mask` `(n, n)` added."""
+    heads, width = layer.num_heads, layer.head_dim
+    parts = F.linear(tokens, layer.in_proj_weight, layer.in_proj_bias).unflatten(-1, (3 * heads, width))
+    query, key, value = parts.transpose(1, 2).chunk(3, dim=1)  # (b, heads, n, width) each
+    scores = query * width**-0.5 @ key.transpose(2, 3)  # (b, heads, n, n)
+    weights = (scores if mask is None else scores + mask).softmax(-1)
+    return layer.out_proj((weights @ value).transpose(1, 2).flatten(2))

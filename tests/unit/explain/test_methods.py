@@ -224,6 +224,29 @@ def test_the_command_writes_a_picture_and_numbers(explained, make_picture, tmp_p
         assert expected in capsys.readouterr().err
 
 
+class Corners:
+    """A reader of tokens: what is at the lower right speaks for the score, the same at the upper left against it."""
+
+    reads = "tokens"
+
+    def __init__(self, encoder):
+        self.encoder = encoder
+
+    def see(self, pixels):
+        return self.encoder.tokens_of(pixels)
+
+    def score_of(self, features, of):
+        return features[:, -1].sum(-1) - features[:, 0].sum(-1)
+
+
+def test_a_reader_of_tokens_weighs_each_cell_by_its_own_gradients(explained):
+    encoder = explained["resnet"]
+    images = torch.randint(0, 256, (2, 3, *encoder.image_size), dtype=torch.uint8)
+    found = heatmaps(Corners(encoder), images, "gradcam")
+    assert found[:, -1, -1].min() > 0
+    assert not found[:, 0, 0].any()
+
+
 def test_stages_are_multiplied_and_a_silent_one_is_left_out():
     fine = torch.tensor([[[4.0, 2.0, 0.0, 2.0]] * 2, [[1.0, 0.0, 0.0, 0.0]] * 2])  # (2, 2, 4)
     coarse = torch.tensor([[[3.0, 6.0]], [[0.0, 0.0]]])  # (2, 1, 2): nothing for the second picture

@@ -10,8 +10,15 @@ import torch
 from explain import verify_tasks
 from explain.cli import main
 from explain.tasks import text_pieces
-from explain.trials import read_trial, scene_samples
-from explain.verify_tasks import caption_questions, label_questions, named, verify_task, vqa_questions
+from explain.trials import Raw, read_trial, scene_samples
+from explain.verify_tasks import (
+    caption_questions,
+    label_questions,
+    named,
+    question_about,
+    verify_task,
+    vqa_questions,
+)
 from finetune.fusion.model import FusionClassifier
 from finetune.fusion.recipe import ClassifyTask
 from finetune.language_models import small_language_model
@@ -75,13 +82,71 @@ def test_a_captioner_is_asked_about_what_it_names(task_model, monkeypatch):
     assert one.span[1] <= other.span[0]  # the words of the one come first
 
 
+def raw_of(*names: str, colours=("", ""), counts=(1, 1)) -> Raw:
+    nothing = torch.zeros(2, 4, 4, dtype=torch.bool)
+    return Raw(torch.zeros(3, 4, 4, dtype=torch.uint8), names, names, nothing, nothing, colours, counts)
+
+
+def test_questions_have_one_kind_for_their_answer():
+    assert question_about(raw_of("cow", "car"), 0) == (
+        "what animal is in the picture?",
+        ("cow", "cows"),
+    )
+    assert question_about(raw_of("pig", "car"), 0)[1] == (
+        *("pig", "piglet", "hog"),
+        *("pigs", "piglets", "hogs"),
+    )
+    for others in (("cow", "pig"), ("cow", "stranger"), ("carrot", "banana"), ("key", "pig")):
+        assert question_about(raw_of(*others), 0)[0].startswith("is there a")
+    cars = raw_of("car", "bicycle", colours=("red", ""), counts=(2, 1))
+    assert question_about(cars, 0) == ("what color are the cars?", ("red", "bright red"))
+    balloon = raw_of("cow", "balloon", colours=("", "pink"))
+    assert question_about(balloon, 1) == ("what color is the balloon?", ("pink", "rose"))
+
+
+def right(raws, question: str) -> str:
+    """The right answer, where a question may be about any of some pictures."""
+    asked = {q: answers[0] for raw in raws for q, answers in (question_about(raw, 0), question_about(raw, 1))}
+    return asked.get(question, "no")
+
+
+def test_a_vqa_model_is_asked_about_what_it_knows(task_model, monkeypatch):
+    model = task_model(VqaTask())
+    samples, raws = two_kinds(model.encoder, 12)
+    closed = [any(question_about(raw, place)[1] == ("yes",) for place in (0, 1)) for raw in raws]
+    assert 0 < sum(closed) < 12
+    for answer, expected in (
+        (lambda raw, question: right([raw], question), 12),
+        (lambda raw, question: "nothing", 0),
+        (
+            lambda raw, question: "yes" if right([raw], question) == "no" else right([raw], question),
+            12 - sum(closed),
+        ),
+    ):  # the last one says yes to what is not there, so that its yes is worth nothing
+
+        def answers(images, questions, answer=answer):
+            owners = [next(raw for raw in raws if raw.image is image) for image in images]
+            return [answer(raw, question) for raw, question in zip(owners, questions, strict=True)]
+
+        monkeypatch.setattr(
+            model, "answer", lambda images, questions, a=answers: a(pick(images, raws), questions)
+        )
+        counts = [0, 0]
+        found = list(vqa_questions(model, samples, counts))
+        assert len(found) == expected
+        assert counts == [12, 12 - expected]
+
+
+def pick(images, raws):
+    """The pictures of `raws` that equal others."""
+    return [next(raw.image for raw in raws if torch.equal(raw.image, image)) for image in images]
+
+
 def test_the_two_tests_are_held_and_rollout_fails_them(task_model, monkeypatch):
     model = task_model(VqaTask())
-    samples, _ = two_kinds(model.encoder, 3)
-    monkeypatch.setattr(model, "answer", lambda images, questions: ["yes"] * (len(questions) - 1) + ["no"])
-    counts = [0, 0]
-    assert len(list(vqa_questions(model, samples, counts))) == 2
-    assert counts == [3, 1]
+    samples, raws = two_kinds(model.encoder, 12)
+    monkeypatch.setattr(model, "answer", lambda images, questions: [right(raws, each) for each in questions])
+    monkeypatch.setattr(verify_tasks, "scene_samples", lambda *_: samples)
     result = verify_task(model, "vqa", pictures=2, methods=("rollout",))
     assert {each["gate"] for each in result["gates"]} == {"two_text_spearman", "random_weights_spearman"}
     assert result["trials"] == 4

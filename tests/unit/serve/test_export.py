@@ -7,10 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from open_clip import CustomTextCLIP
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image
 from torch import nn
@@ -22,9 +25,16 @@ from pretrain.towers import quiet
 from serve.export import export as module
 from serve.export.export import export_model
 from serve.export.parity import agreements, check_float, check_int8, compare, compare_on_data
-from serve.export.runtime import EdgeEncoder, Tokenizer, preprocess
+from serve.export.runtime import EdgeEncoder, OnnxTower, Tokenizer, preprocess
 from serve.export.tokenizer import write_tokenizer
-from serve.export.towers import reparameterised, write_onnx
+from serve.export.towers import (
+    TextTower,
+    cut_padding,
+    plain,
+    plain_attention,
+    reparameterised,
+    write_onnx,
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +88,71 @@ def test_rows_are_the_model_s_for_any_batch(encoders, exported, make_picture, ki
     rows = encoder.encode_texts(["a photo of a cat", "a photo of a dog"])
     logits = encoder.model.logit_scale.detach().exp() * encoder.encode_images([picture]) @ rows.T
     np.testing.assert_allclose(shares, logits.softmax(dim=-1).numpy(), atol=0.02)
+
+
+def test_text_graphs_leave_the_padding_out(encoders, exported, tmp_path):
+    encoder, edge = encoders["vit"], EdgeEncoder(exported / "vit")
+    tokens = encoder.tokenize(["a", "a red thing", "two blue things"]).numpy()
+    expected = encoder.encode_texts(torch.from_numpy(tokens)).numpy()
+    ends = tokens.argmax(axis=1)
+    assert ends.max() + 1 < tokens.shape[1]
+    tokens[:, ends.max() + 1 :] = -(10**6)  # no such row in the table: whoever looks it up fails
+    np.testing.assert_allclose(edge.encode_texts(tokens), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(edge.encode_texts(tokens[:1]), expected[:1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        edge.encode_texts(tokens[:, : ends.max() + 1]), expected, rtol=0, atol=1e-5
+    )  # shorter rows will do
+    assert edge.encode_texts([]).shape == encoder.encode_texts([]).shape == (0, 16)
+
+
+def test_text_graphs_find_the_first_end_token(tmp_path):
+    torch.manual_seed(0)
+    config = {"context_length": 12, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+    model = CustomTextCLIP(16, vision, {**config, "pool_type": "eos", "eos_id": 2}).eval()
+    tower = TextTower(SimpleNamespace(model=model))  # pyright: ignore
+    assert tower.short
+    tokens = torch.tensor([[9, 2, 2] + [0] * 9, [7, 8, 49, 40, 2] + [0] * 7])
+    axes = {"text": {0: "batch", 1: "length"}, "rows": {0: "batch"}}
+    with quiet(), plain_attention(), torch.no_grad():
+        torch.onnx.export(
+            tower,
+            (tokens,),
+            tmp_path / "text.onnx",
+            input_names=["text"],
+            output_names=["rows"],
+            dynamic_axes=axes,
+            opset_version=18,
+            dynamo=False,
+        )
+        expected = F.normalize(model.encode_text(tokens), dim=-1).numpy()
+    cut_padding(tmp_path / "text.onnx", "eos", 2)
+    tokens[:, 5:] = -(10**6)
+    found = OnnxTower(tmp_path, "text", 1)(tokens.numpy())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_attention_is_taken_apart_only_where_it_is_the_same():
+    torch.manual_seed(0)
+    x, other, mask = torch.randn(3, 5, 8), torch.randn(3, 4, 8), torch.randn(5, 5)
+    first, last = (nn.MultiheadAttention(8, 2, batch_first=each).eval() for each in (True, False))
+    before = nn.MultiheadAttention.forward
+    calls = [
+        (first, (x, x, x), {"need_weights": False, "attn_mask": mask}, True),
+        (first, (x, x, x), {"need_weights": False}, True),
+        (first, (x, x, x), {"need_weights": True}, False),
+        (first, (x, x, x), {"need_weights": False, "attn_mask": mask > 0.8}, False),
+        (first, (x, other, other), {"need_weights": False}, False),
+        (last, (x, x, x), {"need_weights": False}, False),
+    ]
+    for layer, inputs, options, simple in calls:
+        expected = layer(*inputs, **options)
+        assert (plain(layer, options) and inputs[0] is inputs[1]) == simple
+        with plain_attention():
+            found = layer(*inputs, **options)
+        torch.testing.assert_close(found[0], expected[0])
+        assert (found[1] is None) == (expected[1] is None)
+    assert nn.MultiheadAttention.forward is before
 
 
 def test_the_folder_says_what_it_is(encoders, exported):
