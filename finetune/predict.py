@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -93,7 +94,7 @@ def predict(
     check_question(kind, question, source)
     shown = [] if examples is None else read_examples(examples, kind)
     settings = {"model": str(folder.resolve()), "question": question}
-    settings |= {"examples": examples and str(examples.resolve())}
+    settings |= {"examples": hashlib.sha256(repr(shown).encode()).hexdigest()[:16] if shown else None}
     done = resume(out, settings, overwrite=overwrite)
     writer = Writer(open_model(folder, kind, device), kind, shown)
     log, written = FaultLog(max_faults), 0

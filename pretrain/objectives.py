@@ -108,7 +108,8 @@ def global_of(
     """The global estimator as the recipe has it; `indices` are those of this rank's samples in the set."""
     if means is None:
         means, indices = SampleMeans(len(indices)).to(indices.device), torch.arange(len(indices)).to(indices)
-    loss = global_info_nce(*features[:3], indices, means, gamma=config.gamma, floor=config.floor)
+    images, texts, scale = features[:3]
+    loss = global_info_nce(images, texts, scale, indices, means, gamma=config.gamma, floor=config.floor)
     means.exchange(indices)
     return loss
 

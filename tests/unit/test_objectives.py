@@ -128,12 +128,14 @@ def test_the_global_estimator_remembers_samples_by_their_index(encoder, pairs):
     objective = build_objective(GlobalContrastConfig(gamma=0.5), encoder, means=ours)
     for indices in (torch.tensor([4, 0, 8, 2, 3]), torch.tensor([3, 8, 1, 0, 2])):
         value = objective(features, *pairs, indices)
-        expected = global_info_nce(*features[:3], indices, beside, gamma=0.5)
+        images, texts, scale = features[:3]
+        expected = global_info_nce(images, texts, scale, indices, beside, gamma=0.5)
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
         torch.testing.assert_close(ours.image, beside.image, rtol=0, atol=0, equal_nan=True)
     assert ours.image.isnan().tolist() == [False] * 5 + [True] * 3 + [False]
     tried = build_objective(GlobalContrastConfig(gamma=0.5), encoder)  # on noise: every sample is new
-    new = global_info_nce(*features[:3], torch.arange(5), SampleMeans(5), gamma=0.5)
+    images, texts, scale = features[:3]
+    new = global_info_nce(images, texts, scale, torch.arange(5), SampleMeans(5), gamma=0.5)
     for _ in range(2):
         torch.testing.assert_close(tried(features, *pairs, torch.tensor([0, 0, 0, 0, 0])), new)
 

@@ -146,6 +146,19 @@ def test_lines_end_where_json_ends_them(models, tmp_path, make_picture, capsys):
     assert "0 lines written, 3 were there before" in capsys.readouterr().err
 
 
+def test_examples_that_have_changed_are_refused(models, pictures, tmp_path):
+    """Lines after other examples are not mixed with those that are there, though the table has kept its name."""
+    table, out = tmp_path / "few.csv", tmp_path / "F.jsonl"
+    table.write_text("image,caption\npictures/0.jpg,a red cat\n")
+    options = {"model": models["caption"], "images": (str(pictures),), "out": out, "examples": table}
+    predict(**options)
+    assert len(read(out)) == 7
+    predict(**options)
+    table.write_text("image,caption\npictures/0.jpg,a red dog\n")
+    with pytest.raises(ValueError, match="begun with another examples"):
+        predict(**options)
+
+
 def test_a_tiny_and_a_transparent_picture(models, tmp_path):
     from PIL import Image
 
