@@ -157,6 +157,35 @@ def test_a_dropped_picture_and_one_that_is_none(live, page, make_picture):
     page.evaluate(drop, [list(make_picture(2, (64, 64), "PNG")), "image/png"])
     page.wait_for_selector("#bars li")
     assert page.inner_text("#problem") == ""
+    nothing = "document.querySelector('#caption').innerText == 'No caption for this picture.'"
+    until(page, f"!({nothing})")
+    page.evaluate(drop, [list(b"not a picture"), "image/png"])
+    until(page, nothing)  # and not that of the picture before
+    assert page.locator("#bars li").count() == 0
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 1200])
+def test_narrow_screens_and_problems_far_down(live, page, make_picture, tmp_path, width):
+    page.set_viewport_size({"width": width, "height": 600})
+    page.goto(f"http://127.0.0.1:{live.port}/")
+    page.wait_for_selector("#picture-part:not([hidden])")
+    path = tmp_path / "mine.png"
+    path.write_bytes(make_picture(5, (64, 64), "PNG"))
+    page.set_input_files("#file", path)
+    page.wait_for_selector("#bars li")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    for form in ("#search-form", "#label-form"):  # the button stands beside its field
+        field, button = (page.locator(f"{form} {tag}").bounding_box() for tag in ("input", "button"))
+        assert button["y"] < field["y"] + field["height"]
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    until(page, "scrollY > 300")
+    path = tmp_path / "notes.txt"
+    path.write_text("no picture")
+    page.set_input_files("#file", path)
+    page.wait_for_selector("#problem:not(:empty)")
+    box = page.locator("#problem").bounding_box()
+    assert 0 <= box["y"] < 600 - box["height"], "the problem is out of sight"
 
 
 @pytest.mark.browser
