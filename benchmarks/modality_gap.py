@@ -53,7 +53,7 @@ def recipe_of(folder: Path, name: str, weight: float, seed: int, steps: int) -> 
             "terms": {"alignment": {"weight": weight}},
             "steps": steps,
             "optim": {"kind": "muon", "lr": 2e-3, "weight_decay": 0.1, "clip_norm": 1.0},
-            "schedule": {"kind": "cosine", "warmup": 20},
+            "schedule": {"kind": "cosine", "warmup": min(20, steps // 5)},
             "seed": seed,
             "log_every": 25,
             "checkpoint": {"every": 10**6},
