@@ -14,18 +14,22 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+HERE = Path(__file__).resolve().parent
+# benchmarks/retrieval.py would hide the package that the evaluator is in
+sys.path[:] = [str(HERE.parent), *(each for each in sys.path if Path(each or ".").resolve() != HERE)]
 
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
-from data.prepare import prepare
-from pretrain.recipe import PretrainRecipe
-from pretrain.trainer import Trainer
+from data.prepare import prepare  # noqa: E402
+from pretrain.recipe import PretrainRecipe  # noqa: E402
+from pretrain.trainer import Trainer  # noqa: E402
 
 NUMBERS = ("modality_gap", "critic_accuracy", "critic_loss")
 RECALLS = ("image_to_text/recall@1", "text_to_image/recall@1")
@@ -53,7 +57,7 @@ def recipe_of(folder: Path, name: str, weight: float, seed: int, steps: int) -> 
             "terms": {"alignment": {"weight": weight}},
             "steps": steps,
             "optim": {"kind": "muon", "lr": 2e-3, "weight_decay": 0.1, "clip_norm": 1.0},
-            "schedule": {"kind": "cosine", "warmup": 20},
+            "schedule": {"kind": "cosine", "warmup": min(20, steps // 5)},
             "seed": seed,
             "log_every": 25,
             "checkpoint": {"every": 10**6},

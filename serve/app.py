@@ -106,6 +106,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # it would fetch its scripts from the network
         redoc_url=None,
+        redirect_slashes=False,  # it would send callers to whatever name their Host header has
     )
     app.state.service, app.state.metrics = service, metrics
     app.add_middleware(Gate, settings=settings, keys=keys or Keys(), metrics=metrics)  # pyright: ignore
@@ -180,11 +181,13 @@ def add_operations(app: FastAPI, service: Service, metrics: Metrics) -> None:
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict[str, str]:
         """The process is alive."""
         return {"status": "alive"}
 
+    @app.head("/readyz", include_in_schema=False)  # balancers like to ask so
     @app.get("/readyz", tags=["operations"], responses={503: RESPONSES[503]})
     async def readyz() -> dict[str, str]:
         """Models are loaded and requests are taken."""

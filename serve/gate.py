@@ -125,6 +125,10 @@ class Gate:
     async def read_body(self, headers: dict[bytes, bytes], receive: Any) -> bytes:
         """The body, given up as soon as it is too large or too slow."""
         limits = self.settings.limits
+        if (
+            b"content-length" in headers and b"transfer-encoding" in headers
+        ):  # a proxy may have taken the other
+            raise Refusal(400, "bad_length", "expected Content-Length or Transfer-Encoding, not both")
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit():
             raise Refusal(400, "bad_length", "Content-Length is no number")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -298,14 +298,10 @@ class Service:
             )
         expires = time.monotonic() + queue.config.deadline
         with queue.admit(len(pictures) if places is None else places):
-            try:
-                pixels = await asyncio.wait_for(
-                    asyncio.gather(*(self.pixels(picture, preprocess) for picture in pictures)),
-                    queue.config.deadline,
-                )
-            except (asyncio.TimeoutError, TimeoutError):
-                raise deadline_passed() from None
-            return await work(list(pixels), expires)
+            pixels = await all_within(
+                [self.pixels(picture, preprocess) for picture in pictures], queue.config.deadline
+            )
+            return await work(pixels, expires)
 
     async def pixels(self, picture: Picture, preprocess: Callable[[Tensor], Tensor]) -> Tensor:
         """A picture at a model's input size."""
@@ -319,6 +315,30 @@ class Service:
             return preprocess(decode(content if text is None else from_base64(text, limits), limits))
 
         return await asyncio.get_running_loop().run_in_executor(self.decoders, work)
+
+
+async def all_within(works: Sequence[Coroutine[Any, Any, Result]], seconds: float) -> list[Result]:
+    """Results of what runs side by side; with the first failure, the deadline or the caller, all of it ends.
+
+    `asyncio.gather` would log an error for each request that is given up.
+
+    Raises:
+        Refusal: 504: the deadline passed.
+        Exception: What the first that failed raised.
+    """
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        if tasks:
+            done, pending = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            if pending:
+                raise deadline_passed()
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def check_question(model: VisionLanguageModel, question: str, place: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 import socket
@@ -251,6 +252,8 @@ def test_bodies_are_counted_while_they_arrive(models, run_app):
         assert streamed.startswith(b"HTTP/1.1 413") or streamed == b""  # reset while it was still sending
         for length in (b"-5", b"abc", b"1e3", b"9" * 5000):
             assert raw(port, head + b"Content-Length: " + length + b"\r\n\r\n").split()[1][:1] == b"4"
+        both = head + b"Content-Length: 15\r\nTransfer-Encoding: chunked\r\n\r\n"
+        assert raw(port, both + b'f\r\n{"texts":["a"]}\r\n0\r\n\r\n').startswith(b"HTTP/1.1 400")
         assert live.ask("/v1/embed/text", {"texts": ["a"]})[0] == 200
         assert live.app.middleware_stack is not None
 
@@ -318,6 +321,8 @@ def test_a_caller_who_hangs_up_takes_the_request_along(models, run_app, monkeypa
         "/v1/pictures/99999999999999999999999999",
         "/v1/pictures/-1",
         "//v1/info/..",
+        "/v1/info/",
+        "/v1/pictures/",
         "/page.html",
         "/docs",
         "/redoc",
@@ -328,6 +333,36 @@ def test_path_tricks_lead_nowhere(live, path):
     status, answer, _ = live.ask(path)
     assert 400 <= status < 500
     assert b"root:" not in (answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+
+def test_balancers_may_ask_for_the_head_of_health(live):
+    for path in ("/", "/healthz", "/readyz"):
+        status, answer, _ = live.ask(path, method="HEAD", headers={"Accept": "application/json"})
+        assert (status, answer) == (200, b"")
+
+
+def test_pictures_that_are_given_up_leave_nothing_in_the_log(
+    models, run_app, make_picture, caplog, monkeypatch
+):
+    app = create_app(models, Settings(embedding=Batching(deadline=0.2), decoders=1))
+    monkeypatch.setattr("serve.service.decode", lambda content, limits: time.sleep(0.4))
+    with run_app(app) as live:
+        content = {"images": [{"data": base64.b64encode(make_picture(1)).decode()}] * 4}
+        status, answer, _ = live.ask("/v1/embed/image", content)
+        assert (status, answer["error"]["code"]) == (504, "deadline")
+        body = json.dumps(content).encode()
+        with socket.create_connection(("127.0.0.1", live.port)) as connection:
+            head = "POST /v1/embed/image HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            time.sleep(0.1)
+        until = time.monotonic() + 5
+        while app.state.service.images.admitted:
+            assert time.monotonic() < until, "the request went on"
+            time.sleep(0.02)
+        gc.collect()  # a future whose exception nobody took says so when it goes
+        assert live.ask("/healthz")[0] == 200
+    gc.collect()
+    assert not caplog.records
 
 
 def test_other_methods_are_refused(live):
