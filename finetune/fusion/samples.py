@@ -189,7 +189,7 @@ class FusionCollate:
 
     The batch: `text` int64 `(k, m)`, each different one once (templates, and captions that are right here and wrong
     there), `text_of` int64 `(n,)`, which one a sample has, `text_missing` bool `(n,)`, `image_of_text` int64 `(n,)`,
-    `labels` int64 `(n,)` or float `(n, labels)`, and `images` uint8 `(b, 3, h, w)` (absent where the features are kept).
+    `labels` int64 `(n,)` or float `(n, labels)`, and `images` uint8 `(b, 3, h, w)` (absent where features are kept).
 
     Attributes:
         size: Of the pictures.
