@@ -1,8 +1,8 @@
 """Fusion heads: from image and text features to one vector.
 
 A head is a module `(image (b, n, d_i), text (b, m, d_t), text_seen (b, m)) -> (b, head.width)`; for pooled heads m is
-1, and n is unless they take the mean of the tokens. Features may differ in scale by orders of magnitude between towers, so
-each head norms its inputs first.
+1, and n is unless they take the mean of the tokens. Features may differ in scale by orders of magnitude
+between towers, so each head norms its inputs first.
 """
 
 from __future__ import annotations
