@@ -64,17 +64,17 @@ class LabelTarget:
     def __init__(self, model: Any, texts: Sequence[str | None], label: int):
         self.encoder: Encoder = model.encoder
         self.model, self.label = model, label
-        self.reads: Literal["pooled", "tokens"] = "pooled" if model.pooled else "tokens"
+        self.reads: Literal["pooled", "tokens"] = "pooled" if model.image_pooled else "tokens"
         self.tokens = model.encoder.tokenize([text or "" for text in texts]).to(model.device)
         self.missing = torch.tensor([not text for text in texts], device=model.device)
 
     def see(self, pixels: Tensor) -> Tensor:
-        if self.model.pooled:
+        if self.model.image_pooled:
             return self.encoder.model.encode_image(pixels)
         return self.encoder.tokens_of(pixels)
 
     def score_of(self, features: Tensor, of: Tensor) -> Tensor:
-        image = features[:, None] if self.model.pooled else features
+        image = features[:, None] if self.model.image_pooled else features
         nothing = torch.zeros_like(self.missing[of])
         return self.model.logits(image, self.tokens[of], nothing, self.missing[of])[:, self.label]
 

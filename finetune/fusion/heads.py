@@ -1,7 +1,8 @@
 """Fusion heads: from image and text features to one vector.
 
-A head is a module `(image (b, n, d_i), text (b, m, d_t), text_seen (b, m)) -> (b, head.width)`; for pooled heads n and
-m are 1. Features may differ in scale by orders of magnitude between towers, so each head norms its inputs first.
+A head is a module `(image (b, n, d_i), text (b, m, d_t), text_seen (b, m)) -> (b, head.width)`; for pooled heads m is
+1, and n is unless they take the mean of the tokens. Features may differ in scale by orders of magnitude
+between towers, so each head norms its inputs first.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class PooledFusion(nn.Module):
             self.gate = nn.Linear(image_dim + text_dim, config.width)
 
     def forward(self, image: Tensor, text: Tensor, text_seen: Tensor) -> Tensor:
-        """`(b, 1, d_i)` and `(b, 1, d_t)` to `(b, width)`."""
-        x, y = self.image_norm(image[:, 0]), self.text_norm(text[:, 0])
+        """`(b, n, d_i)`, whose mean is taken, and `(b, 1, d_t)` to `(b, width)`."""
+        x, y = self.image_norm(image.mean(dim=1)), self.text_norm(text[:, 0])
         if self.kind == "concat":
             return nn.functional.gelu(self.both(torch.cat([x, y], dim=-1)))
         if self.kind == "tanh":

@@ -64,6 +64,7 @@ class FusionClassifier(TaskModel):
         self.encoder, self.task, self.labels = encoder, task, list(labels)
         self.freeze_image_tower = freeze_image_tower
         self.pooled = isinstance(task.fusion, Pooled)
+        self.image_pooled = isinstance(task.fusion, Pooled) and task.fusion.picture == "embedding"
         self.towers = encoder.model
         blank = torch.zeros(1, 3, *encoder.image_size, dtype=torch.uint8)
         words = encoder.tokenize([""])
@@ -110,7 +111,7 @@ class FusionClassifier(TaskModel):
     def image_features(self, images: Tensor) -> Tensor:
         """uint8 `(b, 3, h, w)` to float `(b, n, d)`: the embedding (n = 1), or the tower's tokens."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_image_tower):
-            if self.pooled:
+            if self.image_pooled:
                 return self.towers.encode_image(self.encoder.pixels(images)).unsqueeze(1)
             return self.encoder.image_tokens(images)
 
@@ -147,17 +148,19 @@ class FusionClassifier(TaskModel):
         images: Tensor | None = None,
         tokens: Tensor | None = None,
         image_of_text: Tensor | None = None,
+        text_of: Tensor | None = None,
     ) -> Tensor:
         """Summed cross-entropy, classes weighted.
 
         Args:
-            text: int64 `(n, m)`, tokens.
+            text: int64 `(n, m)`, tokens; or `(k, m)`, the different ones, with `text_of`.
             text_missing: bool `(n,)`.
             labels: int64 `(n,)`, the label of each text, -100 for those without one; or float `(n, labels)` from 0 to
                 1 (soft targets, several labels), a row of -100 for those without any.
             images: uint8 `(b, 3, h, w)`; or
             tokens: float `(b, n_tokens, d)`, what `image_tokens` made of them earlier.
             image_of_text: int64 `(n,)`, each text's picture in the batch; one text a picture when None.
+            text_of: int64 `(n,)`, each sample's row of `text`, so that a text that many samples have is read once.
 
         Returns:
             A scalar: the sum, not the mean, so that the caller can divide by `targets` of all ranks.
@@ -168,11 +171,11 @@ class FusionClassifier(TaskModel):
         tokens = tokens if image_of_text is None else tokens[image_of_text]
         no_image = torch.zeros_like(text_missing)
         if self.training and self.task.modality_dropout:
-            draw = torch.rand(len(text), device=text.device)
+            draw = torch.rand(len(text_missing), device=text.device)
             share = self.task.modality_dropout
             no_image = (draw < share) & ~text_missing
             text_missing = text_missing | ((draw >= share) & (draw < 2 * share))
-        logits = self.logits(tokens, text, no_image, text_missing).float()
+        logits = self.logits(tokens, text, no_image, text_missing, text_of).float()
         weights: Any = self.class_weights
         if labels.ndim == 1:
             return F.cross_entropy(logits, labels, weight=weights, ignore_index=IGNORED, reduction="sum")
@@ -188,9 +191,18 @@ class FusionClassifier(TaskModel):
         """How many samples of a batch have something to learn: what the loss is divided by."""
         return (labels if labels.ndim == 1 else labels[:, :1]).ne(IGNORED).sum()
 
-    def logits(self, image: Tensor, text: Tensor, no_image: Tensor, no_text: Tensor) -> Tensor:
-        """Features, tokens, and what is missing, to float `(b, labels)`."""
+    def logits(
+        self,
+        image: Tensor,
+        text: Tensor,
+        no_image: Tensor,
+        no_text: Tensor,
+        text_of: Tensor | None = None,
+    ) -> Tensor:
+        """Features, tokens, and what is missing, to float `(b, labels)`; see `forward`."""
         words = self.text_features(text)
+        if text_of is not None:
+            words, text = words[text_of], text[text_of]
         image = torch.where(no_image[:, None, None], self.missing_image.to(image.dtype), image)
         words = torch.where(no_text[:, None, None], self.missing_text.to(words.dtype), words)
         seen = text.ne(0) if not self.pooled else text.new_ones(len(text), 1).bool()
@@ -242,11 +254,15 @@ class FusionClassifier(TaskModel):
             raise ValueError("a sample with neither a picture nor a text cannot be classified")
         training = self.training
         self.eval()
+        different = {
+            text: number for number, text in enumerate(dict.fromkeys(text or "" for text in written))
+        }
         logits = self.logits(
             self.image_features(pixels)[owners.to(self.device)],
-            self.encoder.tokenize([text or "" for text in written]).to(self.device),
+            self.encoder.tokenize(list(different)).to(self.device),
             no_image.to(self.device),
             no_text.to(self.device),
+            torch.tensor([different[text or ""] for text in written], device=self.device),
         ).double()
         self.train(training)
         finite(logits)

@@ -18,6 +18,9 @@ class Pooled(Config):
     `product` multiplies them unit by unit (low-rank bilinear), for tasks about whether the two agree."""
     width: int = Field(default=256, ge=1)
     """Hidden units."""
+    picture: Literal["embedding", "tokens"] = "embedding"
+    """What of the picture is fused: its embedding, or the mean of the tower's last tokens, which still has what
+    pretraining's projection lets go (the shape of a plain figure, say)."""
 
 
 class SingleStream(Config):

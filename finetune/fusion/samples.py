@@ -187,8 +187,9 @@ def wrong_captions(rows: Sequence[tuple[str, frozenset[str]]], each: int) -> lis
 class FusionCollate:
     """Stack a batch of pictures with any number of texts each.
 
-    The batch: `text` int64 `(n, m)`, `text_missing` bool `(n,)`, `image_of_text` int64 `(n,)`, `labels` int64 `(n,)` or
-    float `(n, labels)`, and `images` uint8 `(b, 3, h, w)` (absent where the features are kept).
+    The batch: `text` int64 `(k, m)`, each different one once (templates, and captions that are right here and wrong
+    there), `text_of` int64 `(n,)`, which one a sample has, `text_missing` bool `(n,)`, `image_of_text` int64 `(n,)`,
+    `labels` int64 `(n,)` or float `(n, labels)`, and `images` uint8 `(b, 3, h, w)` (absent where features are kept).
 
     Attributes:
         size: Of the pictures.
@@ -214,10 +215,13 @@ class FusionCollate:
                 strict=True,
             )
         targets = [torch.as_tensor(text.target) for text in texts]
+        tokens = (
+            torch.stack([text.tokens for text in texts]) if texts else torch.zeros((0, 1), dtype=torch.int64)
+        )
+        different, text_of = torch.unique(tokens, dim=0, return_inverse=True)
         batch: dict[str, Any] = {
-            "text": torch.stack([text.tokens for text in texts])
-            if texts
-            else torch.zeros((0, 1), dtype=torch.int64),
+            "text": different,
+            "text_of": text_of,
             "text_missing": torch.tensor([text.missing for text in texts], dtype=torch.bool),
             "image_of_text": torch.tensor(owners, dtype=torch.int64),
             "labels": torch.stack(targets) if targets else torch.zeros(0, dtype=torch.int64),

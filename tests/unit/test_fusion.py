@@ -25,6 +25,7 @@ FUSIONS = [
     {"kind": "concat", "width": 16},
     {"kind": "gated", "width": 16},
     {"kind": "product", "width": 16},
+    {"kind": "product", "width": 16, "picture": "tokens"},
     {"kind": "single_stream", "width": 16, "layers": 1, "heads": 2},
     {"kind": "co_attention", "width": 16, "layers": 1, "heads": 2},
 ]
@@ -97,6 +98,8 @@ def test_pooled_heads_are_their_formulas():
     head = build_head(Pooled(kind="product", width=4), image_dim=5, text_dim=7)
     expected = torch.tanh(head.image(x)) * torch.tanh(head.text(y))
     assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
+    several = torch.cat([2 * image, 0 * image], dim=1)  # their mean counts
+    assert torch.allclose(head(several, text, seen), expected, atol=1e-6)
     head = build_head(Pooled(kind="gated", width=4), image_dim=5, text_dim=7)
     gate = torch.sigmoid(torch.cat([x, y], 1) @ head.gate.weight.T + head.gate.bias)
     expected = gate * torch.tanh(head.image(x)) + (1 - gate) * torch.tanh(head.text(y))
@@ -117,7 +120,7 @@ def test_token_heads_do_not_see_padding(config):
     assert not torch.allclose(head(image, text, seen), before, atol=1e-3)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: fusion["kind"])
+@pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: "-".join(map(str, fusion.values())))
 def test_every_head_answers_with_a_modality_missing_and_comes_back_from_disk(
     fusion, tmp_path, make_picture, make_model
 ):
@@ -145,7 +148,7 @@ def test_every_head_answers_with_a_modality_missing_and_comes_back_from_disk(
     assert names == {"encoder", "fusion.safetensors", "task.json"}
 
 
-@pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: fusion["kind"])
+@pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: "-".join(map(str, fusion.values())))
 def test_the_loss_is_a_weighted_sum_and_every_parameter_that_trains_has_a_gradient(
     fusion, make_picture, make_model
 ):
@@ -179,7 +182,7 @@ def test_modality_dropout_takes_one_or_the_other_but_never_both(monkeypatch, mak
     model = make_model(FUSIONS[0], modality_dropout=0.3).train()
     seen = []
 
-    def record(image, text, no_image, no_text):
+    def record(image, text, no_image, no_text, text_of):
         seen.append((no_image, no_text))
         return torch.zeros(len(text), 3, requires_grad=True)
 

@@ -102,6 +102,9 @@ def test_the_loss_of_soft_targets_is_a_plain_loop(make_picture, small_encoder):
     owners = torch.tensor([1, 0, 0])
     with torch.no_grad():
         loss = model(text, no, labels, images=images, image_of_text=owners)
+        again = model(
+            text[[2, 0, 1]], no, labels, images=images, image_of_text=owners, text_of=torch.tensor([1, 2, 0])
+        )
         logits = model.logits(model.image_features(images)[owners], text, no, no).double()
     expected = -sum(
         float(y * torch.sigmoid(x).log() + (1 - y) * torch.sigmoid(-x).log())
@@ -109,6 +112,7 @@ def test_the_loss_of_soft_targets_is_a_plain_loop(make_picture, small_encoder):
         for x, y in zip(logits[row], labels[row].double(), strict=True)
     )
     assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(again) == pytest.approx(float(loss), rel=1e-6)
     assert int(model.targets(labels)) == 2
     assert int(model.targets(torch.tensor([1, -100, 0]))) == 2
 
@@ -121,7 +125,8 @@ def test_wrong_captions_are_never_right_ones():
     batch = FusionCollate((2, 2), pictures=False, negatives=1)(
         [(None, [Text(token, False, row)]) for token, row in zip(tokens, rows, strict=True)]
     )
-    assert batch["text"][:, 0].tolist() == [0, 3, 1, 2, 2, 3, 3, 0]
+    assert batch["text"][:, 0].tolist() == [0, 1, 2, 3]  # each is read once, however many samples have it
+    assert batch["text"][batch["text_of"], 0].tolist() == [0, 3, 1, 2, 2, 3, 3, 0]
     assert batch["image_of_text"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert batch["labels"].tolist() == [1, 0] * 4
     empty = FusionCollate((2, 2), negatives=1)([])
