@@ -250,7 +250,7 @@ def explain(kind: type[BaseModel], error: ValidationError, source: str) -> str:
             hint = nearest(str(fault["loc"][-1]), fields)
             lines.append(f"{key}: unknown key{hint or '; valid here: ' + ', '.join(fields)}")
         elif fault["type"] == "union_tag_not_found":
-            tag = str((fault.get("ctx") or {}).get("discriminator")).strip("'")
+            tag = str(fault.get("ctx", {}).get("discriminator")).strip("'")
             lines.append(
                 f"{key}: no {tag}, which says what it is: expected {tag} beside the keys {list(fault['input'])}"
             )
