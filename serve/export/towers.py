@@ -112,7 +112,7 @@ def cut_padding(path: Path, pool: str, eos: int | None) -> None:
             if name == tokens.name:
                 node.input[place] = "cut.tokens"
     numbers, ending, source = {"cut.zero": [0], "cut.one": [1]}, [], tokens.name
-    if pool == "eos":
+    if pool == "eos" and eos is not None:
         numbers["cut.end"], source = [eos], "cut.marks"
         ending = [
             make("Equal", [tokens.name, "cut.end"], ["cut.is_end"]),
