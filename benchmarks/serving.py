@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import copy
 import http.client
 import io
 import json
@@ -170,8 +171,11 @@ def batch_gain(encoder: Encoder, route: str, requests: Sequence[bytes]) -> float
 
 def serving(model: str, encoder: Encoder, requests: int, pairs: int) -> dict[str, Any]:
     """Both servers under load, and a lone client."""
+    from serve.folding import fold
+
     found: dict[str, Any] = {}
-    content = bodies(requests)
+    content, served = bodies(requests), copy.deepcopy(encoder)
+    fold(served)  # as the servers do
     with server(model, 32) as (batching, process), server(model, 1) as (single, _):
         for route in ROUTES:
             rounds = []
@@ -192,7 +196,7 @@ def serving(model: str, encoder: Encoder, requests: int, pairs: int) -> dict[str
                 "p95_ratio": round(statistics.median(a["p95"] / b["p95"] for a, b in rounds), 2),
                 "requests_per_second": round(statistics.median(a["rate"] for a, _ in rounds)),
                 "one_by_one": round(statistics.median(b["rate"] for _, b in rounds)),
-                "forward_alone": round(batch_gain(encoder, route, content[route]), 2),
+                "forward_alone": round(batch_gain(served, route, content[route]), 2),
             }
         found["overhead"] = overhead(batching, process, encoder, content["text"][:50], pairs)
     return found

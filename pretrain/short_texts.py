@@ -49,10 +49,8 @@ def features_of(tower: Any, tokens: Tensor) -> Tensor:
     """
     pool, eos = pooling(tower)
     length, dtype = tokens.shape[1], tower.transformer.get_cast_dtype()
-    x, places = tower.token_embedding(tokens), tower.positional_embedding[:length]
-    if x.dtype != dtype:  # an idle cast would fix the length of an exported graph
-        x, places = x.to(dtype), places.to(dtype)
-    x = tower.transformer(x + places, attn_mask=tower.attn_mask[:length, :length])
+    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
     x = text_global_pool(tower.ln_final(x), tokens, pool, eos_token_id=eos)  # (n, width)
     projection = tower.text_projection
     if projection is None:

@@ -313,8 +313,8 @@ def add_search(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/pictures/{row}", tags=["models"], response_class=Response, responses=RESPONSES)
     async def picture(row: int) -> Response:
-        """A small JPEG of a picture of the index."""
-        headers = {"Cache-Control": "private, max-age=3600"}
+        """A small JPEG of a picture of the index, which a header names."""
+        headers = {"Cache-Control": "private, max-age=3600", "X-Index-Fingerprint": identity.fingerprint}
         return Response(await service.thumbnail(row), media_type="image/jpeg", headers=headers)
 
 

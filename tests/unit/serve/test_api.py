@@ -70,7 +70,8 @@ def test_search_by_words_and_by_picture(live, models, make_picture, picture_fiel
         @ models.encoder.encode_images([make_picture(seed) for seed in range(12)]).T
     )
     assert answer["hits"][0]["row"] == int(scores.argmax())
-    status, picture, _ = live.ask(f"/v1/pictures/{answer['hits'][0]['row']}")
+    status, picture, headers = live.ask(f"/v1/pictures/{answer['hits'][0]['row']}")
+    assert headers["X-Index-Fingerprint"] == answer["index"]["fingerprint"]
     assert Image.open(io.BytesIO(picture)).format == "JPEG"
     assert live.ask("/v1/pictures/12")[0] == 404
     assert live.ask("/v1/pictures/-1")[0] == 404
