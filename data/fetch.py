@@ -31,6 +31,7 @@ ABANDONED = 3600.0  # seconds; a half-written file that nobody has touched for s
 GIVE_UP = {400, 401, 403, 404, 405, 410, 451}  # another attempt gets the same answer
 PIPE = "pipe:"
 VERSION = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "mtime", "updated", "created")
+VERSION += ("blob_id",)  # of a file on the Hugging Face hub
 Check: TypeAlias = Callable[[Path, str], None]
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 
@@ -221,11 +222,7 @@ class ShardCache:
                     raise
                 failures = 1 if file.tell() > before else failures + 1
                 reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-                hopeless = (
-                    isinstance(error, FileNotFoundError | PermissionError)
-                    or getattr(error, "status", None) in GIVE_UP
-                )
-                if hopeless or failures == ATTEMPTS:
+                if _hopeless(error) or failures == ATTEMPTS:
                     raise FileNotFoundError(
                         f"shard {transfer.name} cannot be fetched ({failures} attempts): {reason}. "
                         "Check the address and the connection, or copy the shard and give its local path."
@@ -262,6 +259,16 @@ class ShardCache:
                     total -= taken
 
 
+def _hopeless(error: Exception) -> bool:
+    """Whether another attempt would end the same."""
+    answer = getattr(error, "response", None)  # huggingface_hub's errors carry it, aiohttp's only its status
+    status = getattr(error, "status", getattr(answer, "status_code", None))
+    known = isinstance(error, FileNotFoundError | PermissionError) or status in GIVE_UP
+    return (
+        known or type(error).__name__ == "OfflineModeIsEnabled"
+    )  # huggingface_hub's, with HF_HUB_OFFLINE set
+
+
 class FetchError(OSError):
     """A shard cannot be had, and asking again at once is of no use."""
 
@@ -290,6 +297,8 @@ class Ranges:
             }
         # A fresh one: file systems are not made to be used after a fork.
         self.system, self.path = fsspec.core.url_to_fs(self.name, use_listings_cache=False, **options)
+        # A file of the hub would read 5 MiB ahead of each range, and forget them.
+        self.reading = {"cache_type": "none"} if self.name.startswith("hf://") else {}
         info = self.system.info(self.path)
         self.size = info.get("size")
         self.ranges = info.get("partial", True)
@@ -312,7 +321,7 @@ class Ranges:
         while file.tell() < self.size:
             first = file.tell()
             last = min(first + PART, self.size)
-            content = self.system.cat_file(self.path, start=first, end=last)
+            content = self.system.cat_file(self.path, start=first, end=last, **self.reading)
             if len(content) == self.size != last - first:  # the server knows no ranges and sent everything
                 content = content[first:]
             elif len(content) != last - first:
@@ -340,6 +349,29 @@ class Pipe:
         if done.returncode:
             said = done.stderr.decode("utf-8", "replace").strip()[-300:]
             raise ConnectionError(f"the command ended with {done.returncode}{': ' if said else ''}{said}")
+
+
+def remote_glob(pattern: str) -> list[str]:
+    """The shards elsewhere whose URLs match a pattern, sorted.
+
+    Args:
+        pattern: A URL with `*` of a file system that can list its folders: s3, gs, hf and others, but not http.
+
+    Raises:
+        ValueError: An unknown scheme, or the folder cannot be listed.
+        ImportError: The scheme needs a package that is not installed.
+    """
+    import fsspec
+
+    require_scheme(pattern)
+    try:
+        system, path = fsspec.core.url_to_fs(pattern, use_listings_cache=False)
+        return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+    except Exception as error:  # whatever a file system or its network library raises
+        raise ValueError(
+            f"shards {pattern} cannot be listed: {type(error).__name__}: {error}. Check the address and the "
+            "connection, or name the shards with braces as in {00000..00041}.tar."
+        ) from error
 
 
 def require_scheme(name: str) -> None:

@@ -19,6 +19,7 @@ from pairstream.atomic import aside, fsync_path, write_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MANIFEST = "manifest.json"
+UNLISTED = {"pipe", "http", "https"}  # sources that cannot say what lies there
 
 
 @dataclass(frozen=True)
@@ -183,13 +184,15 @@ def expand_shards(shards: str | Path | Iterable[str | Path]) -> list[str]:
 
     Args:
         shards: One or several of: a folder (all its `*.tar`), a file, a glob, braces as in
-            `train-{00000..00041}.tar`, a URL with or without braces, `pipe:` and a command that writes a shard.
+            `train-{00000..00041}.tar`, a URL with or without braces, a glob as a URL (not of http, which lists no
+            folders), `pipe:` and a command that writes a shard.
 
     Returns:
         Sorted paths of a glob or folder, otherwise the given order; no duplicates.
 
     Raises:
-        ValueError: Nothing was given, nothing matches, or a shard that is named does not exist.
+        ValueError: Nothing was given, nothing matches, a shard that is named does not exist, or a folder elsewhere
+            cannot be listed.
     """
     words = [shards] if isinstance(shards, str | Path) else list(shards)
     if not words:
@@ -201,8 +204,13 @@ def expand_shards(shards: str | Path | Iterable[str | Path]) -> list[str]:
                 raise ValueError(
                     "the name of a shard is empty: expected a path, a glob or a URL of .tar files"
                 )
-            if name.startswith("pipe:") or "://" in name:
+            scheme = "pipe" if name.startswith("pipe:") else name.partition("://")[0] if "://" in name else ""
+            if scheme and (scheme in UNLISTED or "*" not in name):
                 found.append(name)
+            elif scheme:
+                from data.fetch import remote_glob
+
+                found += remote_glob(name)
             elif Path(name).is_dir():
                 found += sorted(str(path) for path in Path(name).glob("*.tar"))
             elif Path(name).is_file():

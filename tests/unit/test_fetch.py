@@ -16,7 +16,7 @@ import data.fetch as module
 from data.ahead import NAME, Ahead
 from data.fetch import ShardCache, cache_folder, local_shard
 from data.index import index_shard
-from data.shards import Sample, ShardWriter
+from data.shards import Sample, ShardWriter, expand_shards
 from data.stream import PairStream
 
 
@@ -214,6 +214,10 @@ def test_any_file_system_of_fsspec(shard, tmp_path):
         "memory://bucket/{0..2}.tar", load, collate, batch_size=4, cache_dir=tmp_path / "cache"
     )
     assert keys_of(stream) == sorted("01234" * 3)
+    assert expand_shards("memory://bucket/*.tar") == [f"memory:///bucket/{n}.tar" for n in range(3)]
+    assert expand_shards("http://host/*.tar") == ["http://host/*.tar"]  # http lists no folders
+    with pytest.raises(ValueError, match=r"shard nope://a/\*.tar: expected a local path"):
+        expand_shards("nope://a/*.tar")
     with pytest.raises(
         FileNotFoundError, match=r"shard memory://bucket/3.tar cannot be fetched \(1 attempts\)"
     ):
