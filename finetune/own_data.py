@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import tyro
 from data.adapters.common import Skipped, read_rows
 from data.prepare import fit
 from data.shards import Sample, ShardWriter
-from finetune.own_table import Kind, classes_of, read_table, split
+from finetune.fusion.recipe import ClassifyTask
+from finetune.own_table import Kind, check_labels, classes_of, labels_of, lonely, read_table, split
 from finetune.recipe import FinetuneRecipe
+from finetune.recipe_task import Task
 from pairstream.atomic import new_folder, write_text
 from pairstream.progress import ProgressBar
 from pairstream.recipe import load_recipe, validate
@@ -83,7 +87,7 @@ def run(kind: Kind, words: Sequence[str]) -> int:
     short = [] if "--schedule.warmup" in given else ["--schedule.warmup", "0"]
     recipe = load_recipe(recipe_of, stage, name, [*short, *further])
     if not (own.resume and (shards / "val").is_dir()):
-        write_shards(kind, own, shards)
+        write_shards(kind, own, shards, recipe.task if isinstance(recipe, FinetuneRecipe) else None)
     pictures = count(shards / "train")
     batch = recipe.batch_size if "--batch-size" in given else min(recipe.batch_size, pictures)
     steps = recipe.steps if "--steps" in given else max(2, round(own.epochs * pictures / batch))
@@ -130,8 +134,14 @@ def count(folder: Path) -> int:
     return sum(map(len, index_shards(str(folder))))
 
 
-def write_shards(kind: Kind, own: OwnData, shards: Path) -> None:
+def write_shards(kind: Kind, own: OwnData, shards: Path, task: Task | None = None) -> None:
     """Write `train` and `val` below a folder, whole or not at all, and tell of the bad rows.
+
+    Args:
+        kind: What is trained.
+        own: The options.
+        shards: The folder.
+        task: What the recipe says of labels.
 
     Raises:
         FileExistsError: It is there, and not to be overwritten.
@@ -142,16 +152,28 @@ def write_shards(kind: Kind, own: OwnData, shards: Path) -> None:
             f"{shards} exists: an earlier run made it. Continue that one with --resume, replace it with --overwrite, "
             "or give another --out"
         )
-    if not own.epochs > 0:
+    if not 0 < own.epochs < math.inf:
         raise ValueError(f"--epochs {own.epochs:g}: expected a number above 0")
     if not 0 < own.val_share < 1:
         raise ValueError(f"--val-share {own.val_share}: expected a share between 0 and 1")
     faults: list[Skipped] = []
     rows = read_table(kind, own, own.data, faults)
+    labelled = task if isinstance(task, ClassifyTask) else None
+    separator = labelled.separator if labelled and labelled.several else None
     if own.val_data is None:
-        parts = dict(zip(("train", "val"), split(rows, own.val_share), strict=True))
+        try:
+            labels = partial(labels_of, separator=separator) if kind == "classify" else None
+            parts = dict(zip(("train", "val"), split(rows, own.val_share, labels), strict=True))
+        except ValueError as error:
+            raise ValueError(f"{own.data}: {error}{named(faults)}") from error
     else:
         parts = {"train": rows, "val": read_table(kind, own, own.val_data, faults)}
+    if kind == "classify":
+        check_labels(own.data, parts, labelled.labels if labelled else (), separator, faults)
+        if single := lonely([row for chosen in parts.values() for row in chosen], separator):
+            print(
+                f"{own.data}: labels of one row alone, a typo? {', '.join(single[:NAMED])}", file=sys.stderr
+            )
     total = sum(map(len, parts.values())) + len(faults)
     written = dict.fromkeys(parts, 0)
     with new_folder(shards) as folder, ProgressBar("read pictures", total - len(faults)) as bar:
@@ -167,9 +189,19 @@ def write_shards(kind: Kind, own: OwnData, shards: Path) -> None:
                         faults.append(item)
                     bar.advance()
         if kind == "flyp":
-            names = classes_of([row for chosen in parts.values() for row in chosen])
+            try:
+                names = classes_of([row for chosen in parts.values() for row in chosen])
+            except ValueError as error:
+                raise ValueError(f"{own.data}: {error}") from error
             write_text(folder / CLASSES, "\n".join(names) + "\n")
         tell(own, faults, total, written)
+
+
+def named(faults: Sequence[Skipped]) -> str:
+    """The first bad rows, each on a line of its own."""
+    lines = [f"  {fault.where}: {fault.why}" for fault in faults[:NAMED]]
+    lines += [f"  ... and {len(faults) - NAMED:,} more"] if len(faults) > NAMED else []
+    return "\n".join(["", *lines])
 
 
 def tell(own: OwnData, faults: Sequence[Skipped], total: int, written: dict[str, int]) -> None:
@@ -178,9 +210,7 @@ def tell(own: OwnData, faults: Sequence[Skipped], total: int, written: dict[str,
     Raises:
         ValueError: There are too many, or a part has no picture.
     """
-    lines = [f"  {fault.where}: {fault.why}" for fault in faults[:NAMED]]
-    lines += [f"  ... and {len(faults) - NAMED:,} more"] if len(faults) > NAMED else []
-    said = "\n".join(["", *lines])
+    said = named(faults)
     if len(faults) > own.max_faults * total:
         raise ValueError(
             f"{own.data}: {len(faults):,} of {total:,} rows are bad, more than --max-faults {own.max_faults:g} allows; "
