@@ -86,6 +86,7 @@ def run(kind: Kind, words: Sequence[str]) -> int:
     # A fault in an option is told before any work; the warm-up is fitted to the steps below.
     short = [] if "--schedule.warmup" in given else ["--schedule.warmup", "0"]
     recipe = load_recipe(recipe_of, stage, name, [*short, *further])
+    check_model(own.model, getattr(recipe.model, "pretrained", None))
     if not (own.resume and (shards / "val").is_dir()):
         write_shards(kind, own, shards, recipe.task if isinstance(recipe, FinetuneRecipe) else None)
     pictures = count(shards / "train")
@@ -97,6 +98,10 @@ def run(kind: Kind, words: Sequence[str]) -> int:
     content["model"] |= {"name": own.model}
     content["schedule"] |= {"warmup": warmup}
     content["data"] |= {"train": str(shards / "train")}
+    if (
+        "--data.max-faults" not in given
+    ):  # what the towers or the language model cannot take is a bad row as well
+        content["data"] |= {"max_faults": max(min(own.max_faults, 0.99), content["data"]["max_faults"])}
     if kind in CONTRASTIVE:
         from pretrain.trainer import Trainer
 
@@ -110,6 +115,20 @@ def run(kind: Kind, words: Sequence[str]) -> int:
     content["data"] |= {"val": str(shards / "val")}
     Finetuner(validate(FinetuneRecipe, content, name), resume=own.resume, overwrite=own.overwrite).train()
     return 0
+
+
+def check_model(name: str, pretrained: str | None) -> None:
+    """Refuse an encoder that is not there before the pictures are read, which may take hours.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        ValueError: No checkpoint in it, or no such name.
+    """
+    from pretrain.encoder import checkpoint_folder
+    from pretrain.towers import check_name
+
+    if checkpoint_folder(name) is None:
+        check_name(name, pretrained)
 
 
 def measure_on(kind: Kind, content: dict[str, Any], shards: Path) -> None:

@@ -56,6 +56,8 @@ def test_captions_in_one_command(world, tmp_path, capsys):
     assert found is not None
     train, val = map(int, found.groups())
     assert (train + val, val in (3, 4)) == (20, True)  # the missing one may have been to measure on
+    resolved = yaml.safe_load((tmp_path / "run/recipe.resolved.yaml").read_text())
+    assert resolved["data"]["max_faults"] == 0.2
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert (metrics["steps"], metrics["images"]) == (3, val)  # all pictures are one batch
     assert run_stage(main, words(world, "caption", tmp_path / "run", *more)) == 2
@@ -98,6 +100,15 @@ def test_nothing_to_measure_on_and_no_epochs_are_told(world, tmp_path, capsys):
     assert f"{other}: no picture to measure on" in capsys.readouterr().err
     assert run_stage(main, words(world, "caption", tmp_path / "run", "--epochs", "0")) == 2
     assert "--epochs 0: expected a number above 0" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_told_before_the_pictures_are_read(world, tmp_path, capsys):
+    for model, message in ((str(world / "none"), "no folder"), ("ViT-B-33", "did you mean 'ViT-B-32'")):
+        line = words(world, "caption", tmp_path / "run")
+        line[line.index("--model") + 1] = model
+        assert run_stage(main, line) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run-shards").exists()
 
 
 def test_tables_are_read_by_kind(world, tmp_path):

@@ -206,6 +206,9 @@ def test_bad_input(models, pictures, shards, tmp_path):
     with pytest.raises(ValueError, match="--batch-size 0"):
         predict(model=models["vqa"], images=(str(pictures),), out=out, question="what?", batch_size=0)
     assert not out.exists()
+    for device in ("bogus", "cuda:77"):
+        with pytest.raises(ValueError, match=f"device '{device}': .*cpu"):
+            predict(model=models["caption"], images=(str(pictures),), out=out, device=device)
     predict(model=models["vqa"], images=(str(pictures),), out=out, question="what?")
     with pytest.raises(ValueError, match=r"begun with another question \('what\?'\)"):
         predict(model=models["vqa"], images=(str(pictures),), out=out, question="who?")
