@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 
 from data.stream import Batch, PairStream
 from finetune.recipe import FinetuneRecipe
+from finetune.recipe_task import MixedTask, VqaTask
 from finetune.samples import EvalCollate, EvalLoad, TextLoad, TextRow
 from finetune.tasks import Row, TaskKind
 from pairstream.progress import ProgressBar
@@ -62,9 +63,13 @@ def open_val(
         world: Number of processes.
     """
     encoder = model.encoder
+    tokenizer, room = None, None
+    if isinstance(recipe.task, VqaTask | MixedTask):
+        tokenizer = model.tokenizer
+        room = model.context - model.prefix_length - model.decoding.max_new_tokens
     return PairStream(
         shards or recipe.data.val,
-        EvalLoad(recipe.task, encoder.transform, shown=recipe.evaluate.wall),
+        EvalLoad(recipe.task, encoder.transform, recipe.evaluate.wall, tokenizer, room),
         EvalCollate(encoder.image_size),
         batch_size=recipe.evaluate.batch_size,
         shuffle=False,

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,31 +94,39 @@ def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 @contextlib.contextmanager
 def started(command: list[str], folder: Path) -> Iterator[Any]:
-    """A program that answers each line with a line."""
-    with subprocess.Popen(
-        command,
-        cwd=folder,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        encoding="utf-8",
-    ) as program:
+    """A program that answers each line with a line; what it complains of is told when it gives none."""
+    with (
+        tempfile.TemporaryFile() as complaints,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            encoding="utf-8",
+        ) as program,
+    ):
         assert program.stdin is not None and program.stdout is not None  # noqa: PT018
 
         def ask(line: str | None) -> str:
             assert program.stdin is not None and program.stdout is not None  # noqa: PT018
-            if line is not None:
-                program.stdin.write(" ".join(line.splitlines()) + "\n")
-                program.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended: the answer below is missing as well
+                if line is not None:
+                    program.stdin.write(" ".join(line.splitlines()) + "\n")
+                    program.stdin.flush()
             answer = program.stdout.readline().strip()
             if not answer:
-                raise ValueError("it ended without an answer")
+                complaints.seek(0)
+                said = complaints.read(300).decode("utf-8", "replace").strip().partition("\n")[0]
+                raise ValueError(f"it ended without an answer{f' ({said})' if said else ''}")
             return answer
 
         try:
             yield ask
         finally:
             program.kill()
+            with contextlib.suppress(BrokenPipeError):
+                program.stdin.close()
 
 
 def spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.connectors import build_connector, token_grid
+from finetune.drawing import luck
 from finetune.language_models import no_bars
 from finetune.learning import Learns
 from finetune.lora import add_lora, has_lora, load_adapter, save_adapter, without_adapters
@@ -21,7 +22,7 @@ from finetune.recipe import FinetuneRecipe
 from finetune.recipe_model import Connector, Lora
 from finetune.recipe_task import CaptionTask, Decoding, MixedTask, Task, VqaTask
 from finetune.saved import TaskModel, finite, opened
-from finetune.text import make_pair
+from finetune.text import make_pair, token_ids
 from finetune.tower_adapters import train_adapters_alone
 from finetune.writing import Continues, Picture
 from pretrain.checkpoint import save_tensors
@@ -157,6 +158,7 @@ class VisionLanguageModel(Learns, Continues, TaskModel):
         decoding: Decoding | None = None,
         *,
         examples: Sequence[tuple[Picture, str]] = (),
+        names: Sequence[str] | None = None,
     ) -> list[str]:
         """Write a caption for each picture.
 
@@ -164,6 +166,7 @@ class VisionLanguageModel(Learns, Continues, TaskModel):
             images: PIL images, file contents, or uint8 `(3, H, W)`.
             decoding: How; the model's own when None.
             examples: Pictures with their captions, to stand in front of each (few-shot prompts).
+            names: What to call each picture; where tokens are drawn, they follow this name and `decoding.seed` alone.
 
         Returns:
             One text a picture.
@@ -178,7 +181,9 @@ class VisionLanguageModel(Learns, Continues, TaskModel):
             return []
         prompt = self.caption_task.prompt
         shown = [(picture, make_pair(self.tokenizer, prompt, text)) for picture, text in examples]
-        return self.write_after(shown, images, [prompt] * len(images), decoding)
+        return self.write_after(
+            shown, images, [prompt] * len(images), decoding, seeds=self.seeds(names, decoding)
+        )
 
     def answer(
         self,
@@ -187,6 +192,7 @@ class VisionLanguageModel(Learns, Continues, TaskModel):
         decoding: Decoding | None = None,
         *,
         examples: Sequence[tuple[Picture, str, str]] = (),
+        names: Sequence[str] | None = None,
     ) -> list[str]:
         """Answer one question about each picture.
 
@@ -195,6 +201,7 @@ class VisionLanguageModel(Learns, Continues, TaskModel):
             questions: As many.
             decoding: How; the model's own when None.
             examples: Pictures with a question and its answer, to stand in front of each (few-shot prompts).
+            names: What to call each question; see `caption`.
 
         Returns:
             One answer a question.
@@ -215,7 +222,12 @@ class VisionLanguageModel(Learns, Continues, TaskModel):
             (picture, make_pair(self.tokenizer, self.prompt(question), answer))
             for picture, question, answer in examples
         ]
-        return self.write_after(shown, images, prompts, decoding)
+        return self.write_after(shown, images, prompts, decoding, seeds=self.seeds(names, decoding))
+
+    def seeds(self, names: Sequence[str] | None, decoding: Decoding | None) -> list[int] | None:
+        """The seeds of drawing texts of these names; None where they are not named."""
+        seed = (decoding or self.decoding).seed or 0
+        return None if names is None else [luck(seed, name) for name in names]
 
     def prompt(self, question: str) -> str:
         """The prompt that asks a question."""
@@ -224,6 +236,10 @@ class VisionLanguageModel(Learns, Continues, TaskModel):
         if not question.strip():
             raise ValueError("an empty question cannot be answered: expected some words")
         return self.vqa_task.prompt.format(question=question.strip())
+
+    def check_question(self, question: str) -> None:
+        """Refuse a question that does not fit the context; see `check_room`."""
+        self.check_room([[0, token_ids(self.tokenizer, self.prompt(question))]], self.decoding)
 
     @torch.no_grad()
     def see(self, images: Sequence[Picture] | Tensor) -> Tensor:
@@ -262,13 +278,16 @@ def build_task_model(
     recipe: FinetuneRecipe, encoder: Encoder, language_model: Any, tokenizer: Any
 ) -> VisionLanguageModel:
     """Join the parts as a recipe says."""
+    decoding = recipe.decoding
+    if decoding.sample and decoding.seed is None:
+        decoding = decoding.model_copy(update={"seed": recipe.seed})
     model = VisionLanguageModel(
         encoder,
         recipe.connector,
         language_model,
         tokenizer,
         recipe.task,
-        recipe.decoding,
+        decoding,
         freeze_image_tower=recipe.freeze_image_tower,
         freeze_language_model=getattr(recipe.language_model, "freeze", False),
         lora=recipe.lora,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import tyro
 from data.adapters.common import Skipped, read_rows
 from data.prepare import fit
 from data.shards import Sample, ShardWriter
-from finetune.own_table import Kind, classes_of, read_table, split
+from finetune.fusion.recipe import ClassifyTask
+from finetune.own_table import Kind, check_labels, classes_of, labels_of, lonely, read_table, split
 from finetune.recipe import FinetuneRecipe
+from finetune.recipe_task import Task
 from pairstream.atomic import new_folder, write_text
 from pairstream.progress import ProgressBar
 from pairstream.recipe import load_recipe, validate
@@ -82,8 +86,9 @@ def run(kind: Kind, words: Sequence[str]) -> int:
     # A fault in an option is told before any work; the warm-up is fitted to the steps below.
     short = [] if "--schedule.warmup" in given else ["--schedule.warmup", "0"]
     recipe = load_recipe(recipe_of, stage, name, [*short, *further])
+    check_model(own.model, getattr(recipe.model, "pretrained", None))
     if not (own.resume and (shards / "val").is_dir()):
-        write_shards(kind, own, shards)
+        write_shards(kind, own, shards, recipe.task if isinstance(recipe, FinetuneRecipe) else None)
     pictures = count(shards / "train")
     batch = recipe.batch_size if "--batch-size" in given else min(recipe.batch_size, pictures)
     steps = recipe.steps if "--steps" in given else max(2, round(own.epochs * pictures / batch))
@@ -93,6 +98,10 @@ def run(kind: Kind, words: Sequence[str]) -> int:
     content["model"] |= {"name": own.model}
     content["schedule"] |= {"warmup": warmup}
     content["data"] |= {"train": str(shards / "train")}
+    if (
+        "--data.max-faults" not in given
+    ):  # what the towers or the language model cannot take is a bad row as well
+        content["data"] |= {"max_faults": max(min(own.max_faults, 0.99), content["data"]["max_faults"])}
     if kind in CONTRASTIVE:
         from pretrain.trainer import Trainer
 
@@ -106,6 +115,20 @@ def run(kind: Kind, words: Sequence[str]) -> int:
     content["data"] |= {"val": str(shards / "val")}
     Finetuner(validate(FinetuneRecipe, content, name), resume=own.resume, overwrite=own.overwrite).train()
     return 0
+
+
+def check_model(name: str, pretrained: str | None) -> None:
+    """Refuse an encoder that is not there before the pictures are read, which may take hours.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        ValueError: No checkpoint in it, or no such name.
+    """
+    from pretrain.encoder import checkpoint_folder
+    from pretrain.towers import check_name
+
+    if checkpoint_folder(name) is None:
+        check_name(name, pretrained)
 
 
 def measure_on(kind: Kind, content: dict[str, Any], shards: Path) -> None:
@@ -130,8 +153,14 @@ def count(folder: Path) -> int:
     return sum(map(len, index_shards(str(folder))))
 
 
-def write_shards(kind: Kind, own: OwnData, shards: Path) -> None:
+def write_shards(kind: Kind, own: OwnData, shards: Path, task: Task | None = None) -> None:
     """Write `train` and `val` below a folder, whole or not at all, and tell of the bad rows.
+
+    Args:
+        kind: What is trained.
+        own: The options.
+        shards: The folder.
+        task: What the recipe says of labels.
 
     Raises:
         FileExistsError: It is there, and not to be overwritten.
@@ -142,16 +171,28 @@ def write_shards(kind: Kind, own: OwnData, shards: Path) -> None:
             f"{shards} exists: an earlier run made it. Continue that one with --resume, replace it with --overwrite, "
             "or give another --out"
         )
-    if not own.epochs > 0:
+    if not 0 < own.epochs < math.inf:
         raise ValueError(f"--epochs {own.epochs:g}: expected a number above 0")
     if not 0 < own.val_share < 1:
         raise ValueError(f"--val-share {own.val_share}: expected a share between 0 and 1")
     faults: list[Skipped] = []
     rows = read_table(kind, own, own.data, faults)
+    labelled = task if isinstance(task, ClassifyTask) else None
+    separator = labelled.separator if labelled and labelled.several else None
     if own.val_data is None:
-        parts = dict(zip(("train", "val"), split(rows, own.val_share), strict=True))
+        try:
+            labels = partial(labels_of, separator=separator) if kind == "classify" else None
+            parts = dict(zip(("train", "val"), split(rows, own.val_share, labels), strict=True))
+        except ValueError as error:
+            raise ValueError(f"{own.data}: {error}{named(faults)}") from error
     else:
         parts = {"train": rows, "val": read_table(kind, own, own.val_data, faults)}
+    if kind == "classify":
+        check_labels(own.data, parts, labelled.labels if labelled else (), separator, faults)
+        if single := lonely([row for chosen in parts.values() for row in chosen], separator):
+            print(
+                f"{own.data}: labels of one row alone, a typo? {', '.join(single[:NAMED])}", file=sys.stderr
+            )
     total = sum(map(len, parts.values())) + len(faults)
     written = dict.fromkeys(parts, 0)
     with new_folder(shards) as folder, ProgressBar("read pictures", total - len(faults)) as bar:
@@ -167,9 +208,19 @@ def write_shards(kind: Kind, own: OwnData, shards: Path) -> None:
                         faults.append(item)
                     bar.advance()
         if kind == "flyp":
-            names = classes_of([row for chosen in parts.values() for row in chosen])
+            try:
+                names = classes_of([row for chosen in parts.values() for row in chosen])
+            except ValueError as error:
+                raise ValueError(f"{own.data}: {error}") from error
             write_text(folder / CLASSES, "\n".join(names) + "\n")
         tell(own, faults, total, written)
+
+
+def named(faults: Sequence[Skipped]) -> str:
+    """The first bad rows, each on a line of its own."""
+    lines = [f"  {fault.where}: {fault.why}" for fault in faults[:NAMED]]
+    lines += [f"  ... and {len(faults) - NAMED:,} more"] if len(faults) > NAMED else []
+    return "\n".join(["", *lines])
 
 
 def tell(own: OwnData, faults: Sequence[Skipped], total: int, written: dict[str, int]) -> None:
@@ -178,9 +229,7 @@ def tell(own: OwnData, faults: Sequence[Skipped], total: int, written: dict[str,
     Raises:
         ValueError: There are too many, or a part has no picture.
     """
-    lines = [f"  {fault.where}: {fault.why}" for fault in faults[:NAMED]]
-    lines += [f"  ... and {len(faults) - NAMED:,} more"] if len(faults) > NAMED else []
-    said = "\n".join(["", *lines])
+    said = named(faults)
     if len(faults) > own.max_faults * total:
         raise ValueError(
             f"{own.data}: {len(faults):,} of {total:,} rows are bad, more than --max-faults {own.max_faults:g} allows; "

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from data.adapters.common import Row, Skipped
 from data.adapters.csv import IMAGE_COLUMNS, good_rows, open_table, pick, source
+from pairstream.errors import nearest
 
 Kind = Literal["caption", "classify", "vqa", "retrieval", "flyp"]
 Role = Literal["text", "label"]
@@ -104,6 +106,9 @@ def values(kind: Kind, found: dict[str, str | None], row: dict[str, Any]) -> tup
         return {}, captions
     label = filled(row, found["label"])
     if kind == "classify":
+        entries = label if isinstance(label, list) else [label]
+        if not all(isinstance(entry, str | int) and str(entry).strip() for entry in entries):
+            raise ValueError(f"expected a label in the column {found['label']!r}, got {label!r}"[:200])
         return {"label": label, **({"text": captions[0]} if captions else {})}, []
     # One answer, written ten times: VQA accuracy, which is defined on ten people's answers, is exact match then.
     entries = label if isinstance(label, list) else [label] * 10
@@ -142,16 +147,93 @@ def classes_of(rows: Sequence[Row]) -> list[str]:
     return names
 
 
-def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
-    """Rows to train and to measure on; no picture is on both sides, and the same table is always split the same.
+def labels_of(row: Row, separator: str | None) -> set[str]:
+    """The labels of a row of `classify`; with a separator, one text may hold several."""
+    label = row.meta["label"]
+    if separator is not None and isinstance(label, str):
+        label = label.split(separator)
+    entries = label if isinstance(label, list) else [label]
+    return {str(entry).strip() for entry in entries} - {""}
+
+
+def check_labels(
+    table: Path,
+    parts: dict[str, list[Row]],
+    allowed: Sequence[str],
+    separator: str | None,
+    faults: list[Skipped],
+) -> None:
+    """Take out the rows whose label cannot be learnt or judged: a typo, mostly.
+
+    Args:
+        table: For messages.
+        parts: Rows to train and to measure on; changed.
+        allowed: The labels; those of the rows to train on when empty.
+        separator: See `labels_of`.
+        faults: Gets the rows that are taken out.
 
     Raises:
-        ValueError: Fewer than two pictures.
+        ValueError: There are not two labels to tell apart.
+    """
+    names = set(allowed) or {name for row in parts["train"] for name in labels_of(row, separator)}
+    said = ", ".join(sorted(names)[:10]) + (", ..." if len(names) > 10 else "")
+    whose = "labels that task.labels names" if allowed else "labels of the pictures to train on"
+    for part, rows in parts.items():
+        for row in rows:
+            strange = sorted(labels_of(row, separator) - names)
+            if strange:
+                why = f"the label {strange[0]!r} is none of the {whose} ({said}){nearest(strange[0], names)}"
+                faults.append(Skipped("unknown_label", row.where, why))
+        parts[part] = [row for row in rows if labels_of(row, separator) <= names]
+    if len(names) < (1 if separator is not None else 2):
+        raise ValueError(f"{table}: expected at least two labels to tell apart, found {said or 'none'}")
+
+
+def lonely(rows: Sequence[Row], separator: str | None) -> list[str]:
+    """Labels that one row alone has while the others have five and more on average, with its place: typos, perhaps."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        for name in labels_of(row, separator):
+            places.setdefault(name, []).append(row.where)
+    others = [len(found) for found in places.values() if len(found) > 1]
+    if sum(others) < 5 * max(1, len(others)):
+        return []
+    return [f"{name!r} ({found[0]})" for name, found in sorted(places.items()) if len(found) == 1]
+
+
+def split(
+    rows: Sequence[Row], share: float, labels: Callable[[Row], set[str]] | None = None
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train and to measure on; no picture is on both sides, and the same table is always split the same.
+
+    Args:
+        rows: Of the table.
+        share: Of pictures, to measure on.
+        labels: Of a row. A picture without which nothing would be left to learn one of them from is trained on.
+
+    Raises:
+        ValueError: Fewer than two pictures, or none that can be spared.
     """
     names = sorted({row.name for row in rows}, key=lambda name: (zlib.crc32(name.encode()), name))
     if len(names) < 2:
         raise ValueError(
             f"{len(names)} good pictures: expected at least two, one to train and one to measure on"
         )
-    held = set(names[: min(max(1, round(share * len(names))), len(names) - 1)])
+    wanted = min(max(1, round(share * len(names))), len(names) - 1)
+    held = set(names[:wanted])
+    if labels is not None:
+        own: dict[str, set[str]] = {}
+        for row in rows:
+            own.setdefault(row.name, set()).update(labels(row))
+        left = Counter(label for found in own.values() for label in found)
+        spare = []
+        for name in names:
+            if len(spare) < wanted and all(left[label] > 1 for label in own[name]):
+                spare.append(name)
+                left.subtract(own[name])
+        held = set(spare)
+        if not held:
+            raise ValueError(
+                "each label has one picture alone, so none is left to measure on: give --val-data"
+            )
     return [row for row in rows if row.name not in held], [row for row in rows if row.name in held]

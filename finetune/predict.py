@@ -75,14 +75,14 @@ def predict(
         overwrite: Begin anew, whatever --out holds.
     """
     from finetune.examples import read_examples
-    from finetune.saved import task_folder
+    from finetune.saved import opened
 
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected at least 1")
     source = find_pictures(images)
-    folder = task_folder(model)
-    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))["task"]
-    kind = task["kind"]
+    with opened(model) as (folder, content):
+        task = content["task"]
+        kind = task["kind"]
     if kind == "match":
         raise ValueError(
             f"{folder} tells whether texts match: use load_classifier(folder).match(pictures, texts) of "
@@ -138,16 +138,25 @@ class Writer:
                 good.append(job)
             except Fault as fault:
                 faults.append(FaultRecord(fault.cause, str(job.identity["image"]), "", fault.detail))
+        for place, job in reversed(list(enumerate(good))):
+            # One of a shard's many; where --question is too long for all, the model says so once.
+            why = self.too_long(job) if "question_id" in job.identity else None
+            if why is not None:
+                faults.append(FaultRecord("question_too_long", str(job.identity["image"]), "", why))
+                del good[place], inputs[place]
         log.add(faults, len(jobs))
         log.judge()
         if not good:
             return
+        names = [job.name for job in good]
         if self.kind == "caption":
-            for job, caption in zip(good, self.model.caption(inputs, **self.after), strict=True):
+            captions = self.model.caption(inputs, names=names, **self.after)
+            for job, caption in zip(good, captions, strict=True):
                 yield {**job.identity, "caption": caption}
         elif self.kind in QUESTIONS:
             questions = [job.question or "" for job in good]
-            answers = self.model.answer(inputs, questions, **self.after)
+            named = {} if self.kind == "choose" else {"names": names}
+            answers = self.model.answer(inputs, questions, **named, **self.after)
             for job, asked, answer in zip(good, questions, answers, strict=True):
                 yield {**job.identity, "question": asked, "answer": answer}
         else:
@@ -160,6 +169,16 @@ class Writer:
                     **said(probabilities, self.model.several),
                     "probabilities": probabilities,
                 }
+
+    def too_long(self, job: Job) -> str | None:
+        """Why a question does not fit the language model's context; None when it does."""
+        if self.kind != "vqa" or self.after:
+            return None
+        try:
+            self.model.check_question(job.question or "")
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 @dataclass(frozen=True)
@@ -258,17 +277,26 @@ def find_pictures(words: tuple[str, ...]) -> Pictures | Shards:
     if any(".tar" in word or (Path(word).is_dir() and any(Path(word).glob("*.tar"))) for word in words):
         return Shards(words)
     paths: list[str] = []
+    empty: list[str] = []
     for word in words:
         if Path(word).is_dir():
-            paths += sorted(str(path) for path in Path(word).rglob("*") if path.suffix.lower() in SUFFIXES)
+            found = sorted(str(path) for path in Path(word).rglob("*") if path.suffix.lower() in SUFFIXES)
+            empty += [] if found else [word]
+            paths += found
         elif Path(word).is_file():
             paths.append(word)
         else:
-            paths += sorted(glob.glob(word, recursive=True))  # noqa: PTH207 - the pattern may be absolute
+            found = sorted(glob.glob(word, recursive=True))  # noqa: PTH207 - the pattern may be absolute
+            empty += [] if any(Path(path).is_file() for path in found) else [word]
+            paths += found
     paths = [path for path in dict.fromkeys(paths) if Path(path).is_file()]
     if not paths:
         raise ValueError(
             f"no pictures at {', '.join(words)}: expected files, folders or globs of pictures, or .tar shards"
+        )
+    if empty:
+        raise ValueError(
+            f"nothing at {', '.join(empty)}, though the other places of --images have pictures: mend it or leave it out"
         )
     return Pictures(paths)
 
@@ -294,7 +322,12 @@ def resume(out: Path, settings: dict[str, Any], *, overwrite: bool) -> set[str]:
         ValueError: `out` was written with other settings, or is no file of ours.
     """
     beside = out.with_name(out.name + ".settings.json")
-    if overwrite or not out.exists():
+    if out.is_dir():
+        raise ValueError(
+            f"--out {out} is a folder: expected a .jsonl file, such as {out / 'predictions.jsonl'}"
+        )
+    # Nothing written yet: a run that broke before its first line is no reason to stay with its settings.
+    if overwrite or not out.exists() or (not out.stat().st_size and beside.is_file()):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(b"")
         write_text(beside, json.dumps(settings, indent=2) + "\n")

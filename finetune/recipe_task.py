@@ -82,16 +82,20 @@ class Decoding(Config):
     no_repeat_ngram: int = Field(default=0, ge=0)
     """No run of so many tokens is written twice; 0 allows it, 3 stops stuttering."""
     sample: bool = False
-    """Draw each token instead of taking the likeliest: different texts each time, and lower scores."""
+    """Draw each token instead of taking the likeliest: livelier texts, and lower scores."""
     temperature: float = Field(default=1.0, gt=0)
     """Of drawing: below 1 keeps closer to the likeliest."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Of drawing: only from the likeliest tokens that have this probability together (nucleus)."""
+    seed: int | None = None
+    """Of drawing, in `predict`: the same picture gets the same text, in batches of any size. The recipe's when None."""
 
     @model_validator(mode="after")
     def possible(self) -> Decoding:
         if not self.sample and (self.temperature != 1.0 or self.top_p != 1.0):
             raise ValueError("temperature and top_p are about drawing: set sample, or leave them at 1")
+        if not self.sample and self.seed is not None:
+            raise ValueError("seed is about drawing: set sample, or leave it out")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}"

@@ -112,7 +112,12 @@ def add_answer_numbers(report: Report, metrics: dict[str, Any]) -> None:
     if "reachable" in metrics:
         report.text(
             f"The list has {metrics['answers']:,} answers; the best of them for every question would score "
-            f"{metrics['reachable']:.3f}. The same model without the picture: {metrics['text_only']:.3f}."
+            f"{metrics['reachable']:.3f}."
+            + (
+                f" The same model without the picture: {metrics['text_only']:.3f}."
+                if "text_only" in metrics
+                else ""
+            )
         )
     for name in sorted(key for key in metrics if key.startswith("by_")):
         blind = metrics["question_only"][name]
@@ -125,8 +130,8 @@ def add_answer_numbers(report: Report, metrics: dict[str, Any]) -> None:
 
 
 def add_label_numbers(report: Report, metrics: dict[str, Any], main: str) -> None:
-    alone = {"picture": metrics["image_only"], "text": metrics["text_only"]}
-    notes = [f"{what} alone: {value:.3f}" for what, value in alone.items() if value is not None]
+    alone = {"picture": "image_only", "text": "text_only"}
+    notes = [f"{what} alone: {metrics[name]:.3f}" for what, name in alone.items() if name in metrics]
     several = "map" in metrics
     notes_of = {main: "; ".join(notes)}
     report.numbers(

@@ -17,7 +17,7 @@ from data.transforms import EvalTransform, TrainTransform, decode_image
 from finetune.fusion.recipe import ChooseTask, MatchTask
 from finetune.recipe_task import CaptionTask, MixedTask, Task, VqaTask
 from finetune.rows import Rows, Turn
-from finetune.text import Pair, make_pair, pack
+from finetune.text import Pair, make_pair, pack, token_ids
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,22 @@ class EvalLoad:
     task: Task
     transform: EvalTransform
     shown: int = 0
+    tokenizer: Any = None
+    room: int | None = None
+    """Tokens of the longest question that can be answered; a longer one is a fault, and not the end of a run."""
 
     def __call__(self, sample: RawSample, rng: np.random.Generator) -> dict[str, Any]:
         judged = read_texts(self.task, sample)
+        asking = self.task.vqa if isinstance(self.task, MixedTask) else self.task
+        if self.room is not None and isinstance(asking, VqaTask):
+            questions: list[Question] = judged.questions if isinstance(judged, Both) else judged
+            prompts = [asking.prompt.format(question=question.text) for question in questions]
+            longest = max((len(token_ids(self.tokenizer, prompt)) for prompt in prompts), default=0)
+            if longest > self.room:
+                raise Fault(
+                    "text_too_long",
+                    f"a question of {longest} tokens, the language model has room for {self.room}",
+                )
         return {
             "key": sample.key,
             "image_id": sample.record.get("image_id", sample.key),

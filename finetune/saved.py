@@ -102,5 +102,5 @@ def opened(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
         yield folder, content
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: a part of this task model is damaged or missing: {error}") from error

@@ -69,6 +69,10 @@ def score(
         seed: Of the resampling.
     """
     check_options(task, questions=questions, tokenized=tokenized, objects=objects)
+    if resamples < 0:
+        raise ValueError(f"--resamples {resamples}: expected 0 or more")
+    if json is not None and json.is_dir():
+        raise ValueError(f"--json {json} is a folder: expected a file, such as {json / 'scores.json'}")
     if task == "caption":
         result = score_captions(
             predictions,
@@ -191,7 +195,20 @@ def chair_of(path: Path, names: Sequence[str], candidates: Sequence[str]) -> dic
     """CHAIR by a file of objects."""
     content = read_json(path)
     synonyms = member(path, content, "synonyms", "objects for CHAIR")
-    images = {str(name): row for name, row in member(path, content, "images", "objects for CHAIR").items()}
+    named = synonyms.values() if isinstance(synonyms, dict) else synonyms
+    if not isinstance(synonyms, dict | list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(
+            f"{path}: expected 'synonyms' to be an object of texts, word to object, got {repr(synonyms)[:80]}"
+        )
+    listed = member(path, content, "images", "objects for CHAIR")
+    if not isinstance(listed, dict):
+        raise ValueError(
+            f"{path}: expected 'images' to be an object, id to its objects, got {repr(listed)[:80]}"
+        )
+    images = {str(name): row for name, row in listed.items()}
+    for name, row in images.items():
+        if not isinstance(row, list) or not all(isinstance(entry, str) for entry in row):
+            raise ValueError(f"{path}: expected a list of objects for image {name}, got {repr(row)[:80]}")
     absent = [name for name in names if name not in images]
     if absent:
         raise ValueError(f"{path}: no objects of image {absent[0]} (an empty list says that there are none)")

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from finetune.drawing import own_draws
 from finetune.recipe_task import Decoding
 from finetune.text import Pair, token_ids
 
@@ -43,6 +44,7 @@ class Continues:
         decoding: Decoding | None = None,
         *,
         use_cache: bool = True,
+        seeds: Sequence[int] | None = None,
     ) -> list[str]:
         """Continue prompts after their pictures; see `continue_rows`.
 
@@ -52,6 +54,7 @@ class Continues:
             prompts: Texts, possibly empty.
             decoding: How; the model's own when None.
             use_cache: Keep keys and values of earlier positions. Off (greedy alone) gives the same text, more slowly.
+            seeds: Of drawing, one a prompt; see `continue_rows`.
 
         Returns:
             One text a prompt.
@@ -63,7 +66,7 @@ class Continues:
             [picture, token_ids(self.tokenizer, prompt)]
             for picture, prompt in zip(image_of_text, prompts, strict=True)
         ]
-        return self.continue_rows(seen, rows, decoding, use_cache=use_cache)
+        return self.continue_rows(seen, rows, decoding, use_cache=use_cache, seeds=seeds)
 
     def write_after(
         self,
@@ -71,6 +74,8 @@ class Continues:
         images: Sequence[Picture],
         prompts: Sequence[str],
         decoding: Decoding | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
     ) -> list[str]:
         """Continue a prompt after each picture, with the same examples in front of all; see `continue_rows`.
 
@@ -79,10 +84,11 @@ class Continues:
             images: Pictures.
             prompts: As many texts, possibly empty.
             decoding: How; the model's own when None.
+            seeds: Of drawing, one a picture.
         """
         seen = self.see(images)
         if not examples:
-            return self.write(seen, range(len(images)), prompts, decoding)
+            return self.write(seen, range(len(images)), prompts, decoding, seeds=seeds)
         first: list[int | list[int]] = []
         for place, (_, (prompt, answer)) in enumerate(examples):
             first += [place, [*prompt, *answer]]
@@ -91,7 +97,7 @@ class Continues:
             for place, prompt in enumerate(prompts)
         ]
         both = torch.cat([self.see([picture for picture, _ in examples]), seen])
-        return self.continue_rows(both, rows, decoding)
+        return self.continue_rows(both, rows, decoding, seeds=seeds)
 
     def complete(
         self, rows: Sequence[Sequence[Picture | str]], decoding: Decoding | None = None
@@ -138,6 +144,7 @@ class Continues:
         decoding: Decoding | None = None,
         *,
         use_cache: bool = True,
+        seeds: Sequence[int] | None = None,
     ) -> list[str]:
         """Continue rows of pictures and tokens, through transformers' own `generate`.
 
@@ -149,16 +156,18 @@ class Continues:
             rows: Each in its order: numbers of pictures, and lists of token ids.
             decoding: How; the model's own when None.
             use_cache: Keep keys and values of earlier positions.
+            seeds: Of drawing, one a row: a text then depends on its own alone, and not on its neighbours. torch's
+                generator, which moves on from call to call, when None. Drawing beams shares one seed a batch.
 
         Returns:
             One text a row.
 
         Raises:
-            ValueError: A row, with room to write, is longer than the context.
+            ValueError: A row, with room to write, is longer than the context; or there are other than one seed a row.
         """
         if not rows:
             return []
-        written = self.generate_ids(seen, rows, decoding or self.decoding, use_cache=use_cache)
+        written = self.generate_ids(seen, rows, decoding or self.decoding, use_cache=use_cache, seeds=seeds)
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -170,13 +179,16 @@ class Continues:
         decoding: Decoding,
         *,
         use_cache: bool = True,
+        seeds: Sequence[int] | None = None,
     ) -> Tensor:
         """`continue_rows` as token ids: int64 `(rows, new tokens)`, padded behind the end of each."""
         self.check_room(rows, decoding)
+        if seeds is not None and len(seeds) != len(rows):
+            raise ValueError(f"got {len(seeds)} seeds for {len(rows)} rows: expected one for each")
         training = self.training
         self.eval()
         try:
-            return self.generate_in_evaluation(seen, rows, decoding, use_cache=use_cache)
+            return self.generate_in_evaluation(seen, rows, decoding, use_cache=use_cache, seeds=seeds)
         finally:  # also where memory ran out: the caller may go on with fewer rows
             self.connector.look(None)
             self.train(training)
@@ -188,6 +200,7 @@ class Continues:
         decoding: Decoding,
         *,
         use_cache: bool,
+        seeds: Sequence[int] | None,
     ) -> Tensor:
         """`generate_ids` of a model that is in evaluation mode; leaves the connector looking at the pictures."""
         embed, prefix = self.language_model.get_input_embeddings(), self.connector.prefix(seen)
@@ -217,11 +230,18 @@ class Continues:
             self.connector.look(together if together.shape[1] else None, owner)
         if not use_cache:
             return self.without_cache(embeddings, mask, decoding)
-        with no_advice():
+        given: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": mask}
+        if decoding.sample and seeds is not None and decoding.num_beams == 1:
+            decoding, given["logits_processor"] = own_draws(decoding, seeds)
+        shared = (
+            seeds if decoding.sample else None
+        )  # beams pick among each other's draws: one seed for all rows
+        devices = [self.device] if self.device.type == "cuda" else []
+        with no_advice(), torch.random.fork_rng(devices, enabled=shared is not None):
+            if shared is not None:
+                torch.manual_seed(shared[0])
             return self.language_model.generate(
-                inputs_embeds=embeddings,
-                attention_mask=mask,
-                generation_config=generation_config(decoding, self.tokenizer),
+                **given, generation_config=generation_config(decoding, self.tokenizer)
             )
 
     def without_cache(self, embeddings: Tensor, mask: Tensor, decoding: Decoding) -> Tensor:

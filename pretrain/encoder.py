@@ -335,10 +335,23 @@ def checkpoint_folder(name: str) -> Path | None:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """`auto` means a GPU where there is one."""
-    if str(device) != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` means a GPU where there is one.
+
+    Raises:
+        ValueError: No such device, or none here.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {str(device)!r}: expected auto, cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(
+            f"device {str(device)!r}: torch finds {count} GPUs on this machine; take auto or cpu"
+        )
+    return found
 
 
 def without_paths(model_cfg: dict[str, Any]) -> dict[str, Any]:

@@ -91,13 +91,12 @@ def require_native_size(config: TimmTower, model: Any) -> None:
         )
 
 
-def build_named(config: OpenClipModel) -> Built:
-    """Build a dual encoder that open_clip knows by name; names and tags are handed to it untouched.
+def check_name(name: str, pretrained: str | None) -> None:
+    """Refuse a name or tag that open_clip does not know, without loading anything; a hub's names are not looked up.
 
     Raises:
         ValueError: No such model or tag.
     """
-    name, pretrained = config.name, config.pretrained
     if "://" not in name and not name.startswith("hf-hub:"):
         names = open_clip.list_models()
         if name not in names:
@@ -111,6 +110,16 @@ def build_named(config: OpenClipModel) -> Built:
                 f"model {name!r} has no weights {pretrained!r}{nearest(pretrained, tags)}; "
                 f"open_clip has: {', '.join(tags) or 'none'}"
             )
+
+
+def build_named(config: OpenClipModel) -> Built:
+    """Build a dual encoder that open_clip knows by name; names and tags are handed to it untouched.
+
+    Raises:
+        ValueError: No such model or tag.
+    """
+    name, pretrained = config.name, config.pretrained
+    check_name(name, pretrained)
     # What open_clip says about real weights matters.
     with nullcontext() if pretrained or name.startswith("hf-hub:") else quiet():
         model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=bool(pretrained))

@@ -110,6 +110,8 @@ def read_row(row: Row, captioned: bool = True) -> Sample | Skipped:
         return Skipped(fault.cause, row.where, fault.detail)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return Skipped("missing_image", row.where, f"no picture {error.filename}")
+    except (OSError, ValueError) as error:  # no permission, a name too long for the disk, a NUL in it
+        return Skipped("unreadable_image", row.where, f"{row.name[:80]!r} cannot be read: {error}"[:300])
     claimed = Path(row.name).suffix[1:].lower()  # `prepare` looks at the bytes and corrects it
     extension = claimed if claimed in IMAGE_EXTENSIONS else "jpg"
     meta = {"url" if isinstance(row.source, str) else "name": row.name, **row.meta}
@@ -275,6 +277,18 @@ def one_answer(answer: str) -> list[str]:
     return [answer] * 10
 
 
+def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    """Where a file is no UTF-8, and what to do; decoding in blocks, `error` does not know the line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as found:
+                wrong = f"byte 0x{line[found.start]:02x}"
+                return f", line {number}: expected UTF-8 text, got {wrong}: save the file as UTF-8 (`iconv -t UTF-8`)"
+    return f": expected UTF-8 text: {error}"
+
+
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """The lines that are not blank, with their numbers from 1.
 
@@ -284,5 +298,5 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
+        raise ValueError(f"{path}{not_utf8(path, error)}") from error
     return [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]

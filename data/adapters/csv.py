@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.adapters.common import Counted, Row, Skipped, read_lines, read_rows
+from data.adapters.common import Counted, Row, Skipped, not_utf8, read_lines, read_rows
 from pairstream.errors import nearest
 
 IMAGE_COLUMNS = (
@@ -171,15 +171,22 @@ def pick(
     """
     if given is not None:
         if given in columns:
-            return given
+            return alone(path, columns, given)
         raise ValueError(f"{path}: no column {given!r}: it has {', '.join(columns)}{nearest(given, columns)}")
     by_lower_case = {column.lower(): column for column in reversed(columns)}
     for name in usual:
         if name in by_lower_case:
-            return by_lower_case[name]
+            return alone(path, columns, by_lower_case[name])
     raise ValueError(
         f"{path}: which column holds the {what}? It has {', '.join(columns)}; name one with {option}"
     )
+
+
+def alone(path: Path, columns: Sequence[str], name: str) -> str:
+    """The column's name, unless another one has it, too: one of them would be lost."""
+    if columns.count(name) > 1:
+        raise ValueError(f"{path}: {columns.count(name)} columns are called {name!r}: rename all but one")
+    return name
 
 
 def read_csv(path: Path, unnamed: bool) -> tuple[list[str], Table]:
@@ -216,7 +223,7 @@ def parse_csv(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                     yield begins, values
                 begins = reader.line_num + 1
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
+            raise ValueError(f"{path}{not_utf8(path, error)}") from error
         except csv.Error as error:
             raise ValueError(
                 f'{path}, row from line {begins} on: {error}. Is a quote (") left open?'

@@ -51,16 +51,19 @@ class Choosing(Questions):
         pictures = [place for place, row in enumerate(rows) for _ in row["judged_by"]]
         questions = [question.text for row in rows for question in row["judged_by"]]
         both = iter(model.scores(images, questions, pictures).argmax(dim=1).tolist())
+        for row in rows:
+            row["written"] = [model.labels[next(both)] for _ in row["judged_by"]]
+        if not self.task.modality_dropout:
+            return  # what stands for a missing picture has not trained: an answer from it would mean nothing
         blind: Any = [None] * len(questions)
         alone = iter(model.scores(blind, questions).argmax(dim=1).tolist())
         for row in rows:
-            row["written"] = [model.labels[next(both)] for _ in row["judged_by"]]
             row["unseen"] = [model.labels[next(alone)] for _ in row["judged_by"]]
 
     def score(self, rows: Sequence[Row]) -> dict[str, Any]:
         mode, known = self.task.accuracy, set(self.labels)
         questions: list[Question] = [question for row in rows for question in row["judged_by"]]
-        unseen = [text for row in rows for text in row["unseen"]]
+        unseen = [text for row in rows for text in row.get("unseen", ())]
         reachable = [
             max(
                 (question_accuracy(text, q.answers, mode) for text in set(map(normalise, q.answers)) & known),
@@ -68,12 +71,15 @@ class Choosing(Questions):
             )
             for q in questions
         ]
+        alone = {}
+        if unseen:
+            scores = [
+                question_accuracy(text, q.answers, mode) for text, q in zip(unseen, questions, strict=True)
+            ]
+            alone = {"text_only": sum(scores) / len(scores)}
         return {
             **super().score(rows),
-            "text_only": sum(
-                question_accuracy(text, q.answers, mode) for text, q in zip(unseen, questions, strict=True)
-            )
-            / len(questions),
+            **alone,
             "answers": len(self.labels),
             "reachable": sum(reachable) / len(reachable),
         }

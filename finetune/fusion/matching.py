@@ -65,8 +65,6 @@ class Matching:
             **classification_metrics(shares, truth, MATCHES),
             "majority_baseline": float(max(truth.mean(), 1 - truth.mean())),
             "majority_label": MATCHES[int(truth.mean() >= 0.5)],
-            "image_only": None,
-            "text_only": None,
             "images": len(rows),
             "unlabelled": 0,
         }

@@ -22,7 +22,8 @@ Row = dict[str, Any]
 class Classification:
     """Labels, judged by accuracy beside the most frequent label and beside each modality alone.
 
-    `written` of an evaluated row is its probabilities: of both, of the picture alone, and of the text alone. Rows
+    `written` of an evaluated row is its probabilities: of both, and of the picture and the text alone, as far as the
+    model has trained with the other one missing; elsewhere it would answer from vectors that are still random. Rows
     without a label are left out of every number.
     """
 
@@ -32,6 +33,7 @@ class Classification:
         self.counts: Counter[str] = Counter()
         self.usual: tuple[str, ...] = ()
         self.samples = 0
+        self.without_text = task.modality_dropout > 0
 
     def learn(self, texts: Iterable[Post]) -> None:
         """Count the training labels.
@@ -39,7 +41,9 @@ class Classification:
         Raises:
             ValueError: Too few, or none of one that the recipe names.
         """
-        rows = [post.label for post in texts if post.label is not None]
+        posts = [post for post in texts if post.label is not None]
+        self.without_text |= any(post.text is None for post in posts)
+        rows = [post.label for post in posts]
         self.samples = len(rows)
         self.counts = Counter(name for row in rows for name in (row if self.task.several else (row,)))
         if len(self.counts) < (1 if self.task.several else 2):
@@ -75,10 +79,16 @@ class Classification:
     def write(self, model: FusionClassifier, images: Tensor, rows: list[Row]) -> None:
         texts = [row["judged_by"].text for row in rows]
         both = model.classify(images, texts)
-        image_only = model.classify(images, [None] * len(rows))
-        text_only = iter(model.classify([None for text in texts if text], [text for text in texts if text]))
-        for row, text, first, second in zip(rows, texts, both, image_only, strict=True):
-            row["written"] = {"both": first, "image": second, "text": next(text_only) if text else None}
+        for row, found in zip(rows, both, strict=True):
+            row["written"] = {"both": found}
+        if self.without_text:
+            for row, found in zip(rows, model.classify(images, [None] * len(rows)), strict=True):
+                row["written"]["image"] = found
+        if self.task.modality_dropout:
+            named = [(row, text) for row, text in zip(rows, texts, strict=True) if text]
+            alone = model.classify([None] * len(named), [text for _, text in named])
+            for (row, _), found in zip(named, alone, strict=True):
+                row["written"]["text"] = found
 
     def score(self, rows: Sequence[Row]) -> dict[str, Any]:
         labels = self.labels
@@ -97,9 +107,9 @@ class Classification:
         truth = np.array([[name in names for name in labels] for names in given])  # (n, labels)
 
         def numbers(which: str) -> dict[str, Any]:
-            known = [place for place, row in enumerate(judged) if row["written"][which]]
+            known = [place for place, row in enumerate(judged) if which in row["written"]]
             if not known:
-                return {self.main: None}
+                return {}
             found = np.array([[judged[place]["written"][which][name] for name in labels] for place in known])
             if several:
                 return multilabel_metrics(found, truth[known], labels)
@@ -110,8 +120,7 @@ class Classification:
         blind = multilabel_metrics(np.tile(guess, (len(truth), 1)).astype(float), truth, labels)
         return {
             **numbers("both"),
-            "image_only": numbers("image")[self.main],
-            "text_only": numbers("text")[self.main],
+            **{f"{which}_only": alone[self.main] for which in ("image", "text") if (alone := numbers(which))},
             "majority_baseline": blind[self.main],
             "majority_label": self.task.separator.join(majority),
             "images": len(judged),

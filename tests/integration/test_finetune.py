@@ -352,6 +352,17 @@ def test_bad_shards(world, tmp_path, coloured):
         finetune(recipe(world, tmp_path / "e", {"kind": "caption"}, data={"train": str(tmp_path / "long")}))
 
 
+def test_a_held_out_question_that_does_not_fit_is_counted(world, tmp_path, coloured):
+    """It is left out, and not the end of a run that has trained."""
+    with ShardWriter(tmp_path / "val") as writer:
+        for number, question in enumerate(["Is it red?", "why " * 100, "What colour is it?"]):
+            entry = {"question": question, "answers": ["red"] * 10}
+            writer.write(Sample(f"{number}", coloured("red", number), "png", ["x"], {"questions": [entry]}))
+    data = {"val": str(tmp_path / "val"), "max_faults": 0.5}
+    metrics = finetune(recipe(world, tmp_path / "run", {"kind": "vqa"}, data=data, steps=3))
+    assert (metrics["questions"], metrics["images"]) == (2, 2)
+
+
 def test_the_command(world, tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text(json.dumps(recipe(world, tmp_path / "run", {"kind": "caption"}).model_dump(mode="json")))

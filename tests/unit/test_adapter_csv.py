@@ -165,7 +165,7 @@ def test_errors(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"which column holds the captions\?.*--caption-columns"):
         samples(write(folder, "u.csv", "image,words\na.jpg,a\n"))
     (folder / "latin.csv").write_bytes(b"image,caption\npictures/a.jpg,caf\xe9\n")
-    with pytest.raises(ValueError, match=r"latin.csv: expected UTF-8 text"):
+    with pytest.raises(ValueError, match=r"latin.csv, line 2: expected UTF-8 text, got byte 0xe9"):
         samples(folder / "latin.csv")
     open_quote = 'image,caption\npictures/a.jpg,a\npictures/b.jpg,"b\n' + "pictures/c.jpg,c\n" * 10_000
     with pytest.raises(ValueError, match=r"quote.csv, row from line 3 on: field larger.*left open"):

@@ -193,6 +193,8 @@ def test_decoding_settings_reach_generate(models, files):
         for penalty in (-8.0, 8.0)
     ]
     assert sum(map(len, ends[0])) <= sum(map(len, ends[1]))
+    with pytest.raises(ValueError, match="seed is about drawing"):
+        Decoding(seed=1)
     with pytest.raises(ValueError, match="temperature and top_p are about drawing"):
         Decoding(top_p=0.9)
     with pytest.raises(ValueError, match="min_new_tokens 31 is above"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 
@@ -68,6 +69,15 @@ def test_a_java_program_that_fails_is_no_error(monkeypatch):
     monkeypatch.setattr(java_metrics, "meteor", fails)
     scores, absent = java_metrics.java_metrics(["a"], [["a"]], ["METEOR"])
     assert (scores, absent) == ({}, {"METEOR": "the Java program failed: it ended without an answer"})
+
+
+def test_what_a_program_complains_of_is_told(tmp_path):
+    program = [sys.executable, "-c", "import sys; sys.exit('no room for 2 GB\\nand more')"]
+    with (
+        pytest.raises(ValueError, match=r"it ended without an answer \(no room for 2 GB\)"),
+        java_metrics.started(program, tmp_path) as ask,
+    ):
+        ask("a line")
 
 
 @pytest.mark.slow

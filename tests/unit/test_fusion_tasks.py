@@ -91,6 +91,23 @@ def test_the_list_has_the_most_frequent_answers_and_says_how_far_they_reach():
         Choosing(ChooseTask(occurrences=3)).learn([*rows[:2], *rows[:1], rows[2], rows[4]])
 
 
+def test_what_is_said_of_one_modality_alone_was_trained(world, tmp_path):
+    """A model that never trained with one of them missing answers from vectors that are still random."""
+    for share in (0.0, 0.1):
+        task = {"kind": "choose", "modality_dropout": share}
+        metrics = Finetuner(recipe(world, tmp_path / f"choose-{share}", task, steps=3)).train()
+        assert ("text_only" in metrics) == bool(share)
+        page = (tmp_path / f"choose-{share}/report.html").read_text()
+        assert ("The same model without the picture" in page) == bool(share)
+    task = {"kind": "classify", "several": True, "label_key": "tags", "modality_dropout": 0.0}
+    metrics = Finetuner(recipe(world, tmp_path / "classify", task, steps=3)).train()
+    assert not {"image_only", "text_only"} & set(metrics)
+    task |= {"text_key": "note"}  # no sample has one: the picture alone is all that was trained
+    metrics = Finetuner(recipe(world, tmp_path / "pictures", task, steps=3)).train()
+    assert metrics["image_only"] == metrics["macro_f1"]
+    assert "text_only" not in metrics
+
+
 def test_the_loss_of_soft_targets_is_a_plain_loop(make_picture, small_encoder):
     torch.manual_seed(1)
     model = FusionClassifier(
@@ -139,7 +156,7 @@ def test_answers_are_learnt_resumed_and_predicted(world, tmp_path, monkeypatch, 
     metrics = Finetuner(recipe(world, tmp_path / "run", task, **changes)).train()
     assert metrics["accuracy"] > 0.95
     assert metrics["accuracy"] > metrics["question_only_baseline"] + 0.2
-    assert metrics["text_only"] < 0.8
+    assert "text_only" not in metrics  # nothing was trained without the picture
     assert (metrics["answers"], metrics["reachable"]) == (5, 1.0)
     model = load_classifier(tmp_path / "run", device="cpu")
     pictures = [coloured("blue", 7), coloured("red", 8)]

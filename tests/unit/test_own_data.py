@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 
 from data.adapters.common import Row
 from finetune.cli import main
-from finetune.own_data import OwnData
+from finetune.own_data import OwnData, write_shards
 from finetune.own_table import class_names, classes_of, read_table, split
 from pairstream.cli import run_stage
 from pretrain.encoder import load_encoder
@@ -55,6 +56,8 @@ def test_captions_in_one_command(world, tmp_path, capsys):
     assert found is not None
     train, val = map(int, found.groups())
     assert (train + val, val in (3, 4)) == (20, True)  # the missing one may have been to measure on
+    resolved = yaml.safe_load((tmp_path / "run/recipe.resolved.yaml").read_text())
+    assert resolved["data"]["max_faults"] == 0.2
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert (metrics["steps"], metrics["images"]) == (3, val)  # all pictures are one batch
     assert run_stage(main, words(world, "caption", tmp_path / "run", *more)) == 2
@@ -99,6 +102,15 @@ def test_nothing_to_measure_on_and_no_epochs_are_told(world, tmp_path, capsys):
     assert "--epochs 0: expected a number above 0" in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_there_is_told_before_the_pictures_are_read(world, tmp_path, capsys):
+    for model, message in ((str(world / "none"), "no folder"), ("ViT-B-33", "did you mean 'ViT-B-32'")):
+        line = words(world, "caption", tmp_path / "run")
+        line[line.index("--model") + 1] = model
+        assert run_stage(main, line) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run-shards").exists()
+
+
 def test_tables_are_read_by_kind(world, tmp_path):
     faults = []
     own = OwnData(data=world / "my.csv", model="m", images=world / "pictures")
@@ -127,6 +139,102 @@ def test_tables_are_read_by_kind(world, tmp_path):
         read_table("vqa", own, tmp_path / "none.csv", [])
     with pytest.raises(FileNotFoundError, match="expected --images to be where"):
         read_table("vqa", OwnData(data=table, model="m", images=tmp_path / "none"), table, [])
+
+
+def write(world: Path, tmp_path: Path, kind: str, content: str | bytes, **options) -> Path:
+    """Shards of a table that has this content."""
+    table, shards = tmp_path / "t.csv", tmp_path / "t-shards"
+    table.write_bytes(content if isinstance(content, bytes) else content.encode())
+    options = {"images": world / "pictures", "max_faults": 0.5, **options}
+    write_shards(kind, OwnData(data=table, model="m", **options), shards)
+    return shards
+
+
+LABELLED = "image,label\n" + "".join(f"{n}.png,{('red', 'blue')[n % 2]}\n" for n in range(12))
+
+
+def test_labels_that_cannot_be_learnt_are_named_by_line(world, tmp_path, capsys):
+    val = tmp_path / "val.csv"
+    val.write_text("image,label\n13.png,red\n14.png,bleu\n15.png,blue\n16.png,blue\n")
+    write(world, tmp_path, "classify", LABELLED, val_data=val)
+    said = capsys.readouterr().err
+    assert "val.csv:3: the label 'bleu' is none of the labels of the pictures to train on (blue, red)" in said
+    assert "did you mean 'blue'?" in said
+    assert "12 pictures to train on, 3 to measure on, 1 bad rows" in said
+
+
+def test_a_label_of_one_row_is_trained_on_and_pointed_out(world, tmp_path, capsys):
+    """Wherever it stands: held out, it would be unknown at the end of training."""
+    for number in range(12):
+        (tmp_path / str(number)).mkdir()
+        content = LABELLED + "".join(f"1{n}.png,grey\n" for n in range(3, 8))
+        content = content.replace(f"\n{number}.png,{('red', 'blue')[number % 2]}", f"\n{number}.png,rad")
+        write(world, tmp_path / str(number), "classify", content, val_share=0.5)
+        said = capsys.readouterr().err
+        assert f"labels of one row alone, a typo? 'rad' (t.csv:{number + 2})" in said
+        assert "0 bad rows" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        (
+            "classify",
+            "image,label\n0.png,red\n1.png,red\n",
+            r"t\.csv: expected at least two labels .*found red",
+        ),
+        ("flyp", "image,label\n0.png,red\n1.png,red\n", r"t\.csv: the table has 1 different labels"),
+        (
+            "classify",
+            "image,label\n0.png,red\n1.png,blue\n",
+            r"t\.csv: each label has one picture alone.*--val-data",
+        ),
+        ("caption", "", r"t\.csv is empty: expected a line of column names"),
+        ("caption", "image,caption\n", r"t\.csv: 0 good pictures: expected at least two"),
+        (
+            "caption",
+            "image,caption\n,a\nb.png,\n",
+            r"(?s)t\.csv: 0 good pictures.*t\.csv:2: no picture.*t\.csv:3: noth",
+        ),
+        (
+            "caption",
+            "image,caption,caption\n1.png,a,b\n",
+            r"2 columns are called 'caption': rename all but one",
+        ),
+        (
+            "caption",
+            b"image,caption\n1.png,a\n2.png,caf\xe9\n",
+            r"t\.csv, line 3: .*byte 0xe9: save the file as UTF-8",
+        ),
+        (
+            "caption",
+            "image,caption\n1.png,a\n".encode("utf-16"),
+            r"t\.csv, line 1: .*byte 0xff: save the file as",
+        ),
+    ],
+)
+def test_bad_tables_say_where_and_what_to_do(world, tmp_path, kind, content, message):
+    with pytest.raises(ValueError, match=message):
+        write(world, tmp_path, kind, content)
+    assert not (tmp_path / "t-shards").exists()
+
+
+def test_rows_of_unreadable_names_and_strange_labels_are_left_out(world, tmp_path, capsys):
+    table = tmp_path / "t.jsonl"
+    names = [f"{n}.png" for n in range(8)] + ["x" * 300 + ".png", "a\0b.png", "8.png", "9.png"]
+    labels: list = ["red", "blue"] * 5 + [{"a": 1}, 0.5]
+    lines = [{"image": name, "label": label} for name, label in zip(names, labels, strict=True)]
+    table.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8-sig")
+    own = OwnData(data=table, model="m", images=world / "pictures", max_faults=0.5, val_share=0.3)
+    write_shards("classify", own, tmp_path / "shards")
+    said = capsys.readouterr().err
+    assert "4 bad rows" in said
+    assert re.search(r"t\.jsonl:9: 'xxx.*cannot be read", said)
+    assert re.search(r"t\.jsonl:10: 'a.*cannot be read", said)
+    assert "t.jsonl:11: expected a label in the column 'label', got {'a': 1}" in said
+    assert "t.jsonl:12: expected a label in the column 'label', got 0.5" in said
+    with pytest.raises(ValueError, match="--epochs inf: expected a number"):
+        write_shards("classify", replace(own, epochs=float("inf")), tmp_path / "other")
 
 
 def test_answers_of_a_table_are_texts(tmp_path):

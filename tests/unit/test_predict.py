@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,11 +102,11 @@ def test_killed_and_resumed_writes_each_line_once(models, source, tmp_path, monk
     method = "caption" if kind == "caption" else "answer"
     exact, calls = getattr(VisionLanguageModel, method), []
 
-    def dies(self, *arguments):
+    def dies(self, *arguments, **named):
         calls.append(None)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return exact(self, *arguments)
+        return exact(self, *arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(VisionLanguageModel, method, dies)
@@ -146,6 +148,27 @@ def test_lines_end_where_json_ends_them(models, tmp_path, make_picture, capsys):
     assert "0 lines written, 3 were there before" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_drawn_texts_are_the_same_each_time(models, pictures, tmp_path, beams):
+    def drawn(name: str, *, batch: int = 7, seed: int = 3) -> list[str]:
+        model = tmp_path / f"drawing-{seed}"
+        if not model.exists():
+            shutil.copytree(models["caption"], model)
+            content = json.loads((model / "task.json").read_text())
+            content["decoding"] |= {"sample": True, "top_p": 0.98, "seed": seed, "num_beams": beams}
+            (model / "task.json").write_text(json.dumps(content))
+        predict(model=model, images=(str(pictures),), out=tmp_path / name, batch_size=batch, device="cpu")
+        return [line["caption"] for line in read(tmp_path / name)]
+
+    first = drawn("a.jsonl")
+    torch.manual_seed(99)
+    assert drawn("b.jsonl") == first
+    assert len(set(first)) > 3  # each picture has its own
+    assert drawn("c.jsonl", seed=4) != first
+    if beams == 1:
+        assert drawn("d.jsonl", batch=2) == first
+
+
 def test_examples_that_have_changed_are_refused(models, pictures, tmp_path):
     """Lines after other examples are not mixed with those that are there, though the table has kept its name."""
     table, out = tmp_path / "few.csv", tmp_path / "F.jsonl"
@@ -183,6 +206,9 @@ def test_bad_input(models, pictures, shards, tmp_path):
     with pytest.raises(ValueError, match="--batch-size 0"):
         predict(model=models["vqa"], images=(str(pictures),), out=out, question="what?", batch_size=0)
     assert not out.exists()
+    for device in ("bogus", "cuda:77"):
+        with pytest.raises(ValueError, match=f"device '{device}': .*cpu"):
+            predict(model=models["caption"], images=(str(pictures),), out=out, device=device)
     predict(model=models["vqa"], images=(str(pictures),), out=out, question="what?")
     with pytest.raises(ValueError, match=r"begun with another question \('what\?'\)"):
         predict(model=models["vqa"], images=(str(pictures),), out=out, question="who?")
@@ -191,6 +217,47 @@ def test_bad_input(models, pictures, shards, tmp_path):
     (tmp_path / "other.jsonl").write_text("my notes\n")
     with pytest.raises(ValueError, match="is not what this command wrote"):
         predict(model=models["vqa"], images=(str(pictures),), out=tmp_path / "other.jsonl", question="what?")
+
+
+def test_every_word_of_images_is_looked_for(models, pictures, tmp_path):
+    out, good = tmp_path / "F.jsonl", str(pictures)
+    (tmp_path / "empty").mkdir()
+    for word in (tmp_path / "nowhere/*.jpg", tmp_path / "typo.jpg", tmp_path / "empty"):
+        with pytest.raises(
+            ValueError, match=rf"nothing at {re.escape(str(word))}, .*mend it or leave it out"
+        ):
+            predict(model=models["caption"], images=(good, str(word)), out=out)
+    assert not out.exists()
+
+
+def test_a_model_that_breaks_leaves_no_settings_to_stay_with(models, pictures, tmp_path):
+    out, broken = tmp_path / "F.jsonl", tmp_path / "broken"
+    shutil.copytree(models["caption"], broken)
+    (broken / "connector.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="a part of this task model is damaged or missing"):
+        predict(model=broken, images=(str(pictures),), out=out)
+    predict(model=models["caption"], images=(str(pictures),), out=out)
+    assert len(read(out)) == 7
+    for content in ("{", "{}", "[]"):
+        (broken / "task.json").write_text(content)
+        with pytest.raises(ValueError, match=r"broken: a part of this task model is damaged or missing"):
+            predict(model=broken, images=(str(pictures),), out=tmp_path / "G.jsonl")
+    with pytest.raises(ValueError, match=r"--out .* is a folder: expected a \.jsonl file"):
+        predict(model=models["caption"], images=(str(pictures),), out=tmp_path)
+
+
+def test_a_question_that_does_not_fit_is_left_out(models, tmp_path, make_picture, capsys):
+    with ShardWriter(tmp_path / "asked") as writer:
+        for number, question in enumerate(["is there a dog?", "why? " * 60, "a cat?"]):
+            writer.write(
+                Sample(f"k{number}", make_picture(number), "jpg", [], {"questions": [{"question": question}]})
+            )
+    options = {"model": models["vqa"], "images": (str(tmp_path / "asked"),), "out": tmp_path / "F.jsonl"}
+    predict(**options, max_faults=0.5)
+    assert [line["image"] for line in read(tmp_path / "F.jsonl")] == ["k0", "k2"]
+    assert "1 left out ({'question_too_long': 1})" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="the prompt does not fit"):
+        predict(**(options | {"out": tmp_path / "G.jsonl"}), question="why? " * 60)
 
 
 def test_shards_without_questions_say_so(models, tmp_path, make_picture):

@@ -181,6 +181,43 @@ def test_chair_from_a_file_of_objects(files, tmp_path):
     assert (result["chair_i"], result["hallucinated"]) == (0.5, {"dog": 1})
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"synonyms": {"dog": 3}, "images": {}}, "'synonyms' to be an object of texts"),
+        ({"synonyms": "dog", "images": {}}, "'synonyms' to be an object of texts"),
+        ({"synonyms": {"dog": "dog"}, "images": [["dog"]]}, "'images' to be an object"),
+        ({"synonyms": {"dog": "dog"}, "images": {"1": "dog"}}, "a list of objects for image 1, got 'dog'"),
+        ({"synonyms": {"dog": "dog"}, "images": {"1": [2]}}, "a list of objects for image 1"),
+        ({"synonyms": {"dog": "dog"}, "images": {"1": []}}, "no objects of image 2"),
+    ],
+)
+def test_bad_files_of_objects(files, tmp_path, content, message):
+    objects = write(tmp_path / "objects.json", content)
+    with pytest.raises(ValueError, match=rf"objects\.json: .*{message}"):
+        score_captions(files[0], files[1], objects=objects, java=False, resamples=0)
+
+
+def test_faults_in_options_are_told_before_any_work(files, tmp_path, capsys):
+    words = ["--task", "caption", "--predictions", files[0], "--references", files[1]]
+    assert run(*words, "--resamples", "-1") == 2
+    assert "--resamples -1: expected 0 or more" in capsys.readouterr().err
+    assert run(*words, "--json", tmp_path) == 2
+    shown = capsys.readouterr()
+    assert "is a folder: expected a file, such as" in shown.err
+    assert not shown.out
+
+
+def test_the_command_says_why_a_java_metric_is_absent(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert (
+        run("--task", "caption", "--predictions", files[0], "--references", files[1], "--resamples", "0") == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["unavailable"] == dict.fromkeys(("METEOR", "SPICE"), "no Java runtime (`java`) on the path")
+    assert not {"METEOR", "SPICE"} & set(result)
+
+
 def vqa(rows: list[tuple]) -> tuple[dict, dict, list[dict]]:
     """Annotations, questions and results of `(answers, prediction, answer_type, image)` rows."""
     found = [

@@ -12,6 +12,7 @@ import torch
 from data.faults import Fault
 from data.samples import RawSample
 from finetune.connectors import build_connector, merge_neighbours, token_grid
+from finetune.drawing import own_draws
 from finetune.language_models import pretrained_language_model, small_language_model
 from finetune.model import VisionLanguageModel, load_task_model
 from finetune.recipe_model import Linear, Mlp, SmallLanguageModel
@@ -121,6 +122,18 @@ def test_a_padded_batch_writes_what_one_alone_writes(answerer, files, beams):
     ]
     assert together == alone
     assert len(set(together)) > 1
+
+
+def test_draws_of_a_seed_a_row_follow_the_probabilities(answerer, files):
+    scores = torch.tensor([[0.0, 1.0, -1.0, 0.5, -9.0]]).repeat(4000, 1)
+    plain, drawing = own_draws(Decoding(sample=True, temperature=0.5, top_p=0.8), range(4000))
+    drawn = drawing(torch.zeros(4000, 0, dtype=torch.int64), scores).argmax(dim=1)
+    shares = torch.bincount(drawn, minlength=5) / 4000
+    kept = torch.softmax(scores[0, [1, 3]] / 0.5, dim=0)  # 0.90 of all between the two of them
+    assert shares.tolist() == pytest.approx([0, float(kept[0]), 0, float(kept[1]), 0], abs=0.03)
+    assert plain == Decoding()
+    with pytest.raises(ValueError, match="got 2 seeds for 1 rows"):
+        answerer.write(answerer.see(files[:1]), [0], ["is it?"], Decoding(sample=True), seeds=[1, 2])
 
 
 def test_the_cache_changes_nothing(answerer, files, monkeypatch):
