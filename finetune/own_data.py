@@ -182,11 +182,12 @@ def write_shards(kind: Kind, own: OwnData, shards: Path, task: Task | None = Non
     if own.val_data is None:
         try:
             labels = partial(labels_of, separator=separator) if kind == "classify" else None
-            parts = dict(zip(("train", "val"), split(rows, own.val_share, labels), strict=True))
+            train, val = split(rows, own.val_share, labels)
         except ValueError as error:
             raise ValueError(f"{own.data}: {error}{named(faults)}") from error
     else:
-        parts = {"train": rows, "val": read_table(kind, own, own.val_data, faults)}
+        train, val = rows, read_table(kind, own, own.val_data, faults)
+    parts = {"train": train, "val": val}
     if kind == "classify":
         check_labels(own.data, parts, labelled.labels if labelled else (), separator, faults)
         if single := lonely([row for chosen in parts.values() for row in chosen], separator):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.adapters.common import is_text
 from data.faults import Fault, FaultLog, FaultRecord
 from data.samples import index_shards, read_sample
 from data.tar import ShardReader
@@ -262,7 +263,7 @@ class Shards:
             raise Fault("missing_question", "no `questions` in KEY.json, and no --question")
         for place, entry in enumerate(entries):
             asked = entry.get("question") if isinstance(entry, dict) else None
-            if not isinstance(asked, str) or not asked.strip():
+            if not isinstance(asked, str) or not asked.strip() or not is_text(asked):
                 raise Fault("bad_question", f"question {place} is empty or no text: {entry!r}"[:200])
             identity = {"image": name, "question_id": entry.get("question_id", f"{raw.key}/{place}")}
             yield Job(identity, raw.image, asked)
@@ -289,6 +290,10 @@ def find_pictures(words: tuple[str, ...]) -> Pictures | Shards:
             found = sorted(glob.glob(word, recursive=True))  # noqa: PTH207 - the pattern may be absolute
             empty += [] if any(Path(path).is_file() for path in found) else [word]
             paths += found
+    if not words:
+        raise ValueError(
+            "--images has no words: expected files, folders or globs of pictures, or .tar shards"
+        )
     paths = [path for path in dict.fromkeys(paths) if Path(path).is_file()]
     if not paths:
         raise ValueError(
@@ -307,6 +312,8 @@ def check_question(kind: str, question: str | None, source: Pictures | Shards) -
         raise ValueError(f"--question goes with a model for vqa, this one is for {kind}")
     if kind in QUESTIONS and question is not None and not question.strip():
         raise ValueError("--question is empty: expected some words")
+    if question is not None and not is_text(question):
+        raise ValueError(f"--question {question!r} holds half a character: expected text that UTF-8 can hold")
     if kind in QUESTIONS and question is None and not source.own_questions:
         raise ValueError(
             "this model answers questions: give --question, or shards whose JSON has `questions`"

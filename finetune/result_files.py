@@ -34,9 +34,17 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from error
     except json.JSONDecodeError as error:
+        lines = error.msg == "Extra data" and error.lineno > 1
+        hint = (
+            ". One object a line, as `predict` writes, is no results file: expected one list" if lines else ""
+        )
         raise ValueError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}{hint}"
         ) from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply to be such a file") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder: expected a .json file") from error
 
 
 def entries(path: Path, content: Any, what: str) -> Iterable[tuple[str, dict[str, Any]]]:

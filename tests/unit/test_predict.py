@@ -203,6 +203,10 @@ def test_bad_input(models, pictures, shards, tmp_path):
         predict(model=models["vqa"], images=(str(pictures),), out=out)
     with pytest.raises(ValueError, match="--question is empty"):
         predict(model=models["vqa"], images=(str(pictures),), out=out, question=" ")
+    with pytest.raises(ValueError, match=r"--question .* holds half a character"):
+        predict(model=models["vqa"], images=(str(pictures),), out=out, question="a \ud800?")
+    with pytest.raises(ValueError, match="--images has no words"):
+        predict(model=models["vqa"], images=(), out=out, question="a?")
     with pytest.raises(ValueError, match="--batch-size 0"):
         predict(model=models["vqa"], images=(str(pictures),), out=out, question="what?", batch_size=0)
     assert not out.exists()

@@ -141,6 +141,14 @@ def test_files_that_are_absent_or_no_text(files, tmp_path):
     (tmp_path / "latin.json").write_bytes('[{"image_id": 1, "caption": "café"}]'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.json: not UTF-8"):
         score_captions(tmp_path / "latin.json", files[1])
+    for content, message in (
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": 1}\n{"a": 2}\n', "as `predict` writes"),
+    ):
+        with pytest.raises(ValueError, match=rf"Q\.json: .*{message}"):
+            score_captions(write(tmp_path / "Q.json", content), files[1])
+    with pytest.raises(ValueError, match="is a folder: expected a \\.json file"):
+        score_captions(tmp_path, files[1])
     (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + files[0].read_bytes())
     assert score_captions(tmp_path / "bom.json", files[1], java=False, resamples=0)["images"] == 3
 
