@@ -178,7 +178,7 @@ def parse(monkeypatch):
         monkeypatch.setitem(sys.modules, f"{stage}.trainer", types.SimpleNamespace(**{name: begin}))  # pyright: ignore
     for module, name in (
         ("pretrain.plan", "make_plan"),
-        ("finetune.own_data", "write_shards"),
+        ("finetune.own_data", "check_model"),
         ("data.curate.command", "run"),
     ):
         monkeypatch.setattr(importlib.import_module(module), name, begin)
