@@ -263,10 +263,8 @@ def _hopeless(error: Exception) -> bool:
     """Whether another attempt would end the same."""
     answer = getattr(error, "response", None)  # huggingface_hub's errors carry it, aiohttp's only its status
     status = getattr(error, "status", getattr(answer, "status_code", None))
-    known = isinstance(error, FileNotFoundError | PermissionError) or status in GIVE_UP
-    return (
-        known or type(error).__name__ == "OfflineModeIsEnabled"
-    )  # huggingface_hub's, with HF_HUB_OFFLINE set
+    offline = type(error).__name__ == "OfflineModeIsEnabled"  # huggingface_hub's, with HF_HUB_OFFLINE set
+    return offline or status in GIVE_UP or isinstance(error, FileNotFoundError | PermissionError)
 
 
 class FetchError(OSError):

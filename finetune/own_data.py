@@ -98,9 +98,8 @@ def run(kind: Kind, words: Sequence[str]) -> int:
     content["model"] |= {"name": own.model}
     content["schedule"] |= {"warmup": warmup}
     content["data"] |= {"train": str(shards / "train")}
-    if (
-        "--data.max-faults" not in given
-    ):  # what the towers or the language model cannot take is a bad row as well
+    if "--data.max-faults" not in given:
+        # What the towers or the language model cannot take is a bad row as well.
         content["data"] |= {"max_faults": max(min(own.max_faults, 0.99), content["data"]["max_faults"])}
     if kind in CONTRASTIVE:
         from pretrain.trainer import Trainer
