@@ -13,7 +13,8 @@ def compile_network(network: nn.Module, device: torch.device) -> None:
 
     What is called elsewise, such as an encoder's `encode_images` in an evaluation, goes on eagerly.
 
-    The number of rows is a variable of the kernels (see `rows_vary`), the size of the pictures is not: each phase of a
+    The number of rows and the length of the texts are variables of the kernels (see `sizes_vary`), the size of the
+    pictures is not: each phase of a
     run compiles anew. A kernel is then a function of the code and the shapes alone, not of which batch came first, so
     that a resumed run has the kernels of one that was never interrupted.
 
@@ -29,10 +30,11 @@ def compile_network(network: nn.Module, device: torch.device) -> None:
     network.compile()
 
 
-def rows_vary(*inputs: torch.Tensor) -> None:
-    """Say of a compiled network's inputs that their first dimension is another one now and then."""
-    for tensor in inputs:
+def sizes_vary(images: torch.Tensor, tokens: torch.Tensor, *more: torch.Tensor) -> None:
+    """Say of a compiled network's inputs that their rows, and the length of the texts, are others now and then."""
+    for tensor in (images, tokens, *more):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    torch._dynamo.maybe_mark_dynamic(tokens, tokens.ndim - 1)
 
 
 def require_compiler(device: torch.device) -> None:

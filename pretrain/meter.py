@@ -19,7 +19,7 @@ from pretrain.wrapping import whole
 
 
 class Meter:
-    """Counts the FLOPs of a phase's steps, once, and takes gradient norms by part where a line is to be logged.
+    """Counts the FLOPs of a phase's steps, and takes gradient norms by part where a line is to be logged.
 
     MFU is as PaLM has it: FLOPs of the model and the loss, forward and backward, over the dense bf16 peak of all
     devices. Work that is done twice to save memory (GradCache's second forward pass, activations that are recomputed)
@@ -30,12 +30,15 @@ class Meter:
         terms: Those of the recipe.
         recipe: The run.
         accelerator: Of the run.
+
+    Attributes:
+        text_length: Tokens of a text in the step that is counted; the whole context until told otherwise.
     """
 
     def __init__(self, encoder: Encoder, terms: Terms, recipe: PretrainRecipe, accelerator: Accelerator):
         self.encoder, self.terms, self.recipe, self.accelerator = encoder, terms, recipe, accelerator
         self.peak = peak_flops(accelerator.device)
-        self.context: int = encoder.tokenize(["a"]).shape[1]
+        self.text_length: int = encoder.tokenize(["a"]).shape[1]
 
     def begin(self, network: nn.Module) -> None:
         """Take up a phase, in which the same parameters train."""
@@ -44,7 +47,7 @@ class Meter:
             if parameter.requires_grad and "logit" not in name:
                 self.parts.setdefault(part_of(name).replace(" ", "_"), []).append(parameter)
         self.norms: dict[str, Tensor] = {}
-        self.per_pair: float | None = None
+        self.per_pair: dict[int, float] = {}
 
     def take_norms(self) -> None:
         """Take the gradient norm of each tower, before clipping; tensors, so that nothing waits for the device."""
@@ -55,18 +58,18 @@ class Meter:
         self.norms = {part: whole(get_total_norm(found)) for part, found in grads.items() if found}
 
     def flops_per_pair(self) -> float:
-        """FLOPs of a step for each pair."""
-        if self.per_pair is None:
+        """FLOPs of a step for each pair, with texts of `text_length`."""
+        if self.text_length not in self.per_pair:
             more, model = (self.recipe.data.captions_per_image, self.recipe.views), self.encoder.model
             network = DualEncoder(self.encoder, self.terms)  # that which trains may be compiled, or in shards
             if self.recipe.checkpoint_activations:
                 recompute_activations(model, False)
-            count = count_flops(network, self.encoder.image_size, self.context, *more)
+            count = count_flops(network, self.encoder.image_size, self.text_length, *more)
             if self.recipe.checkpoint_activations:
                 recompute_activations(model)
-            self.per_pair = count.step + loss_flops(self.recipe.batch_size, self.encoder.embed_dim)
-            self.per_pair += view_flops(self.recipe)
-        return self.per_pair
+            loss = loss_flops(self.recipe.batch_size, self.encoder.embed_dim) + view_flops(self.recipe)
+            self.per_pair[self.text_length] = count.step + loss
+        return self.per_pair[self.text_length]
 
     def record(self, samples_per_s: float) -> dict[str, Any]:
         """The log line's part: `grad_norm_image_tower` and so on, `flops_per_pair`, `tflops_per_s`, and `mfu`.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pretrain.encoder import Encoder
 from pretrain.objectives import Features
+from pretrain.short_texts import cut_features
 from pretrain.terms import Seen, Terms
 
 
@@ -28,7 +30,8 @@ class DualEncoder(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor, *more: Tensor) -> Features:
         """uint8 `(b, 3, h, w)` and int64 `(b, context)` to two `(b, d)`, the exponentiated scale, any bias, and terms.
 
-        Tokens of several captions an image, `(b, k, context)`, give text features `(b, k, d)`. The first of `more` are
+        Tokens of several captions an image, `(b, k, context)`, give text features `(b, k, d)`. They may be cut to any
+        length from `pretrain.short_texts.used_length` on, without the captioning term. The first of `more` are
         the pictures' views where a term wants them; the others are the objective's.
         """
         pixels, texts = self.normalize(images), tokens.flatten(0, -2)
@@ -38,7 +41,7 @@ class DualEncoder(nn.Module):
             text_features, text_tokens = self.model._encode_text(texts, normalize=True)
         else:
             image_features = self.model.encode_image(pixels, normalize=True)  # (b, d)
-            text_features = self.model.encode_text(texts, normalize=True)
+            text_features = F.normalize(cut_features(self.model, texts), dim=-1)
         if tokens.ndim > 2:
             text_features = text_features.unflatten(0, tokens.shape[:-1]).clone()  # (b, k, d)
         bias = getattr(self.model, "logit_bias", None)

@@ -1,17 +1,22 @@
-"""Text features without the padding: what a causal tower does behind the end of a text changes nothing.
+"""Text features without the padding: what a tower does behind the end of a text changes nothing.
 
 CLIP's tokenizer pads each text to 77 places, and captions and prompts take 10 to 25 of them. Where attention
-is causal and the feature is read at the end token, the places behind the longest text of a batch can be left
-out: the features are the same up to rounding, at a third of the time or less.
+is causal and the feature is read at the end token, or where the padding is masked (transformers' towers), the places
+behind the longest text of a batch can be left out: features and gradients are the same up to rounding, at a third of
+the time or less.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
+
+GRAIN = 8
+"""Training cuts batches of texts to multiples of it, so that there are few shapes and tensor cores are filled."""
 
 
 def text_features(model: Any, tokens: Tensor) -> Tensor:
@@ -24,11 +29,48 @@ def text_features(model: Any, tokens: Tensor) -> Tensor:
     Returns:
         `(n, embed_dim)`, not normalised.
     """
-    tower = text_tower(model)
-    if not len(tokens) or not reads_at_the_end(tower):
+    if not len(tokens):
         return model.encode_text(tokens)
-    length = int(ends(tower, tokens).max()) + 1
-    return features_of(tower, tokens[:, :length])
+    return cut_features(model, tokens[:, : used_length(model, tokens)])
+
+
+def cut_features(model: Any, tokens: Tensor) -> Tensor:
+    """open_clip's `encode_text` of tokens that may have been cut to any length from `used_length` on.
+
+    Args:
+        model: open_clip's CLIP or CustomTextCLIP.
+        tokens: int64 `(n, length)`, on the model's device.
+
+    Returns:
+        `(n, embed_dim)`, not normalised.
+    """
+    tower = text_tower(model)
+    return features_of(tower, tokens) if reads_at_the_end(tower) else model.encode_text(tokens)
+
+
+def used_length(model: Any, tokens: Tensor) -> int:
+    """Up to which place a tower must see the texts of a batch; waits for the device that the tokens are on.
+
+    Args:
+        model: open_clip's CLIP or CustomTextCLIP.
+        tokens: int64 `(..., context_length)`, one text at least.
+
+    Returns:
+        At most `context_length`, which it is for towers that read the padding.
+    """
+    tower = text_tower(model)
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    if reads_at_the_end(tower):
+        return int(ends(tower, rows).max()) + 1
+    if isinstance(tower, HFTextEncoder):  # masks its padding
+        seen = (rows != getattr(tower.config, "pad_token_id", None)).any(0).nonzero()
+        return int(seen.max()) + 1 if len(seen) else rows.shape[1]
+    return rows.shape[1]
+
+
+def cut_length(model: Any, tokens: Tensor) -> int:
+    """`used_length` as training cuts: a multiple of GRAIN, or the whole context."""
+    return min(-(-used_length(model, tokens) // GRAIN) * GRAIN, tokens.shape[-1])
 
 
 def ends(tower: Any, tokens: Tensor) -> Tensor:

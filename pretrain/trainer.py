@@ -17,17 +17,17 @@ from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder
 from pretrain.adapters import add_adapters, merge_adapters
 from pretrain.average import WeightAverage
+from pretrain.backward import backward
 from pretrain.checkpoint import (
     clear_leftovers,
     complete_checkpoints,
     step_folder,
 )
-from pretrain.compiled import require_compiler, rows_vary
+from pretrain.compiled import require_compiler
 from pretrain.divergence import RollBack, Watch, batch_statistics
 from pretrain.encoder import build_encoder
 from pretrain.evaluator import Evaluations
 from pretrain.global_contrast import SampleMeans
-from pretrain.gradcache import cached_backward
 from pretrain.inputs import input_names, open_stream
 from pretrain.locks import learning_rate_scales, set_training_mode
 from pretrain.loop import Window, make_accelerator, mix, peak_memory_mb
@@ -319,9 +319,18 @@ class Trainer:
         skips = self.recipe.on_divergence.action == "skip"
         statistics = batch_statistics(model, self.means) if skips else []
         inputs = tuple(batch[name].to(device, non_blocking=True) for name in self.inputs)
+        self.meter.text_length = length = self.wrap.text_length(batch["tokens"])
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
         self.watched = batch.sources if told and len(self.stream.sources) > 1 else None
-        loss = self.backward(inputs, max(counts))
+        loss = backward(
+            self.wrap,
+            inputs,
+            lambda features: self.loss_of(features, inputs),
+            self.recipe,
+            self.accelerator,
+            rows=max(counts),
+            length=length,
+        )
         self.scale.unscale(self.optimizer)
         if told:
             self.meter.take_norms()
@@ -356,31 +365,6 @@ class Trainer:
             "the same command with --resume goes on"
         )
         raise Preempted(self.step, self.recipe.preempted_exit_code)
-
-    def backward(self, inputs: tuple[Tensor, ...], rows: int) -> Tensor:
-        """Leave the global batch's gradients in the parameters, with `rows` at most on a rank; returns the loss."""
-
-        def network(*part: Tensor) -> Features:
-            if self.recipe.compile:
-                rows_vary(*part)
-            with self.accelerator.autocast():
-                features = self.wrap.wrapped(*part)
-            return tuple(feature.float() for feature in features)
-
-        if self.recipe.micro_batch is None:
-            loss = self.loss_of(network(*inputs), inputs)
-            self.accelerator.backward(loss)
-            return loss
-        return cached_backward(
-            network,
-            inputs,
-            lambda features: self.loss_of(features, inputs),
-            micro_batch=self.recipe.micro_batch,
-            backward=self.accelerator.backward,
-            no_sync=self.wrap.no_sync,
-            compiled=self.recipe.compile,
-            passes=math.ceil(rows / self.recipe.micro_batch) if self.wrap.gathers else 0,
-        )
 
     def loss_of(self, features: Features, inputs: tuple[Tensor, ...]) -> Tensor:
         """The recipe's loss; in a mixture, steps that are logged also keep each source's share of it."""

@@ -19,6 +19,7 @@ from pretrain.loop import wants_shards
 from pretrain.network import DualEncoder
 from pretrain.optim import build_optimizer
 from pretrain.recipe import PretrainRecipe
+from pretrain.short_texts import cut_length, text_tower
 from pretrain.terms import Terms
 
 SCALARS = ("logit_scale", "logit_bias")
@@ -63,6 +64,10 @@ class Replicas:
             compile_network(self.network, self.accelerator.device)
         prepared: Any = self.accelerator.prepare(self.network, self.optimizer)
         self.wrapped, self.stepper = prepared
+
+    def text_length(self, tokens: Tensor) -> int:
+        """How much of a batch's texts the network must be given; tokens int64 `(..., context)` on the CPU."""
+        return tokens.shape[-1] if "captioning" in self.terms else cut_length(self.encoder.model, tokens)
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Leave gradients of this rank to be added to."""
@@ -123,7 +128,9 @@ class Shards(Replicas):
         chosen = fsdp2_prepare_auto_wrap_policy(plugin, network)
         device = self.accelerator.device.type
         mesh = init_device_mesh(device, (self.accelerator.num_processes,))
-        blocks = [layer for layer in network.modules() if chosen and layer is not network and chosen(layer)]
+        # A text tower's own parameters are read from outside of it (`cut_features`): they go with the network's.
+        left = network, text_tower(network.model)
+        blocks = [layer for layer in network.modules() if chosen and layer not in left and chosen(layer)]
         for layer in reversed(blocks):  # inner ones first
             fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
         fully_shard(network, mesh=mesh)

@@ -95,7 +95,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
-        max_position_embeddings=16,
+        max_position_embeddings=32,
         hidden_dropout_prob=0.2,
     )
     transformers.BertModel(config).save_pretrained(folder)

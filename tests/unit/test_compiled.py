@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from pretrain.compiled import compile_network, require_compiler, rows_vary
+from pretrain.compiled import compile_network, require_compiler, sizes_vary
 from pretrain.encoder import load_encoder
 from pretrain.gradcache import cached_backward
 from pretrain.losses import info_nce
@@ -47,7 +47,7 @@ def test_gradients_are_the_eager_ones_and_gradcache_replays_its_random_numbers(s
 
     def gradients(batch, backward=None) -> dict[str, torch.Tensor]:
         network.zero_grad()
-        rows_vary(*batch)
+        sizes_vary(*batch)
         torch.manual_seed(3)
         backward(batch) if backward else info_nce(*network(*batch)).backward()
         return {
@@ -71,7 +71,7 @@ def test_gradients_are_the_eager_ones_and_gradcache_replays_its_random_numbers(s
     seen: list[torch.Tensor] = []
 
     def watched(*part):
-        rows_vary(*part)
+        sizes_vary(*part)
         features = network(*part)
         seen.append(features[0].detach().clone())
         return features

@@ -6,7 +6,12 @@ import open_clip
 import pytest
 import torch
 
-from pretrain.short_texts import reads_at_the_end, text_features
+from pretrain.encoder import build_encoder
+from pretrain.losses import info_nce
+from pretrain.network import DualEncoder
+from pretrain.recipe import PretrainRecipe
+from pretrain.short_texts import cut_length, reads_at_the_end, text_features, used_length
+from pretrain.trainer import Trainer
 
 TEXTS = ["a dog", "", "a much longer text about two dogs, a boat and the hills behind the old town " * 5]
 
@@ -59,3 +64,86 @@ def test_the_encoder_uses_it(small_encoder):
     encoder.model.transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     encoder.encode_texts(["a dog", "two dogs"])
     assert lengths == [4]
+
+
+SHORT = ["a red thing", "a small thing of red", "thing", "a picture of a small red thing"]
+
+
+@pytest.fixture(params=["transformer", "bert"])
+def recipe(request, tiny_recipe, tiny_models, tiny_bert):
+    """`recipe(**keys) -> PretrainRecipe` with a text tower of context 32, causal or masked."""
+
+    def make(**keys) -> PretrainRecipe:
+        text = tiny_models["vit"]["text_tower"] | {"context_length": 32}
+        if request.param == "bert":
+            text = {"kind": "transformers", "name": str(tiny_bert), "context_length": 32}
+        return PretrainRecipe.model_validate(
+            tiny_recipe(model=tiny_models["vit"] | {"text_tower": text}, **keys)
+        )
+
+    return make
+
+
+def test_training_on_cut_texts_has_the_gradients_of_whole_ones(recipe):
+    encoder = build_encoder(recipe().model, device="cpu")
+    encoder.model.eval()
+    network = DualEncoder(encoder).double()
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    tokens = encoder.tokenize(SHORT)
+    length = cut_length(encoder.model, tokens)
+    assert length == 16
+    assert used_length(encoder.model, tokens) in (9, 10)
+
+    def gradients(texts):
+        network.zero_grad()
+        info_nce(*network(images, texts)).backward()
+        return {
+            name: value.grad.clone() for name, value in network.named_parameters() if value.grad is not None
+        }
+
+    whole, cut = gradients(tokens), gradients(tokens[:, :length])
+    assert whole.keys() == cut.keys()
+    assert any("text" in name or "transformer" in name for name in whole)
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"micro_batch": 3}, {"captions": True}], ids=["", "gradcache", "several"]
+)
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_run_gives_its_tower_short_texts_and_ends_the_same(recipe, monkeypatch, keys, tmp_path):
+    """Texts of the tiny set have 6 to 10 words. Dropout is off: it would draw for other shapes."""
+    if keys.pop("captions", False):
+        base = recipe().data.model_dump(exclude_unset=True)
+        keys = {"data": base | {"captions_per_image": 2}, "loss": {"kind": "multi_positive"}}
+
+    def run(name):
+        trainer = Trainer(recipe(run=str(tmp_path / name), steps=3, **keys))
+        for layer in trainer.model.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        lengths: list[int] = []
+        handle = trainer.model.get_submodule(
+            "text.transformer" if hasattr(trainer.model, "text") else "transformer"
+        )
+        handle.register_forward_pre_hook(
+            lambda _, args, kwargs: lengths.append((args[0] if args else kwargs["input_ids"]).shape[1]),
+            with_kwargs=True,
+        )
+        trainer.train()
+        return trainer.model.state_dict(), lengths
+
+    short, lengths = run("short")
+    monkeypatch.setattr("pretrain.wrapping.cut_length", lambda model, tokens: tokens.shape[-1])
+    whole, full = run("whole")
+    assert lengths
+    assert max(lengths) < min(full)
+    for name, value in whole.items():
+        torch.testing.assert_close(short[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_tower_that_reads_the_padding_trains_on_whole_texts():
+    model = build(True, no_causal_mask=True, pool_type="last")
+    tokens = open_clip.SimpleTokenizer(context_length=40)(TEXTS[:2])
+    assert used_length(model, tokens) == cut_length(model, tokens) == 40

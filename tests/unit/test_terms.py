@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from data.stream import pair_stream
 from data.transforms import TrainTransform
 from pretrain.checkpoint import complete_checkpoints
-from pretrain.compiled import compile_network, rows_vary
+from pretrain.compiled import compile_network, sizes_vary
 from pretrain.encoder import build_encoder, load_encoder
 from pretrain.gradcache import cached_backward
 from pretrain.inputs import input_names, open_stream, random_inputs
@@ -107,7 +107,7 @@ def test_compiled_parts_have_the_eager_gradient(recipe_of):
     def gradients(rows):
         network.zero_grad()
         some = tuple(column[:rows] for column in inputs)
-        rows_vary(*some)
+        sizes_vary(*some)
         objective(network(*some), *some).backward()
         return gradients_of(network)
 
@@ -118,7 +118,7 @@ def test_compiled_parts_have_the_eager_gradient(recipe_of):
     frames = torch._dynamo.utils.counters["frames"]["ok"]
 
     def counted(*part):
-        rows_vary(*part)
+        sizes_vary(*part)
         return network(*part)
 
     network.zero_grad()
