@@ -42,6 +42,9 @@ def image_groups(model: Any) -> tuple[Groups, Sequence[Part]]:
 def image_projection(model: Any) -> list[Part]:
     """What follows the image tower's last layer group."""
     visual = model.visual
+    if isinstance(visual, TimmModel) and not len(visual.head):
+        trunk: Any = visual.trunk
+        return [trunk.get_classifier()]
     return present([getattr(visual, name, None) for name in ("proj", "attnpool", "head")])
 
 

@@ -75,7 +75,8 @@ class TimmTower(Config):
     name: str
     """The name timm knows, such as `tf_efficientnet_lite0`."""
     image_size: int = Field(default=224, ge=8)
-    projection: Literal["linear", "mlp"] = "linear"
+    projection: Literal["linear", "mlp", "classifier"] = "linear"
+    """`classifier`: the network's own last layer, behind its hidden ones (VGG, MobileNetV3 and V4, GhostNet)."""
     weights: str | None = None
     """Start from this state dict: a .safetensors or .pth file, or `package:NAME/path/in/it`."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -86,8 +87,9 @@ class TimmTower(Config):
         return {
             "timm_model_name": self.name,
             "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": self.projection,
+            # open_clip's words for "the classifier is the projection", which keeps the trunk's own pooling else.
+            "timm_pool": "avg" if self.projection == "classifier" else "",
+            "timm_proj": "" if self.projection == "classifier" else self.projection,
             "image_size": self.image_size,
         }
 

@@ -71,8 +71,10 @@ def build_towers(config: TowersModel) -> Built:
     begin_decoder(built.model)
     if isinstance(image, TimmTower):
         require_native_size(image, built.model)
+        require_projection(image, built.model)
     if isinstance(image, TimmTower) and image.weights:
-        load_tower_weights(built.model.visual.trunk, package_path(image.weights))  # pyright: ignore
+        own = classifier_name(built.model) if image.projection == "classifier" else None
+        load_tower_weights(built.model.visual.trunk, package_path(image.weights), without=own)  # pyright: ignore
     return built
 
 
@@ -89,6 +91,32 @@ def require_native_size(config: TimmTower, model: Any) -> None:
             f"model.image_tower.image_size {config.image_size}: timm's {config.name} takes pictures of "
             f"{native[0]} x {native[1]} pixels only"
         )
+
+
+def require_projection(config: TimmTower, model: Any) -> None:
+    """Refuse a projection that does not fit the features in front of it.
+
+    Raises:
+        ValueError: A linear one or an MLP behind hidden layers of another width, which open_clip does not count; or the
+            classifier of a network that is not convolutional.
+    """
+    trunk = model.visual.trunk
+    width = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    if config.projection != "classifier" and width != trunk.num_features:
+        raise ValueError(
+            f"model.image_tower.projection: {config.projection}: timm's {config.name} has a hidden layer behind its "
+            f"{trunk.num_features} pooled features ({width} come out): set projection: classifier"
+        )
+    if config.projection == "classifier" and not trunk.default_cfg.get("pool_size"):
+        raise ValueError(
+            f"model.image_tower.projection: classifier is for convolutional networks, timm's {config.name} is none: "
+            "take linear or mlp"
+        )
+
+
+def classifier_name(model: Any) -> str:
+    """The classifier's name in a timm trunk, which is the projection of one built so."""
+    return model.visual.trunk.default_cfg["classifier"]
 
 
 def check_name(name: str, pretrained: str | None) -> None:
@@ -220,7 +248,7 @@ def package_path(name: str) -> Path:
     return Path(str(files(package))) / inside
 
 
-def load_tower_weights(tower: nn.Module, path: Path) -> None:
+def load_tower_weights(tower: nn.Module, path: Path, without: str | None = None) -> None:
     """Load an image tower's own weights, by name or, for the same architecture under other names, by order.
 
     Weights of one architecture that another library saved have the same tensors in the same order; they are
@@ -229,6 +257,7 @@ def load_tower_weights(tower: nn.Module, path: Path) -> None:
     Args:
         tower: The trunk, without a classifier.
         path: A .safetensors file, or a .pth that holds tensors only.
+        without: A layer that keeps what it has.
 
     Raises:
         ValueError: No such file, not tensors, or a tensor that does not fit.
@@ -241,7 +270,7 @@ def load_tower_weights(tower: nn.Module, path: Path) -> None:
         )
     except Exception as error:
         raise ValueError(f"{path}: could not read tower weights: {error}") from error
-    own = tower.state_dict()
+    own = {key: value for key, value in tower.state_dict().items() if key.rpartition(".")[0] != without}
     if not set(own) <= set(state):
         state = dict(zip(own, state.values(), strict=False))
     wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
@@ -252,7 +281,7 @@ def load_tower_weights(tower: nn.Module, path: Path) -> None:
             f"{path}: these weights are of another architecture: {len(wrong)} of {len(own)} tensors differ, "
             f"first {name!r}: expected {tuple(own[name].shape)}, got {came}"
         )
-    tower.load_state_dict({name: state[name] for name in own})
+    tower.load_state_dict({name: state[name] for name in own}, strict=without is None)
 
 
 @contextmanager

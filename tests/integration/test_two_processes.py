@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -300,6 +301,20 @@ def test_what_does_not_fit_the_number_of_processes_is_refused(two):
     assert "--check-gradients wraps the model for replicas" in refused["check"]
     for part in ("image tower", "text tower", "logit_scale", "logit_bias", "decoder", "terms"):
         assert f"{part}: cosine 1.0000, length x 0.5000" in refused["halved gradients"]
+
+
+def test_the_check_names_what_others_get_wrong(two):
+    """open_clip's default flags, its local loss alone, and Inf-CLIP's temperature: what is wrong, and nothing else."""
+    refused = json.loads((two / "refusals.json").read_text())
+    halved = "image tower: cosine 1.0000, length x 0.5000; text tower: cosine 1.0000, length x 0.5000."
+    assert halved in refused["no gradient through the gather"]
+    assert (
+        "gradient of one process with the whole batch: logit_scale: cosine 1.0000, length x 2.0000."
+        in (refused["temperature summed"])
+    )
+    found = re.findall(r"(\w+ tower): cosine (0\.\d+), length x (0\.\d+)", refused["local loss alone"])
+    assert [part for part, *_ in found] == ["image tower", "text tower"]
+    assert "logit_scale" not in refused["local loss alone"]
 
 
 @pytest.mark.parametrize("name", ["sharded vit", "sharded terms"])

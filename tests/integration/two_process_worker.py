@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from pretrain.collectives import several_ranks
 from pretrain.encoder import build_encoder
 from pretrain.locks import set_training_mode
-from pretrain.losses import distributed_info_nce
+from pretrain.losses import distributed_info_nce, info_nce
 from pretrain.norm import use_global_batch_norm
 from pretrain.recipe import PretrainRecipe
 from pretrain.recipe_model import TowersModel
@@ -57,6 +57,35 @@ def one_backward(
     return {name: value.detach().contiguous().clone() for name, value in found.items()}
 
 
+class SummedOverRanks(torch.autograd.Function):
+    """A number whose gradient is summed over the ranks, before DDP takes its mean, as in Inf-CLIP."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dist.all_reduce(grad := grad.clone())
+        return grad
+
+
+def mistaken(name: str) -> Any:
+    """An objective with one of the others' gradients; the right one on one process."""
+
+    def objective(features: tuple[torch.Tensor, ...], *_: torch.Tensor) -> torch.Tensor:
+        images, texts, scale = features
+        if not several_ranks():
+            return info_nce(images, texts, scale)
+        if name == "temperature summed":
+            return distributed_info_nce(images, texts, SummedOverRanks.apply(scale))
+        local = name == "local loss alone"
+        loss = ClipLoss(rank=dist.get_rank(), world_size=dist.get_world_size(), local_loss=local)
+        return loss(images, texts, scale)
+
+    return objective
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
@@ -74,6 +103,15 @@ def main() -> None:
         checked.check_gradients()
     except ValueError as error:
         refusals["halved gradients"] = str(error)
+    plain = Trainer(
+        PretrainRecipe.model_validate(job["trainings"]["vit"] | {"run": str(folder / "mistaken")})
+    )
+    for name in ("no gradient through the gather", "local loss alone", "temperature summed"):
+        plain.objective = mistaken(name)
+        try:
+            plain.check_gradients()
+        except ValueError as error:
+            refusals[name] = str(error)
     accelerator = Accelerator(cpu=True)
     for case in job["cases"]:
         batch = load_file(folder / f"batch-{case['images']}.safetensors")

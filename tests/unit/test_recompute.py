@@ -99,7 +99,10 @@ def test_a_run_has_the_same_weights_and_counts_the_same_flops(
 
 
 def test_towers_that_cannot_and_batch_statistics_are_refused(tiny_recipe, tiny_models, fresh_accelerate):
-    timm = {**tiny_models["vit"], "image_tower": {"kind": "timm", "name": "vgg11", "image_size": 32}}
+    timm = {
+        **tiny_models["vit"],
+        "image_tower": {"kind": "timm", "name": "vgg11", "image_size": 32, "projection": "classifier"},
+    }
     norm = {
         **tiny_models["vit"],
         "image_tower": {"kind": "timm", "name": "test_efficientnet", "image_size": 64},

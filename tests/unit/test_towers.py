@@ -7,11 +7,12 @@ import logging
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pretrain.encoder import build_encoder
-from pretrain.recipe import PretrainRecipe
+from pretrain.locks import apply_lock
+from pretrain.recipe import Phase, PretrainRecipe
 from pretrain.recipe_model import TowersModel
 from pretrain.towers import instantiate, load_tower_weights, package_path, quiet
 from pretrain.trainer import Trainer
@@ -61,13 +62,18 @@ def test_an_unknown_timm_tower_names_the_nearest(tiny_models):
         ("test_convnext", {}),
         ("fastvit_t8", {"projection": "mlp"}),
         ("test_vit", {}),
-    ],  # MobileCLIP's towers are FastViTs
+        ("mobilenetv4_conv_small_035", {"projection": "classifier"}),
+        pytest.param("vgg11", {"projection": "classifier"}, marks=pytest.mark.slow),
+    ],  # MobileCLIP's towers are FastViTs; VGG and BERT are the classic baseline
 )
 def test_towers_of_timms_train_and_open_in_stock_open_clip(
-    tiny_recipe, tiny_models, fresh_accelerate, name, options
+    tiny_recipe, tiny_models, tiny_bert, fresh_accelerate, name, options
 ):
     image = {"kind": "timm", "name": name, "image_size": 64, **options}
-    content = tiny_recipe(model={**tiny_models["vit"], "image_tower": image}, steps=1, schedule={"warmup": 0})
+    model = {**tiny_models["vit"], "image_tower": image}
+    if name == "vgg11":
+        model["text_tower"] = {"kind": "transformers", "name": str(tiny_bert), "context_length": 16}
+    content = tiny_recipe(model=model, steps=1, schedule={"warmup": 0})
     trainer = Trainer(PretrainRecipe.model_validate(content))
     trainer.train()
     dead = [
@@ -81,6 +87,42 @@ def test_towers_of_timms_train_and_open_in_stock_open_clip(
     with torch.no_grad():
         theirs = model.eval().encode_image(trainer.encoder.pixels(images), normalize=True)  # pyright: ignore
     torch.testing.assert_close(theirs, trainer.encoder.encode_images(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "projection", "said"),
+    [
+        (
+            "mobilenetv4_conv_small_035",
+            "linear",
+            r"hidden layer behind its 336 pooled features \(1280 come out\): set projection: classifier",
+        ),
+        ("test_vit", "classifier", "classifier is for convolutional networks, timm's test_vit is none"),
+    ],
+)
+def test_a_projection_that_does_not_fit_says_which_does(tiny_models, name, projection, said):
+    image = {"kind": "timm", "name": name, "image_size": 64, "projection": projection}
+    with pytest.raises(ValueError, match=said):
+        build_encoder(TowersModel.model_validate({**tiny_models["vit"], "image_tower": image}), device="cpu")
+
+
+def test_a_classifier_that_projects_is_no_part_of_loaded_weights_and_never_locked(tiny_models, tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(1)
+    name = "mobilenetv4_conv_small_035"
+    save_file(timm.create_model(name).state_dict(), tmp_path / "w.safetensors")
+    image = {"kind": "timm", "name": name, "image_size": 64, "projection": "classifier"}
+    image["weights"] = str(tmp_path / "w.safetensors")
+    encoder = build_encoder(
+        TowersModel.model_validate({**tiny_models["vit"], "image_tower": image}), device="cpu"
+    )
+    trunk = encoder.model.visual.trunk
+    saved = load_file(tmp_path / "w.safetensors")
+    for key, value in trunk.state_dict().items():
+        assert key.startswith("classifier") or torch.equal(value, saved[key]), key
+    apply_lock(encoder.model, Phase(step=0, image_groups=0))
+    trained = [key for key, value in trunk.named_parameters() if value.requires_grad]
+    assert trained == ["classifier.weight", "classifier.bias"]
 
 
 def test_a_timm_transformer_of_a_fixed_size_says_so(tiny_models):
