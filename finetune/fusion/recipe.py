@@ -62,6 +62,10 @@ class FusionTask(Config):
     """What all tasks over a picture and a text have in common."""
 
     fusion: Fusion = Pooled()
+    standardise: bool = False
+    """Bring each channel of the image features to mean 0 and deviation 1 over the training pictures: channels that vary
+    little from picture to picture, and are small beside others, are then learnt from as well and much sooner. Needs
+    `data.cache_image_tokens`; mean and deviation are saved with the model."""
     modality_dropout: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of samples that lose their picture, and as many their text, in training: the model then answers
     with one of them missing, too."""
