@@ -78,7 +78,12 @@ class FusionClassifier(TaskModel):
         words = encoder.tokenize([""])
         with torch.no_grad():
             image, text = self.image_features(blank), self.text_features(words)
-        self.head = build_head(task.fusion, image_dim=image.shape[-1], text_dim=text.shape[-1])
+        self.head = build_head(
+            task.fusion,
+            image_dim=image.shape[-1],
+            text_dim=text.shape[-1],
+            norm_image=not task.standardise,
+        )
         self.missing_image = nn.Parameter(torch.randn(image.shape[-1]) * 0.02)
         self.missing_text = nn.Parameter(torch.randn(text.shape[-1]) * 0.02)
         self.dropout = nn.Dropout(task.dropout)
@@ -120,11 +125,21 @@ class FusionClassifier(TaskModel):
         return self.image_features(images)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """uint8 `(b, 3, h, w)` to float `(b, n, d)`: the embedding (n = 1), or the tower's tokens."""
+        """uint8 `(b, 3, h, w)` to float `(b, n, d)`: the embedding (n = 1), or what `gather` makes of the tokens."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_image_tower):
             if self.image_pooled:
                 return self.towers.encode_image(self.encoder.pixels(images)).unsqueeze(1)
-            return self.encoder.image_tokens(images)
+            return self.gather(self.encoder.image_tokens(images))
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """The image tower's tokens `(b, n, d)` to what the head gets of them: all, or one vector `(b, 1, d)`."""
+        fusion = self.task.fusion
+        if not isinstance(fusion, Pooled):
+            return tokens
+        mean = tokens.mean(dim=1, keepdim=True)
+        if fusion.picture == "tokens":
+            return mean
+        return torch.cat([mean, tokens.amax(dim=1, keepdim=True)], dim=-1)
 
     @torch.no_grad()
     def learn_scale(self, features: Tensor, rows: Sequence[int]) -> None:

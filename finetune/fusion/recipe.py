@@ -18,9 +18,10 @@ class Pooled(Config):
     `product` multiplies them unit by unit (low-rank bilinear), for tasks about whether the two agree."""
     width: int = Field(default=256, ge=1)
     """Hidden units."""
-    picture: Literal["embedding", "tokens"] = "embedding"
-    """What of the picture is fused: its embedding, or the mean of the tower's last tokens, which still has what
-    pretraining's projection lets go (the shape of a plain figure, say)."""
+    picture: Literal["embedding", "tokens", "mean_max"] = "embedding"
+    """What of the picture is fused: its embedding; or the mean of the tower's last tokens, which still has what
+    pretraining's projection lets go (the shape of a plain figure, say); or that and beside it their largest value in
+    each channel, since a mean loses what is small in the picture."""
 
 
 class SingleStream(Config):

@@ -26,6 +26,7 @@ FUSIONS = [
     {"kind": "gated", "width": 16},
     {"kind": "product", "width": 16},
     {"kind": "product", "width": 16, "picture": "tokens"},
+    {"kind": "product", "width": 16, "picture": "mean_max"},
     {"kind": "single_stream", "width": 16, "layers": 1, "heads": 2},
     {"kind": "co_attention", "width": 16, "layers": 1, "heads": 2},
 ]
@@ -98,8 +99,9 @@ def test_pooled_heads_are_their_formulas():
     head = build_head(Pooled(kind="product", width=4), image_dim=5, text_dim=7)
     expected = torch.tanh(head.image(x)) * torch.tanh(head.text(y))
     assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
-    several = torch.cat([2 * image, 0 * image], dim=1)  # their mean counts
-    assert torch.allclose(head(several, text, seen), expected, atol=1e-6)
+    head = build_head(Pooled(kind="product", width=4), image_dim=5, text_dim=7, norm_image=False)
+    expected = torch.tanh(head.image(image[:, 0])) * torch.tanh(head.text(y))
+    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
     head = build_head(Pooled(kind="gated", width=4), image_dim=5, text_dim=7)
     gate = torch.sigmoid(torch.cat([x, y], 1) @ head.gate.weight.T + head.gate.bias)
     expected = gate * torch.tanh(head.image(x)) + (1 - gate) * torch.tanh(head.text(y))
@@ -273,6 +275,17 @@ def test_standardised_channels_have_mean_0_and_deviation_1(make_model):
     expected = torch.ones(dim).double() * torch.arange(dim).ne(0)
     assert torch.allclose(given.std(dim=0, correction=0), expected, atol=1e-4)
     assert torch.equal(seen[1], model.missing_image.expand_as(seen[1]))  # learnt, and not standardised
+
+
+@pytest.mark.parametrize("picture", ["tokens", "mean_max"])
+def test_pooled_heads_get_one_vector_of_all_tokens(picture, make_picture, make_model):
+    model = make_model({"kind": "tanh", "width": 16, "picture": picture})
+    images = torch.stack([model.encoder.preprocess(make_picture(seed)) for seed in range(2)])
+    with torch.no_grad():
+        tokens, found = model.encoder.image_tokens(images), model.image_features(images)
+    mean, largest = tokens.sum(dim=1) / tokens.shape[1], tokens.max(dim=1).values
+    expected = mean if picture == "tokens" else torch.cat([mean, largest], dim=1)
+    assert torch.allclose(found, expected[:, None], atol=1e-6)
 
 
 def test_mean_and_deviation_are_of_the_training_pictures_and_saved(world, tmp_path, monkeypatch):
