@@ -74,7 +74,7 @@ class LabelTarget:
         return self.encoder.tokens_of(pixels)
 
     def score_of(self, features: Tensor, of: Tensor) -> Tensor:
-        image = features[:, None] if self.model.image_pooled else features
+        image = features[:, None] if self.model.image_pooled else self.model.gather(features)
         nothing = torch.zeros_like(self.missing[of])
         return self.model.logits(image, self.tokens[of], nothing, self.missing[of])[:, self.label]
 

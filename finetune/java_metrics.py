@@ -14,7 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SPICE_NEEDS = "stanford-corenlp-3.6.0.jar"
+JARS = {
+    "METEOR": ("meteor/meteor-1.5.jar",),
+    # The second holds the models of the first, which would otherwise fail with a page of Java.
+    "SPICE": ("spice/lib/stanford-corenlp-3.6.0.jar", "spice/lib/stanford-corenlp-3.6.0-models.jar"),
+}
 
 
 def java_metrics(
@@ -54,10 +58,10 @@ def missing(name: str) -> str | None:
     folder = package()
     if folder is None:
         return "the package pycocoevalcap is not installed (pip install pycocoevalcap)"
-    jar = folder / ("meteor/meteor-1.5.jar" if name == "METEOR" else f"spice/lib/{SPICE_NEEDS}")
-    if not jar.is_file():
-        hint = "; its get_stanford_models.py downloads it (about 400 MB)" if name == "SPICE" else ""
-        return f"{jar.name} is not in {jar.parent}{hint}"
+    for jar in (folder / place for place in JARS[name]):
+        if not jar.is_file():
+            hint = "; its get_stanford_models.py downloads it (about 400 MB)" if name == "SPICE" else ""
+            return f"{jar.name} is not in {jar.parent}{hint}"
     return None
 
 

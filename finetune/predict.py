@@ -17,7 +17,7 @@ from data.faults import Fault, FaultLog, FaultRecord
 from data.samples import index_shards, read_sample
 from data.tar import ShardReader
 from data.transforms import decode_image
-from pairstream.atomic import write_text
+from pairstream.atomic import check_place, write_text
 from pairstream.progress import ProgressBar
 
 QUESTIONS = ("vqa", "choose")  # tasks that answer questions
@@ -326,16 +326,16 @@ def resume(out: Path, settings: dict[str, Any], *, overwrite: bool) -> set[str]:
     The settings of the first run lie beside it, so that lines of two models are never mixed.
 
     Raises:
-        ValueError: `out` was written with other settings, or is no file of ours.
+        ValueError: `out` was written with other settings, is no file of ours, or cannot be written.
     """
     beside = out.with_name(out.name + ".settings.json")
     if out.is_dir():
         raise ValueError(
             f"--out {out} is a folder: expected a .jsonl file, such as {out / 'predictions.jsonl'}"
         )
+    check_place(out, "--out")
     # Nothing written yet: a run that broke before its first line is no reason to stay with its settings.
     if overwrite or not out.exists() or (not out.stat().st_size and beside.is_file()):
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(b"")
         write_text(beside, json.dumps(settings, indent=2) + "\n")
         return set()

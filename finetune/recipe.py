@@ -208,6 +208,10 @@ class FinetuneRecipe(Config):
             raise ValueError(
                 "data.cache_image_tokens needs freeze_image_tower: tokens of a tower that trains change"
             )
+        if getattr(self.task, "standardise", False) and not self.data.cache_image_tokens:
+            raise ValueError(
+                "task.standardise takes mean and deviation from features that are kept: set data.cache_image_tokens"
+            )
         if self.data.cache_image_tokens and self.data.crop_scale != (1.0, 1.0):
             raise ValueError(
                 "data.cache_image_tokens needs data.crop_scale [1.0, 1.0]: random crops cannot be kept"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,27 @@ def fsync_path(path: Path) -> None:
 def aside(path: Path) -> Path:
     """The temporary neighbour in which a new version of `path` is written."""
     return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+
+
+def check_place(path: Path, option: str) -> None:
+    """Make a file's folder and see that a file can be written there: before the work, not after it.
+
+    Args:
+        path: The file that an option names.
+        option: Its name, for the message.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path}: no file can be written in {path.parent} ({error.strerror}): name another place, or get "
+            "the right to write there"
+        ) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

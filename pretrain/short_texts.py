@@ -73,6 +73,39 @@ def cut_length(model: Any, tokens: Tensor) -> int:
     return min(-(-used_length(model, tokens) // GRAIN) * GRAIN, tokens.shape[-1])
 
 
+def text_tokens(model: Any, tokens: Tensor) -> Tensor:
+    """The text tower's last tokens, normed, over the batch's longest text only where the others change nothing.
+
+    Args:
+        model: open_clip's CLIP or CustomTextCLIP.
+        tokens: int64 `(n, context_length)`, on the model's device.
+
+    Returns:
+        `(n, length, width)`, `length` at most the tower's context.
+
+    Raises:
+        AttributeError: A text tower that gives no tokens.
+    """
+    tower = text_tower(model)
+    if len(tokens) and reads_at_the_end(tower):
+        return hidden(tower, tokens[:, : int(ends(tower, tokens).max()) + 1])
+    found = model.forward_intermediates(
+        text=tokens,
+        text_indices=1,
+        normalize_intermediates=True,
+        intermediates_only=True,
+        text_output_fmt="NLC",
+    )
+    return found["text_intermediates"][-1]
+
+
+def hidden(tower: Any, tokens: Tensor) -> Tensor:
+    """The last tokens, normed, `(n, length, width)`, of a tower which `reads_at_the_end`."""
+    length, dtype = tokens.shape[1], tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    return tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
+
+
 def ends(tower: Any, tokens: Tensor) -> Tensor:
     """Where each text ends, int64 `(n,)`: the place that a tower which `reads_at_the_end` reads."""
     pool, eos = pooling(tower)
@@ -90,10 +123,7 @@ def features_of(tower: Any, tokens: Tensor) -> Tensor:
         `(n, embed_dim)`, not normalised.
     """
     pool, eos = pooling(tower)
-    length, dtype = tokens.shape[1], tower.transformer.get_cast_dtype()
-    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
-    x = text_global_pool(tower.ln_final(x), tokens, pool, eos_token_id=eos)  # (n, width)
+    x = text_global_pool(hidden(tower, tokens), tokens, pool, eos_token_id=eos)  # (n, width)
     projection = tower.text_projection
     if projection is None:
         return x

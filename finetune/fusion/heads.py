@@ -1,8 +1,8 @@
 """Fusion heads: from image and text features to one vector.
 
-A head is a module `(image (b, n, d_i), text (b, m, d_t), text_seen (b, m)) -> (b, head.width)`; for pooled heads m is
-1, and n is unless they take the mean of the tokens. Features may differ in scale by orders of magnitude
-between towers, so each head norms its inputs first.
+A head is a module `(image (b, n, d_i), text (b, m, d_t), text_seen (b, m)) -> (b, head.width)`; for pooled heads m
+and n are 1. Features may differ in scale by orders of magnitude between towers, so each head norms its inputs
+first, but for image features that have been standardised.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ class PooledFusion(nn.Module):
         config: Its kind and width.
         image_dim: Width of the image features.
         text_dim: Width of the text features.
+        norm_image: Norm the image features.
 
     Reference:
         `gated`: Arevalo et al. 2017, Gated Multimodal Units. `product`: Kim et al. 2017, low-rank bilinear pooling.
     """
 
-    def __init__(self, config: Pooled, *, image_dim: int, text_dim: int):
+    def __init__(self, config: Pooled, *, image_dim: int, text_dim: int, norm_image: bool = True):
         super().__init__()
         self.kind, self.width = config.kind, config.width
-        self.image_norm, self.text_norm = nn.LayerNorm(image_dim), nn.LayerNorm(text_dim)
+        self.image_norm = nn.LayerNorm(image_dim) if norm_image else nn.Identity()
+        self.text_norm = nn.LayerNorm(text_dim)
         if config.kind == "concat":
             self.both = nn.Linear(image_dim + text_dim, config.width)
         else:
@@ -40,8 +42,8 @@ class PooledFusion(nn.Module):
             self.gate = nn.Linear(image_dim + text_dim, config.width)
 
     def forward(self, image: Tensor, text: Tensor, text_seen: Tensor) -> Tensor:
-        """`(b, n, d_i)`, whose mean is taken, and `(b, 1, d_t)` to `(b, width)`."""
-        x, y = self.image_norm(image.mean(dim=1)), self.text_norm(text[:, 0])
+        """`(b, 1, d_i)` and `(b, 1, d_t)` to `(b, width)`."""
+        x, y = self.image_norm(image[:, 0]), self.text_norm(text[:, 0])
         if self.kind == "concat":
             return nn.functional.gelu(self.both(torch.cat([x, y], dim=-1)))
         if self.kind == "tanh":
@@ -55,9 +57,10 @@ class PooledFusion(nn.Module):
 class Inputs(nn.Module):
     """Tokens of both towers to one width, each marked with where it comes from."""
 
-    def __init__(self, width: int, *, image_dim: int, text_dim: int):
+    def __init__(self, width: int, *, image_dim: int, text_dim: int, norm_image: bool):
         super().__init__()
-        self.image = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, width))
+        norm = nn.LayerNorm(image_dim) if norm_image else nn.Identity()
+        self.image = nn.Sequential(norm, nn.Linear(image_dim, width))
         self.text = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
         self.origin = nn.Parameter(torch.randn(2, width) * 0.02)
 
@@ -72,10 +75,10 @@ class SingleStreamFusion(nn.Module):
         Li et al. 2019 (VisualBERT), Kim et al. 2021 (ViLT); the tokens are the towers' own, positions included.
     """
 
-    def __init__(self, config: SingleStream, *, image_dim: int, text_dim: int):
+    def __init__(self, config: SingleStream, *, image_dim: int, text_dim: int, norm_image: bool = True):
         super().__init__()
         self.width = config.width
-        self.inputs = Inputs(config.width, image_dim=image_dim, text_dim=text_dim)
+        self.inputs = Inputs(config.width, image_dim=image_dim, text_dim=text_dim, norm_image=norm_image)
         self.start = nn.Parameter(torch.randn(1, 1, config.width) * 0.02)
         self.layers = nn.ModuleList(layer(config.width, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
@@ -97,11 +100,11 @@ class CoAttentionFusion(nn.Module):
         Lu et al. 2019 (ViLBERT), Tan and Bansal 2019 (LXMERT).
     """
 
-    def __init__(self, config: CoAttention, *, image_dim: int, text_dim: int):
+    def __init__(self, config: CoAttention, *, image_dim: int, text_dim: int, norm_image: bool = True):
         super().__init__()
         width, heads = config.width, config.heads
         self.width = 2 * width
-        self.inputs = Inputs(width, image_dim=image_dim, text_dim=text_dim)
+        self.inputs = Inputs(width, image_dim=image_dim, text_dim=text_dim, norm_image=norm_image)
         self.norms = nn.ModuleList(
             nn.ModuleList(nn.LayerNorm(width) for _ in range(2)) for _ in range(config.layers)
         )
@@ -146,6 +149,8 @@ HEADS: dict[str, Any] = {
 }
 
 
-def build_head(config: Pooled | SingleStream | CoAttention, *, image_dim: int, text_dim: int) -> Any:
+def build_head(
+    config: Pooled | SingleStream | CoAttention, *, image_dim: int, text_dim: int, norm_image: bool = True
+) -> Any:
     """The module that a recipe's `task.fusion` describes."""
-    return HEADS[config.kind](config, image_dim=image_dim, text_dim=text_dim)
+    return HEADS[config.kind](config, image_dim=image_dim, text_dim=text_dim, norm_image=norm_image)

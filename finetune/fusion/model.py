@@ -21,6 +21,7 @@ from finetune.text import IGNORED
 from finetune.tower_adapters import adapt_image_tower, train_adapters_alone
 from pretrain.checkpoint import save_tensors
 from pretrain.encoder import Encoder, load_encoder
+from pretrain.short_texts import text_features, text_tokens
 
 WEIGHTS = "fusion.safetensors"
 TASKS: dict[str, Any] = {"classify": ClassifyTask, "choose": ChooseTask, "match": MatchTask}
@@ -39,6 +40,10 @@ class FusionClassifier(TaskModel):
         labels: The labels or answers, in the order of the outputs.
         freeze_image_tower: Compute no gradient for the image tower.
 
+    Attributes:
+        image_mean: With `task.standardise`, of each channel of the image features, float `(d,)`;
+        image_scale: and what it is multiplied with once that is subtracted.
+
     Raises:
         ValueError: Too few labels.
         TypeError: A head of tokens over a text tower that gives none.
@@ -48,6 +53,9 @@ class FusionClassifier(TaskModel):
         >>> model.classify([Image.open("post.jpg")], ["what a day"])               # doctest: +SKIP
         [{'negative': 0.01, 'neutral': 0.02, 'positive': 0.97}]
     """
+
+    image_mean: Tensor
+    image_scale: Tensor
 
     def __init__(
         self,
@@ -70,12 +78,20 @@ class FusionClassifier(TaskModel):
         words = encoder.tokenize([""])
         with torch.no_grad():
             image, text = self.image_features(blank), self.text_features(words)
-        self.head = build_head(task.fusion, image_dim=image.shape[-1], text_dim=text.shape[-1])
+        self.head = build_head(
+            task.fusion,
+            image_dim=image.shape[-1],
+            text_dim=text.shape[-1],
+            norm_image=not task.standardise,
+        )
         self.missing_image = nn.Parameter(torch.randn(image.shape[-1]) * 0.02)
         self.missing_text = nn.Parameter(torch.randn(text.shape[-1]) * 0.02)
         self.dropout = nn.Dropout(task.dropout)
         self.output = nn.Linear(self.head.width, len(self.labels))
         self.register_buffer("class_weights", torch.ones(len(self.labels)), persistent=False)
+        if task.standardise:  # of the training pictures, see `learn_scale`
+            self.register_buffer("image_mean", torch.zeros(image.shape[-1]))
+            self.register_buffer("image_scale", torch.ones(image.shape[-1]))
         self.to(encoder.device)
         self.freeze(blank, words)
 
@@ -109,31 +125,62 @@ class FusionClassifier(TaskModel):
         return self.image_features(images)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """uint8 `(b, 3, h, w)` to float `(b, n, d)`: the embedding (n = 1), or the tower's tokens."""
+        """uint8 `(b, 3, h, w)` to float `(b, n, d)`: the embedding (n = 1), or what `gather` makes of the tokens."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_image_tower):
             if self.image_pooled:
                 return self.towers.encode_image(self.encoder.pixels(images)).unsqueeze(1)
-            return self.encoder.image_tokens(images)
+            return self.gather(self.encoder.image_tokens(images))
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """The image tower's tokens `(b, n, d)` to what the head gets of them: all, or one vector `(b, 1, d)`."""
+        fusion = self.task.fusion
+        if not isinstance(fusion, Pooled):
+            return tokens
+        mean = tokens.mean(dim=1, keepdim=True)
+        if fusion.picture == "tokens":
+            return mean
+        return torch.cat([mean, tokens.amax(dim=1, keepdim=True)], dim=-1)
+
+    @torch.no_grad()
+    def learn_scale(self, features: Tensor, rows: Sequence[int]) -> None:
+        """Take mean and deviation of each channel from the training pictures; a channel that never changes becomes 0.
+
+        Args:
+            features: float `(samples, n, d)`, what `image_tokens` made of them.
+            rows: Those that count.
+        """
+        dim = features.shape[-1]
+        total, squares, count = torch.zeros(dim).double(), torch.zeros(dim).double(), 0
+        for part in torch.as_tensor(list(rows)).split(
+            1024
+        ):  # a part at a time: all would be twice the memory
+            values = features[part].double().flatten(0, 1)
+            total, squares, count = (
+                total + values.sum(0),
+                squares + values.square().sum(0),
+                count + len(values),
+            )
+        mean = total / count
+        deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
+        changes = deviation > 1e-6 * mean.abs().clamp(min=1)
+        self.image_mean.copy_(mean)
+        self.image_scale.copy_(torch.where(changes, 1 / deviation, 0.0))
 
     def text_features(self, text: Tensor) -> Tensor:
-        """int64 tokens `(b, m)` to float `(b, 1, d)`, the embedding, or `(b, m, d)`, the tower's tokens."""
+        """int64 tokens `(b, m)` to float `(b, 1, d)`, the embedding, or `(b, k, d)`, the tower's tokens.
+
+        Places behind the longest text are left out where that changes nothing, so that k may be less than m.
+        """
         text = text.to(self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.task.freeze_text_tower):
             if self.pooled:
-                return self.towers.encode_text(text).unsqueeze(1)
+                return text_features(self.towers, text).unsqueeze(1)
             try:
-                found = self.towers.forward_intermediates(
-                    text=text,
-                    text_indices=1,
-                    normalize_intermediates=True,
-                    intermediates_only=True,
-                    text_output_fmt="NLC",
-                )
+                return text_tokens(self.towers, text)
             except AttributeError as error:
                 raise TypeError(
                     f"{self.encoder.name}: its text tower gives no tokens: take task.fusion.kind tanh, concat or gated"
                 ) from error
-            return found["text_intermediates"][-1]
 
     @property
     def logistic(self) -> bool:
@@ -203,11 +250,13 @@ class FusionClassifier(TaskModel):
         words = self.text_features(text)
         if text_of is not None:
             words, text = words[text_of], text[text_of]
+        if self.task.standardise:
+            image = (image - self.image_mean) * self.image_scale
         image = torch.where(no_image[:, None, None], self.missing_image.to(image.dtype), image)
         words = torch.where(no_text[:, None, None], self.missing_text.to(words.dtype), words)
-        seen = text.ne(0) if not self.pooled else text.new_ones(len(text), 1).bool()
-        seen = seen | no_text[:, None]  # a missing text is seen as such
-        seen[:, 0] = True
+        seen = text[:, : words.shape[1]].ne(0) if not self.pooled else text.new_ones(len(text), 1).bool()
+        seen = seen & ~no_text[:, None]
+        seen[:, 0] = True  # all that is seen of a missing text, however long its neighbours are
         return self.output(self.dropout(self.head(image, words, seen)))
 
     @torch.no_grad()

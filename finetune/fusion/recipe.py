@@ -18,9 +18,10 @@ class Pooled(Config):
     `product` multiplies them unit by unit (low-rank bilinear), for tasks about whether the two agree."""
     width: int = Field(default=256, ge=1)
     """Hidden units."""
-    picture: Literal["embedding", "tokens"] = "embedding"
-    """What of the picture is fused: its embedding, or the mean of the tower's last tokens, which still has what
-    pretraining's projection lets go (the shape of a plain figure, say)."""
+    picture: Literal["embedding", "tokens", "mean_max"] = "embedding"
+    """What of the picture is fused: its embedding; or the mean of the tower's last tokens, which still has what
+    pretraining's projection lets go (the shape of a plain figure, say); or that and beside it their largest value in
+    each channel, since a mean loses what is small in the picture."""
 
 
 class SingleStream(Config):
@@ -62,6 +63,10 @@ class FusionTask(Config):
     """What all tasks over a picture and a text have in common."""
 
     fusion: Fusion = Pooled()
+    standardise: bool = False
+    """Bring each channel of the image features to mean 0 and deviation 1 over the training pictures: channels that vary
+    little from picture to picture, and are small beside others, are then learnt from as well and much sooner. Needs
+    `data.cache_image_tokens`; mean and deviation are saved with the model."""
     modality_dropout: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of samples that lose their picture, and as many their text, in training: the model then answers
     with one of them missing, too."""

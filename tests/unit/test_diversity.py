@@ -59,6 +59,12 @@ def test_java_metrics_say_why_they_are_absent(monkeypatch, tmp_path):
     assert "pycocoevalcap is not installed" in java_metrics.java_metrics(["a"], [["a"]])[1]["METEOR"]
     monkeypatch.setattr(java_metrics, "package", lambda: tmp_path)
     assert "stanford-corenlp" in java_metrics.java_metrics(["a"], [["a"]])[1]["SPICE"]
+    library = tmp_path / "spice/lib"
+    library.mkdir(parents=True)
+    (library / "stanford-corenlp-3.6.0.jar").write_bytes(b"")  # the program is there, its models are not
+    said = java_metrics.java_metrics(["a"], [["a"]], ["SPICE"])[1]["SPICE"]
+    assert said.startswith("stanford-corenlp-3.6.0-models.jar is not in ")
+    assert "get_stanford_models.py downloads it" in said
 
 
 def test_a_java_program_that_fails_is_no_error(monkeypatch):

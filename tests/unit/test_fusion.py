@@ -26,6 +26,7 @@ FUSIONS = [
     {"kind": "gated", "width": 16},
     {"kind": "product", "width": 16},
     {"kind": "product", "width": 16, "picture": "tokens"},
+    {"kind": "product", "width": 16, "picture": "mean_max"},
     {"kind": "single_stream", "width": 16, "layers": 1, "heads": 2},
     {"kind": "co_attention", "width": 16, "layers": 1, "heads": 2},
 ]
@@ -98,8 +99,9 @@ def test_pooled_heads_are_their_formulas():
     head = build_head(Pooled(kind="product", width=4), image_dim=5, text_dim=7)
     expected = torch.tanh(head.image(x)) * torch.tanh(head.text(y))
     assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
-    several = torch.cat([2 * image, 0 * image], dim=1)  # their mean counts
-    assert torch.allclose(head(several, text, seen), expected, atol=1e-6)
+    head = build_head(Pooled(kind="product", width=4), image_dim=5, text_dim=7, norm_image=False)
+    expected = torch.tanh(head.image(image[:, 0])) * torch.tanh(head.text(y))
+    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
     head = build_head(Pooled(kind="gated", width=4), image_dim=5, text_dim=7)
     gate = torch.sigmoid(torch.cat([x, y], 1) @ head.gate.weight.T + head.gate.bias)
     expected = gate * torch.tanh(head.image(x)) + (1 - gate) * torch.tanh(head.text(y))
@@ -250,6 +252,82 @@ def test_kept_features_train_what_pictures_train(world, tmp_path):
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
 
 
+def test_standardised_channels_have_mean_0_and_deviation_1(make_model):
+    model = make_model({"kind": "tanh", "width": 16, "picture": "tokens"}, standardise=True)
+    dim = len(model.missing_image)
+    torch.manual_seed(0)
+    features = torch.randn(1500, 3, dim) * torch.logspace(-3, 3, dim) + 5.0
+    features[:, :, 0] = 2.0  # never changes
+    features[7] = 1e6  # left out
+    rows = [row for row in range(1500) if row != 7]
+    model.learn_scale(features, rows)
+    seen = []
+    hook = model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    text = model.encoder.tokenize(["a day"] * len(rows))
+    no = torch.zeros(len(rows)).bool()
+    with torch.no_grad():
+        model.logits(features[rows], text, no, no)
+        model.logits(features[rows] + 3.0, text, ~no, no)
+    hook.remove()
+    given = seen[0].double().flatten(0, 1)
+    assert given[:, 0].abs().max() == 0
+    assert torch.allclose(given.mean(dim=0), torch.zeros(dim).double(), atol=1e-4)
+    expected = torch.ones(dim).double() * torch.arange(dim).ne(0)
+    assert torch.allclose(given.std(dim=0, correction=0), expected, atol=1e-4)
+    assert torch.equal(seen[1], model.missing_image.expand_as(seen[1]))  # learnt, and not standardised
+
+
+@pytest.mark.parametrize("picture", ["tokens", "mean_max"])
+def test_pooled_heads_get_one_vector_of_all_tokens(picture, make_picture, make_model):
+    model = make_model({"kind": "tanh", "width": 16, "picture": picture})
+    images = torch.stack([model.encoder.preprocess(make_picture(seed)) for seed in range(2)])
+    with torch.no_grad():
+        tokens, found = model.encoder.image_tokens(images), model.image_features(images)
+    mean, largest = tokens.sum(dim=1) / tokens.shape[1], tokens.max(dim=1).values
+    expected = mean if picture == "tokens" else torch.cat([mean, largest], dim=1)
+    assert torch.allclose(found, expected[:, None], atol=1e-6)
+
+
+def test_mean_and_deviation_are_of_the_training_pictures_and_saved(world, tmp_path, monkeypatch):
+    from finetune.trainer import Finetuner
+
+    task = {"fusion": {"kind": "product", "width": 16, "picture": "tokens"}, "standardise": True}
+    changes = {"checkpoint": {"every": 4}, "data": {"cache_image_tokens": True}}
+
+    def made(name, **options):
+        return Finetuner(
+            recipe(world, tmp_path / name, task, **{**changes, "data": {**changes["data"]}}), **options
+        )
+
+    straight = made("straight")
+    assert straight.kept is not None
+    kept = straight.kept.double().flatten(0, 1)
+    assert torch.allclose(straight.model.image_mean.double(), kept.mean(dim=0), atol=1e-6)
+    assert torch.allclose(straight.model.image_scale.double(), 1 / kept.std(dim=0, correction=0), rtol=1e-4)
+    straight.train()
+    save = Finetuner.save
+
+    def save_and_die(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Finetuner, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            made("killed").train()
+    with monkeypatch.context() as patch:  # a model that goes on keeps its own
+        patch.setattr(FusionClassifier, "learn_scale", None)
+        made("killed", resume=True).train()
+    place = "checkpoints/step-00000008/model/fusion.safetensors"
+    ours, theirs = (load_file(tmp_path / name / place) for name in ("straight", "killed"))
+    assert {"image_mean", "image_scale"} < set(ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    again = load_classifier(tmp_path / "straight", device="cpu")
+    assert torch.equal(again.image_scale, straight.model.image_scale)
+    with pytest.raises(ValueError, match=r"task\.standardise .* set data\.cache_image_tokens"):
+        recipe(world, tmp_path / "r", task)
+
+
 def test_balanced_weights_are_one_on_average():
     from finetune.fusion.samples import Post
 
@@ -321,6 +399,7 @@ def test_damaged_models_are_refused(tmp_path, make_model):
 
 def test_a_text_tower_without_tokens_is_refused_by_name(monkeypatch, small_encoder):
     encoder = small_encoder(width=16, context=8)
+    monkeypatch.setattr("pretrain.short_texts.reads_at_the_end", lambda tower: False)
     monkeypatch.setattr(
         type(encoder.model), "forward_intermediates", property(lambda self: self.none), raising=False
     )

@@ -248,6 +248,11 @@ def test_a_model_that_breaks_leaves_no_settings_to_stay_with(models, pictures, t
             predict(model=broken, images=(str(pictures),), out=tmp_path / "G.jsonl")
     with pytest.raises(ValueError, match=r"--out .* is a folder: expected a \.jsonl file"):
         predict(model=models["caption"], images=(str(pictures),), out=tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"--out .*H\.jsonl: no file can be written in .*file .*another place"
+    ):
+        predict(model=models["caption"], images=(str(pictures),), out=tmp_path / "file/H.jsonl")
 
 
 def test_a_question_that_does_not_fit_is_left_out(models, tmp_path, make_picture, capsys):

@@ -214,6 +214,10 @@ def test_faults_in_options_are_told_before_any_work(files, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "is a folder: expected a file, such as" in shown.err
     assert not shown.out
+    assert run(*words, "--json", f"{files[0]}/scores.json") == 2
+    shown = capsys.readouterr()
+    assert "scores.json: no file can be written in" in shown.err
+    assert not shown.out
 
 
 def test_the_command_says_why_a_java_metric_is_absent(files, tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from pretrain.encoder import build_encoder
 from pretrain.losses import info_nce
 from pretrain.network import DualEncoder
 from pretrain.recipe import PretrainRecipe
-from pretrain.short_texts import cut_length, reads_at_the_end, text_features, used_length
+from pretrain.short_texts import cut_length, reads_at_the_end, text_features, text_tokens, used_length
 from pretrain.trainer import Trainer
 
 TEXTS = ["a dog", "", "a much longer text about two dogs, a boat and the hills behind the old town " * 5]
@@ -47,6 +47,24 @@ def test_equal_to_the_padded_features(custom, pool):
     assert text_features(model, tokens[:0]).shape == model.encode_text(tokens[:0]).shape
 
 
+def padded_tokens(model, tokens):
+    return model.forward_intermediates(
+        text=tokens, text_indices=1, normalize_intermediates=True, intermediates_only=True
+    )["text_intermediates"][-1]
+
+
+@pytest.mark.parametrize("custom", [False, True])
+@pytest.mark.parametrize("pool", [{}, {"pool_type": "eos", "eos_id": 49407}])
+def test_tokens_are_the_padded_ones_without_those_behind_the_end(custom, pool):
+    model = build(custom, **pool)
+    tokens = open_clip.SimpleTokenizer(context_length=40)(TEXTS)
+    with torch.no_grad():
+        torch.testing.assert_close(text_tokens(model, tokens), padded_tokens(model, tokens))
+        short, whole = text_tokens(model, tokens[:2]), padded_tokens(model, tokens[:2])
+    assert short.shape == (2, 4, 32)
+    torch.testing.assert_close(short, whole[:, :4], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "text", [{"no_causal_mask": True, "pool_type": "last"}, {"embed_cls": True}, {"pool_type": "last"}]
 )
@@ -56,6 +74,7 @@ def test_towers_that_see_the_padding_get_it(text):
     tokens = open_clip.SimpleTokenizer(context_length=40)(TEXTS)
     with torch.no_grad():
         assert torch.equal(text_features(model, tokens), model.encode_text(tokens))
+        assert torch.equal(text_tokens(model, tokens), padded_tokens(model, tokens))
 
 
 def test_the_encoder_uses_it(small_encoder):

@@ -79,7 +79,14 @@ def test_an_answer_and_its_question(explained, pictures):
         )
 
 
-@pytest.mark.parametrize("fusion", [{"kind": "tanh"}, {"kind": "co_attention", "width": 16, "heads": 2}])
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        {"kind": "tanh"},
+        {"kind": "tanh", "picture": "mean_max"},
+        {"kind": "co_attention", "width": 16, "heads": 2},
+    ],
+)
 def test_a_label_with_and_without_a_text(explained, pictures, fusion):
     torch.manual_seed(1)
     task = ClassifyTask.model_validate({"fusion": fusion, "labels": ("bad", "good")})
