@@ -268,7 +268,7 @@ def recall_drop(model: str, data: str, limit: int) -> dict[str, Any]:
             "recall@1": round(min(side["recall@1"] for side in sides), 4),
             "drop": round(max(side["drop"] for side in sides), 4),
             "agreement": round(min(side["agreement"] for side in sides), 4),
-            "same_row": round(min(side["same_row"] for side in sides), 4),
+            "same_picture": round(min(side["same_picture"] for side in sides), 4),
         }
     return found
 
