@@ -3,6 +3,8 @@
 - `throughput_ratio_32_clients`, `p95_ratio`: two servers of the same model, one that batches and one that runs each
   request by itself (`batch=1`: the same code, queue and thread), take the same requests in turn, A B B A. Both routes
   are measured, texts and pictures; the headline is the route where batching helps less.
+  `forward_alone` is what a bare pass of 32 gains over 32 passes of one: no server gains more. `heavier` is the same of
+  ViT-B/32, whose pass of one keeps the processor busy already.
 - `overhead_p50_ms`: one client's median time for one text, less the median of the bare `encode_texts` in this process;
   on a machine that others use, too, it measures the others as well, and `cpu_ms` beside it, which is the processor
   time of the server for a request less that of the bare forward, does not.
@@ -20,7 +22,6 @@ from __future__ import annotations
 import argparse
 import base64
 import copy
-import http.client
 import io
 import json
 import os
@@ -28,7 +29,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +45,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from benchmarks.load import load, post  # noqa: E402
 from benchmarks.timing import machine, timed  # noqa: E402
 from pretrain.encoder import Encoder, build_encoder, load_encoder  # noqa: E402
 from pretrain.recipe import PretrainRecipe  # noqa: E402
@@ -101,46 +102,13 @@ def bodies(count: int) -> dict[str, list[bytes]]:
     return found
 
 
-def ask(connection: http.client.HTTPConnection, route: str, body: bytes) -> list[float]:
-    connection.request("POST", f"/v1/embed/{route}", body, {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    content = json.loads(answer.read())
-    assert answer.status == 200, content
-    return content["embeddings"][0]
-
-
-def load(port: int, route: str, requests: Sequence[bytes], clients: int = CLIENTS) -> dict[str, Any]:
-    """All requests, by so many clients that each ask again as soon as they have been answered."""
-    times, rows, lock = [], {}, threading.Lock()
-    todo = iter(enumerate(requests))
-
-    def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        while True:
-            with lock:
-                number, body = next(todo, (None, b""))
-            if number is None:
-                break
-            began = time.perf_counter()
-            row = ask(connection, route, body)
-            took = time.perf_counter() - began
-            with lock:
-                times.append(took)
-                rows[number] = row
-        connection.close()
-
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seconds = time.perf_counter() - began
-    assert len(rows) == len(requests)
+def under_load(port: int, route: str, contents: Sequence[bytes]) -> dict[str, Any]:
+    """All requests, by clients that each ask again as soon as they have been answered."""
+    found = load(port, [post(f"/v1/embed/{route}", body) for body in contents], CLIENTS)
     return {
-        "rate": len(requests) / seconds,
-        "p95": float(np.quantile(times, 0.95)),
-        "rows": np.array([rows[number] for number in range(len(requests))]),
+        "rate": len(contents) / found.seconds,
+        "p95": float(np.quantile(found.times, 0.95)),
+        "rows": np.array([json.loads(answer)["embeddings"][0] for answer in found.answers]),
     }
 
 
@@ -169,35 +137,48 @@ def batch_gain(encoder: Encoder, route: str, requests: Sequence[bytes]) -> float
     return statistics.median(ratios)
 
 
-def serving(model: str, encoder: Encoder, requests: int, pairs: int) -> dict[str, Any]:
-    """Both servers under load, and a lone client."""
+def under_both(
+    servers: tuple[int, int], encoder: Encoder, content: dict[str, list[bytes]], pairs: int
+) -> dict[str, Any]:
+    """Both servers, the one that batches first, under the same load in turn.
+
+    Returns:
+        For each route the ratio of the rates with its spread, that of p95, both rates, and `forward_alone`.
+    """
     from serve.folding import fold
 
-    found: dict[str, Any] = {}
-    content, served = bodies(requests), copy.deepcopy(encoder)
+    batching, single = servers
+    served, found = copy.deepcopy(encoder), {}
     fold(served)  # as the servers do
+    for route, requests in content.items():
+        rounds = []
+        for number in range(pairs + 1):  # the first one warms
+            order = (batching, single) if number % 2 else (single, batching)
+            results = {port: under_load(port, route, requests) for port in order}
+            for result in results.values():
+                np.testing.assert_allclose(
+                    result["rows"], expected(encoder, route, requests), rtol=0, atol=1e-5
+                )
+            rounds.append((results[batching], results[single]))
+        rounds = rounds[1:]
+        ratios = sorted(a["rate"] / b["rate"] for a, b in rounds)
+        found[route] = {
+            "ratio": round(statistics.median(ratios), 2),
+            "low": round(ratios[0], 2),
+            "high": round(ratios[-1], 2),
+            "p95_ratio": round(statistics.median(a["p95"] / b["p95"] for a, b in rounds), 2),
+            "requests_per_second": round(statistics.median(a["rate"] for a, _ in rounds), 1),
+            "one_by_one": round(statistics.median(b["rate"] for _, b in rounds), 1),
+            "forward_alone": round(batch_gain(served, route, requests), 2),
+        }
+    return found
+
+
+def serving(model: str, encoder: Encoder, requests: int, pairs: int) -> dict[str, Any]:
+    """Both servers of a model under load, and a lone client of the one that batches."""
+    content = bodies(requests)
     with server(model, 32) as (batching, process), server(model, 1) as (single, _):
-        for route in ROUTES:
-            rounds = []
-            for number in range(pairs + 1):  # the first one warms
-                order = (batching, single) if number % 2 else (single, batching)
-                results = {port: load(port, route, content[route]) for port in order}
-                for result in results.values():
-                    np.testing.assert_allclose(
-                        result["rows"], expected(encoder, route, content[route]), rtol=0, atol=1e-5
-                    )
-                rounds.append((results[batching], results[single]))
-            rounds = rounds[1:]
-            ratios = sorted(a["rate"] / b["rate"] for a, b in rounds)
-            found[route] = {
-                "ratio": round(statistics.median(ratios), 2),
-                "low": round(ratios[0], 2),
-                "high": round(ratios[-1], 2),
-                "p95_ratio": round(statistics.median(a["p95"] / b["p95"] for a, b in rounds), 2),
-                "requests_per_second": round(statistics.median(a["rate"] for a, _ in rounds)),
-                "one_by_one": round(statistics.median(b["rate"] for _, b in rounds)),
-                "forward_alone": round(batch_gain(served, route, content[route]), 2),
-            }
+        found = under_both((batching, single), encoder, content, pairs)
         found["overhead"] = overhead(batching, process, encoder, content["text"][:50], pairs)
     return found
 
@@ -212,11 +193,11 @@ def overhead(
     port: int, process: int, encoder: Encoder, requests: Sequence[bytes], pairs: int
 ) -> dict[str, float]:
     """Milliseconds at the median, server and bare forward in turn."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     texts = [json.loads(body)["texts"] for body in requests]
+    whole = [post("/v1/embed/text", body) for body in requests]
 
     def served() -> float:
-        return median_ms([lambda body=body: ask(connection, "text", body) for body in requests])
+        return 1000 * statistics.median(load(port, whole, 1).times)
 
     def bare() -> float:
         return median_ms([lambda text=text: encoder.encode_texts(text) for text in texts])
@@ -287,7 +268,7 @@ def recall_drop(model: str, data: str, limit: int) -> dict[str, Any]:
             "recall@1": round(min(side["recall@1"] for side in sides), 4),
             "drop": round(max(side["drop"] for side in sides), 4),
             "agreement": round(min(side["agreement"] for side in sides), 4),
-            "same_row": round(min(side["same_row"] for side in sides), 4),
+            "same_picture": round(min(side["same_picture"] for side in sides), 4),
         }
     return found
 
@@ -301,6 +282,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=600, help="pictures of them")
     parser.add_argument("--requests", type=int, default=320, help="requests of one load")
     parser.add_argument("--pairs", type=int, default=7, help="paired runs")
+    parser.add_argument(
+        "--heavier", default="ViT-B-32", help="an open_clip name, served beside; `none` leaves it out"
+    )
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=32, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -314,6 +298,13 @@ def main() -> None:
         encoder = small_encoder()
         model = str(encoder.save(Path(name) / "model"))
         served = serving(model, encoder, args.requests, args.pairs)
+    heavier = None
+    if args.heavier != "none":
+        torch.manual_seed(0)
+        other = load_encoder(args.heavier, device="cpu")
+        with tempfile.TemporaryDirectory() as name:
+            heavier = serving(str(other.save(Path(name) / "model")), other, max(64, args.requests // 5), 3)
+        del other
     exported = towers(max(args.pairs, 7))
     int8 = recall_drop(args.trained, args.data, args.limit) if args.trained else None
     worse = min(ROUTES, key=lambda route: served[route]["ratio"])
@@ -327,6 +318,7 @@ def main() -> None:
         "int8_recall_drop": int8["8 bits"]["drop"] if int8 else None,
         "cosine_fp32": exported["fp32_cosine"],
         "served": served,
+        "heavier": heavier and {"model": args.heavier, **heavier},
         "exported": exported,
         "int8": int8,
         "pairs": args.pairs,

@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from pairstream import __version__
+from serve.direct import Direct, direct_routes, invalid
 from serve.fetch import Fetcher
 from serve.gate import Gate
 from serve.keys import Keys
@@ -109,7 +110,8 @@ def create_app(
         redirect_slashes=False,  # it would send callers to whatever name their Host header has
     )
     app.state.service, app.state.metrics = service, metrics
-    app.add_middleware(Gate, settings=settings, keys=keys or Keys(), metrics=metrics)  # pyright: ignore
+    direct: dict[str, Direct] = {}
+    app.add_middleware(Gate, settings=settings, keys=keys or Keys(), metrics=metrics, direct=direct)  # pyright: ignore
     add_errors(app)
     add_operations(app, service, metrics)
     add_models(app, service)
@@ -123,6 +125,7 @@ def create_app(
         add_search(app, service)
     if service.explainer.offered:
         add_explain(app, service)
+    direct |= direct_routes(app)
     return app
 
 
@@ -135,10 +138,9 @@ def add_errors(app: FastAPI) -> None:
         return JSONResponse(error.body(), error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        faults = [fault_text(fault) for fault in error.errors()[:5]]
-        text = "; ".join(faults).encode("ascii", "backslashreplace").decode()  # a key may be half a character
-        return JSONResponse(Refusal(422, "invalid", text).body(), 422)
+    async def parameters(request: Request, error: RequestValidationError) -> JSONResponse:
+        faults = [{**fault, "loc": fault["loc"][1:]} for fault in error.errors()[:5]]
+        return JSONResponse(invalid(faults).body(), 422)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -158,18 +160,6 @@ def add_errors(app: FastAPI) -> None:
     async def broken(request: Request, error: Exception) -> JSONResponse:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return JSONResponse(Refusal(500, "internal", "something went wrong in the server").body(), 500)
-
-
-def fault_text(fault: dict[str, Any]) -> str:
-    """One fault of a request: where, and what was expected."""
-    if fault["type"] == "json_invalid":
-        return (
-            f"not JSON, at character {fault['loc'][-1]}: {fault.get('ctx', {}).get('error', 'unreadable')}"[
-                :200
-            ]
-        )
-    where = ".".join(str(part) for part in fault["loc"][1:])[:100] or "body"
-    return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
 
 
 def add_operations(app: FastAPI, service: Service, metrics: Metrics) -> None:

@@ -77,6 +77,7 @@ class Batcher:
         self.arrived = asyncio.Event()
         self.admitted = 0
         self.company = False  # whether the last pass carried several requests
+        self.last = 0  # items of the last pass
         self.seconds_per_item = 0.01
         self.closing = False
         self.worker: asyncio.Task | None = None
@@ -118,16 +119,21 @@ class Batcher:
             return []
         if self.worker is None:
             self.worker = asyncio.create_task(self._work())
-        now = time.monotonic()
+        loop, now = asyncio.get_running_loop(), time.monotonic()
         expires = now + self.config.deadline if expires is None else expires
-        job = Job(list(items), asyncio.get_running_loop().create_future(), expires, now)
+        job = Job(list(items), loop.create_future(), expires, now)
         self.jobs.append(job)
         self.arrived.set()
+        timer = loop.call_later(max(0.0, expires - now), self._expire, job)
         try:
-            return await asyncio.wait_for(job.future, max(0.0, expires - now))
-        except (asyncio.TimeoutError, TimeoutError):  # two classes before Python 3.11
+            return await job.future
+        finally:
+            timer.cancel()
+
+    def _expire(self, job: Job) -> None:
+        if not job.future.done():
             self.observer.rejected("deadline")
-            raise deadline_passed() from None
+            job.future.set_exception(deadline_passed())
 
     async def close(self) -> None:
         """Finish what was taken, and take nothing more."""
@@ -154,16 +160,18 @@ class Batcher:
             seconds, count = time.perf_counter() - began, sum(len(items) for _, items in batch)
             self.observer.batch(count, seconds)
             self.seconds_per_item += 0.2 * (seconds / count - self.seconds_per_item)
-            self.company = len(batch) > 1
+            self.company, self.last = len(batch) > 1, count
             for (job, _), result in zip(batch, outcome, strict=True):
                 self._deliver(job, result)
 
     async def _gather(self) -> None:
-        """Let a pass fill up when its clients come in numbers."""
+        """Let a pass fill up when its clients come in numbers, unless it is as large as half the last one already."""
         if not (self.company and self.config.wait) or self.closing:
             return
-        until = time.monotonic() + self.config.wait
-        while sum(len(job.items) - job.taken for job in self.jobs) < self.config.batch:
+        until, enough = time.monotonic() + self.config.wait, self.last // 2
+        if self._waiting() >= enough:
+            return
+        while self._waiting() < self.config.batch:
             left = until - time.monotonic()
             if left <= 0:
                 return
@@ -172,6 +180,10 @@ class Batcher:
                 await asyncio.wait_for(self.arrived.wait(), left)
             except (asyncio.TimeoutError, TimeoutError):
                 return
+
+    def _waiting(self) -> int:
+        """Items that no pass has taken yet."""
+        return sum(len(job.items) - job.taken for job in self.jobs)
 
     def _take(self) -> list[tuple[Job, list[Any]]]:
         """Items of the next pass; requests nobody waits for any more are dropped."""

@@ -69,7 +69,7 @@ def serve(
         replica_requests: Requests in progress for each copy that their number is steered by.
         device: auto, cpu, cuda or cuda:N.
     """
-    for module in ("fastapi", "uvicorn", "prometheus_client", "httpcore"):
+    for module in ("fastapi", "httptools", "uvicorn", "prometheus_client", "httpcore"):
         require(module, "serve", "`pairstream serve`")
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"

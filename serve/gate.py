@@ -6,8 +6,12 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from serve.direct import Direct
+from serve.interrupt import Interruptible
 from serve.keys import Keys, Rates, whole_seconds
 from serve.metrics import Metrics
 from serve.refusal import Refusal, busy
@@ -22,6 +26,11 @@ HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 ]
+JSON = [(b"content-type", b"application/json"), *HEADERS]
+ONCE = (b"host", b"content-length", b"transfer-encoding", b"content-type", b"authorization", b"x-api-key")
+WATCH_SECONDS = (
+    0.05  # after which a request's caller is watched: most are answered before, and watching costs them
+)
 
 
 class Gate:
@@ -37,10 +46,12 @@ class Gate:
         settings: Limits and rates.
         keys: Who may come in; empty for everybody.
         metrics: Counts what is answered and refused.
+        direct: POST routes that are answered without the application, by their path.
     """
 
-    def __init__(self, app: Any, settings: Settings, keys: Keys, metrics: Metrics):
+    def __init__(self, app: Any, settings: Settings, keys: Keys, metrics: Metrics, direct: dict[str, Direct]):
         self.app, self.settings, self.keys, self.metrics = app, settings, keys, metrics
+        self.direct = direct
         self.rates = Rates(settings.rate, settings.burst)
         self.held = 0  # bytes of bodies in memory
 
@@ -62,28 +73,39 @@ class Gate:
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
-        size = 0
+        size, posted = 0, scope["method"] in ("POST", "PUT", "PATCH", "DELETE")
+        direct = self.direct.get(scope["path"]) if scope["method"] == "POST" else None
         try:
-            headers = {name.lower(): value for name, value in scope["headers"]}
+            headers = dict(scope["headers"])  # names are in lower case: ASGI
+            if len(headers) < len(scope["headers"]):
+                check_repeated(scope["headers"])
             self.check_host(headers)
             if scope["path"] not in OPEN:
                 self.check_site(headers)
                 self.check_caller(headers, scope.get("client"))
             body = b""
-            if scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
+            if posted:
                 check_type(headers)
                 body = await self.read_body(headers, receive)
                 size = len(body)
                 check_structure(body, self.settings.limits)
-            await self.pass_on(scope, body, receive, answer)
+            with Interruptible() as work, self.watching(work, receive):
+                if direct is None:
+                    await self.app(scope, replaying(body), answer)
+                else:
+                    content = await direct.answer(body)
+                    status = 200
+                    await send_json(200, content, [], send)
+            if work.interrupted:
+                self.metrics.refused.labels("hung_up").inc()
         except Refusal as refusal:
+            status = refusal.status
             self.metrics.refused.labels(refusal.code).inc()
-            await send_refusal(refusal, answer, close=size == 0)
+            await send_refusal(refusal, send, close=posted and size == 0)
         finally:
             self.held -= size
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(route, str(status)).inc()
-            self.metrics.seconds.labels(route).observe(time.perf_counter() - began)
+            route = direct.path if direct else getattr(scope.get("route"), "path", "other")
+            self.metrics.answered(route, status, time.perf_counter() - began)
 
     def check_host(self, headers: dict[bytes, bytes]) -> None:
         """The name in the address bar must be one of ours."""
@@ -134,58 +156,77 @@ class Gate:
             raise Refusal(400, "bad_length", "Content-Length is no number")
         if int(declared[:20]) > limits.body_bytes:
             raise too_large(limits.body_bytes)
-        until, chunks, size = time.monotonic() + limits.body_seconds, [], 0
+        chunks: list[bytes] = []
+        size, more = 0, True
         try:
-            while True:
+            with Interruptible() as block:
+                timer = asyncio.get_running_loop().call_later(limits.body_seconds, block.interrupt)
                 try:
-                    message = await asyncio.wait_for(receive(), max(0.001, until - time.monotonic()))
-                except (asyncio.TimeoutError, TimeoutError):  # two classes before Python 3.11
-                    raise Refusal(
-                        408, "slow_body", f"the body did not arrive within {limits.body_seconds:g} s"
-                    ) from None
-                if message["type"] == "http.disconnect":
-                    raise Refusal(400, "hung_up", "the caller hung up before the body was complete")
-                chunk = message.get("body", b"")
-                if size + len(chunk) > limits.body_bytes:
-                    raise too_large(limits.body_bytes)
-                if self.held + len(chunk) > limits.bodies_bytes:
-                    raise busy("the memory for requests", 1)
-                size += len(chunk)
-                self.held += len(chunk)
-                chunks.append(chunk)
-                if not message.get("more_body", False):
-                    return b"".join(chunks)
+                    while more:
+                        message = await receive()
+                        if message["type"] == "http.disconnect":
+                            raise Refusal(400, "hung_up", "the caller hung up before the body was complete")
+                        chunk = message.get("body", b"")
+                        if size + len(chunk) > limits.body_bytes:
+                            raise too_large(limits.body_bytes)
+                        if self.held + len(chunk) > limits.bodies_bytes:
+                            raise busy("the memory for requests", 1)
+                        size += len(chunk)
+                        self.held += len(chunk)
+                        chunks.append(chunk)
+                        more = message.get("more_body", False)
+                finally:
+                    timer.cancel()
+            if block.interrupted:
+                raise Refusal(408, "slow_body", f"the body did not arrive within {limits.body_seconds:g} s")
         except BaseException:
             self.held -= size
             raise
+        return b"".join(chunks)
 
-    async def pass_on(self, scope: Any, body: bytes, receive: Any, send: Any) -> None:
-        """Run the application on the whole body; stop it when the caller hangs up."""
-        given = False
-
-        async def replay() -> Any:
-            nonlocal given
-            if not given:
-                given = True
-                return {"type": "http.request", "body": body, "more_body": False}
-            await asyncio.Event().wait()  # hanging up is watched below
+    @contextmanager
+    def watching(self, work: Interruptible, receive: Any) -> Iterator[None]:
+        """Interrupt the work of a request when its caller hangs up."""
+        watch: asyncio.Task[None] | None = None
 
         async def hung_up() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
+            work.interrupt()
 
-        work = asyncio.ensure_future(self.app(scope, replay, send))
-        gone = asyncio.ensure_future(hung_up())
+        def begin() -> None:
+            nonlocal watch
+            watch = asyncio.ensure_future(hung_up())
+
+        timer = asyncio.get_running_loop().call_later(WATCH_SECONDS, begin)
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                await work
-            else:
-                self.metrics.refused.labels("hung_up").inc()
+            yield
         finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            timer.cancel()
+            if watch is not None:
+                watch.cancel()
+
+
+def replaying(body: bytes) -> Any:
+    """`receive` for an application that is handed its body whole."""
+    given = False
+
+    async def receive() -> Any:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.Event().wait()  # hanging up is watched by the door
+
+    return receive
+
+
+def check_repeated(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Refuse headers of which a proxy may have taken the first where the last is taken here."""
+    names = [name for name, _ in headers]
+    for name in ONCE:
+        if names.count(name) > 1:
+            raise Refusal(400, "repeated_header", f"expected the header {name.decode()} once at the most")
 
 
 def check_type(headers: dict[bytes, bytes]) -> None:
@@ -214,13 +255,14 @@ def too_large(limit: int) -> Refusal:
 
 async def send_refusal(refusal: Refusal, send: Any, *, close: bool) -> None:
     """Answer without the application; `close` ends the connection, for a body that was not read."""
-    content = json.dumps(refusal.body()).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(content)).encode()),
-        *((name.lower().encode(), value.encode("latin-1")) for name, value in refusal.headers.items()),
-    ]
+    headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in refusal.headers.items()]
     if close:
         headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send_json(refusal.status, json.dumps(refusal.body()).encode(), headers, send)
+
+
+async def send_json(status: int, content: bytes, headers: Sequence[tuple[bytes, bytes]], send: Any) -> None:
+    """A whole answer."""
+    length = (b"content-length", str(len(content)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*JSON, length, *headers]})
     await send({"type": "http.response.body", "body": content})

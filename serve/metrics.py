@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -59,6 +61,17 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+
+        self.children: dict[tuple[str, int], Any] = {}
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count one answer."""
+        if (route, status) not in self.children:  # a look-up by labels costs as much as the counting
+            counter = self.requests.labels(route, str(status))
+            self.children[route, status] = counter.inc, self.seconds.labels(route).observe
+        count, observe = self.children[route, status]
+        count()
+        observe(seconds)
 
     def observer(self, queue: str) -> Observer:
         """The reports of one queue."""

@@ -8,35 +8,68 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_SECONDS = 10.0
+HEADER_BYTES = 64 * 1024  # of one request's line and headers; the parser has no limit of its own
+HEADERS = 100  # of one request
+PIPELINED = 16  # requests that one connection may send before the first is answered
 CONNECTIONS = 512
 
 
-class PatientH11(H11Protocol):
-    """uvicorn's h11 protocol that hangs up on callers who drip their headers."""
+class PatientHttp(HttpToolsProtocol):
+    """uvicorn's httptools protocol with bounds where the parser has none.
+
+    Bounded are the bytes and the number of a request's headers, the time in which they must arrive, whatever comes
+    without adding to a body (trailers, extensions of chunks), and the requests that one connection sends ahead.
+    Trailers are dropped: they must not pass for headers. What is raised in one of the parser's callbacks becomes a 400
+    and the end of the connection.
+    """
 
     late: asyncio.TimerHandle | None = None
+    in_body = False  # of the request that arrives
+    idle_bytes = 0  # since the last headers or piece of a body were complete
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        self.idle_bytes += len(data)
         super().data_received(data)
+        if self.idle_bytes > HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response("Invalid HTTP request received.")
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.in_body:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > HEADER_BYTES or len(self.headers) > HEADERS or len(self.pipeline) >= PIPELINED:
+            raise ValueError("too many or too large headers, or too many requests at once")
+        super().on_headers_complete()
+        self.in_body, self.idle_bytes = True, 0
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self.idle_bytes = 0
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self.in_body = False
+
     def _watch(self) -> None:
-        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if self.in_body or answering or self.transport.is_closing():
             self._stop()  # the headers are complete
-        elif self.late is None and (self.cycle is None or self.cycle.response_complete):
+        elif self.late is None:
             self.late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
 
     def _stop(self) -> None:
@@ -86,7 +119,7 @@ def make_server(
         app,
         host=host,
         port=port,
-        http=PatientH11,
+        http=PatientHttp,
         ws="none",
         lifespan="on",
         log_level="warning",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from serve.fetch import Fetcher
 from serve.metrics import Metrics
 from serve.models import Models
 from serve.pictures import decode, from_base64
+from serve.pool import Pool
 from serve.refusal import Refusal
 from serve.schemas import Explained, ExplainRequest, Found, Label, Likelihood, Picture, Post
 from serve.settings import Batching, Settings
@@ -49,7 +50,7 @@ class Service:
         self.embedding = ThreadPoolExecutor(1, "embedding")
         self.writing = ThreadPoolExecutor(1, "writing")
         self.reasoning = ThreadPoolExecutor(1, "explanations")
-        self.decoders = ThreadPoolExecutor(settings.decoders, "pictures")
+        self.decoders = Pool(settings.decoders, "pictures")
         self.searching = ThreadPoolExecutor(1, "search")  # FAISS has threads of its own
 
         def queue(name: str, run: Any, config: Batching, executor: ThreadPoolExecutor) -> Batcher:
@@ -262,7 +263,7 @@ class Service:
         if gallery is None or row not in gallery:
             raise Refusal(404, "no_picture", "the index has no picture of that row here")
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.decoders, gallery.thumbnail, row)
+            return await self.decoders.submit(lambda: gallery.thumbnail(row))
         except Fault:
             raise Refusal(404, "no_picture", "this picture cannot be read any more") from None
 
@@ -303,21 +304,25 @@ class Service:
             )
             return await work(pixels, expires)
 
-    async def pixels(self, picture: Picture, preprocess: Callable[[Tensor], Tensor]) -> Tensor:
+    def pixels(self, picture: Picture, preprocess: Callable[[Tensor], Tensor]) -> asyncio.Future[Tensor]:
         """A picture at a model's input size."""
         limits = self.settings.limits
         if picture.url is not None:
-            content, text = await self.fetcher.fetch(picture.url), None
-        else:
-            content, text = b"", picture.data or ""
+            return asyncio.ensure_future(self.fetched_pixels(picture.url, preprocess))
+        text = picture.data or ""
+        return self.decoders.submit(
+            lambda: preprocess(decode(from_base64(text, limits), limits)), size=len(text)
+        )
 
-        def work() -> Tensor:
-            return preprocess(decode(content if text is None else from_base64(text, limits), limits))
+    async def fetched_pixels(self, url: str, preprocess: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same of a picture somewhere else."""
+        content = await self.fetcher.fetch(url)
+        return await self.decoders.submit(
+            lambda: preprocess(decode(content, self.settings.limits)), size=len(content)
+        )
 
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, work)
 
-
-async def all_within(works: Sequence[Coroutine[Any, Any, Result]], seconds: float) -> list[Result]:
+async def all_within(works: Sequence[asyncio.Future[Result]], seconds: float) -> list[Result]:
     """Results of what runs side by side; with the first failure, the deadline or the caller, all of it ends.
 
     `asyncio.gather` would log an error for each request that is given up.
@@ -326,19 +331,20 @@ async def all_within(works: Sequence[Coroutine[Any, Any, Result]], seconds: floa
         Refusal: 504: the deadline passed.
         Exception: What the first that failed raised.
     """
-    tasks = [asyncio.ensure_future(work) for work in works]
+    if not works:
+        return []
     try:
-        if tasks:
-            done, pending = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
-            if pending:
-                raise deadline_passed()
-        return [task.result() for task in tasks]
+        done, pending = await asyncio.wait(works, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+        for work in done:
+            work.result()
+        if pending:
+            raise deadline_passed()
+        return [work.result() for work in works]
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for work in works:
+            work.cancel()
+        if not all(work.done() and (work.cancelled() or work.exception() is None) for work in works):
+            await asyncio.gather(*works, return_exceptions=True)
 
 
 def check_question(model: VisionLanguageModel, question: str, place: int) -> None:

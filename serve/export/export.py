@@ -189,15 +189,14 @@ def readme(card: dict[str, Any]) -> str:
         found = card["on_data"]
         lines += ["", f"On {found['samples']:,} pictures with {found['texts']:,} texts:", ""]
         lines += [
-            "| direction | recall@1 | recall@1, int8 | same first result | among all texts | of the same picture |",
-            "|---|---|---|---|---|---|",
+            "| direction | recall@1 | recall@1, int8 | same first result | of the same picture |",
+            "|---|---|---|---|---|",
         ]
         lines += [
             f"| {name.replace('_', ' ')} | {found[name]['recall@1']:.4f} | {found[name]['recall@1_export']:.4f} | "
-            f"{found[name]['agreement']:.1%} | {found[name]['same_row']:.1%} | {found[name]['same_picture']:.1%} |"
+            f"{found[name]['agreement']:.1%} | {found[name]['same_picture']:.1%} |"
             for name in ("image_to_text", "text_to_image")
         ]
-        lines += ["", "The gate's column looks for texts among one text a picture."]
     elif card["precision"] == "int8":
         lines += ["", "No data were given: recall was not measured."]
     if "quantised" in card:

@@ -112,8 +112,8 @@ def compare_on_data(
         limit: Only the first so many samples.
 
     Returns:
-        `samples`, `texts`; for each direction `recall@1` of the model, `recall@1_export`, `drop`, `agreement`,
-        `same_picture` and `same_row`; see `agreements`.
+        `samples`, `texts`; for each direction `recall@1` of the model, `recall@1_export`, `drop`, `agreement`
+        and `same_picture`; see `agreements`.
     """
     ours = embed_shards(encoder, data, limit=limit)
     theirs = embed_shards(AsEncoder(edge, encoder), data, limit=limit)  # pyright: ignore
@@ -136,26 +136,17 @@ def agreements(ours: Embeddings, theirs: Embeddings, direction: str) -> dict[str
     """Shares of queries for which two models have the same first result.
 
     Returns:
-        `agreement`: the very same result, where pictures look for texts among one text a picture (its first); this is
-        what the gate takes. Captions of one picture say the same in other words, and which of them comes first hangs
-        on the last digits of any model. `same_row`: the very same among all texts. `same_picture`: a result of the
-        same picture among all texts.
+        `agreement`: the very same result, for pictures among all texts; what the gate takes. `same_picture`: one of the
+        same picture, which is more where several texts of a picture say the same in other words.
     """
-    first = np.unique(ours.image_of_text, return_index=True)[1]
-    rows, single = [], []
+    rows = []
     for each in (ours, theirs):
         scores = each.images @ each.texts.T  # (pictures, texts)
-        axis = 1 if direction == "image_to_text" else 0
-        rows.append(scores.argmax(axis=axis))
-        single.append(scores[:, first].argmax(axis=axis) if axis else rows[-1])
+        rows.append(scores.argmax(axis=1 if direction == "image_to_text" else 0))
     pictures = [ours.image_of_text[each] if direction == "image_to_text" else each for each in rows]
     return {
         name: float((one == other).mean())
-        for name, (one, other) in {
-            "agreement": single,
-            "same_row": rows,
-            "same_picture": pictures,
-        }.items()
+        for name, (one, other) in {"agreement": rows, "same_picture": pictures}.items()
     }
 
 

@@ -226,3 +226,5 @@ def test_run_time_errors_tell_nothing_of_the_inside(
         assert (status, answer["error"]["code"]) == (500, "internal")
         assert "secret" not in str(answer)
         assert live.ask("/v1/embed/text", {"texts": ["a"]})[0] == 200
+        counted = b'pairstream_requests_total{route="/v1/embed/image",status="500"} 1.0'
+        assert counted in live.ask("/metrics")[1]
