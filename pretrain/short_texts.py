@@ -88,7 +88,7 @@ def text_tokens(model: Any, tokens: Tensor) -> Tensor:
     """
     tower = text_tower(model)
     if len(tokens) and reads_at_the_end(tower):
-        return hidden(tower, tokens[:, : int(ends(tower, tokens).max()) + 1])
+        return hidden(tower, tokens[:, : used_length(model, tokens)])
     found = model.forward_intermediates(
         text=tokens,
         text_indices=1,
