@@ -16,8 +16,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from open_clip.loss import ClipLoss
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
-from pretrain.collectives import several_ranks
+from pretrain.collectives import gather_counts, gather_rows, several_ranks
 from pretrain.encoder import build_encoder
 from pretrain.locks import set_training_mode
 from pretrain.losses import distributed_info_nce, info_nce
@@ -71,7 +72,7 @@ class SummedOverRanks(torch.autograd.Function):
 
 
 def mistaken(name: str) -> Any:
-    """An objective with one of the others' gradients; the right one on one process."""
+    """An objective with the gradient of others'; the right one on one process."""
 
     def objective(features: tuple[torch.Tensor, ...], *_: torch.Tensor) -> torch.Tensor:
         images, texts, scale = features
@@ -79,9 +80,15 @@ def mistaken(name: str) -> Any:
             return info_nce(images, texts, scale)
         if name == "temperature summed":
             return distributed_info_nce(images, texts, SummedOverRanks.apply(scale))
-        local = name == "local loss alone"
-        loss = ClipLoss(rank=dist.get_rank(), world_size=dist.get_world_size(), local_loss=local)
-        return loss(images, texts, scale)
+        counts, rank = gather_counts(len(images), images.device), dist.get_rank()
+        first = sum(counts[:rank])
+        all_images, all_texts = (gather_rows(rows.detach(), counts) for rows in (images, texts))
+        if name == "local loss alone":
+            labels = torch.arange(first, first + len(images))
+            logits = scale * images @ all_texts.T, scale * texts @ all_images.T
+            return sum(F.cross_entropy(each, labels) for each in logits) / 2
+        mine = torch.arange(first, first + len(images))
+        return info_nce(all_images.index_copy(0, mine, images), all_texts.index_copy(0, mine, texts), scale)
 
     return objective
 
