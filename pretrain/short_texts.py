@@ -2,13 +2,14 @@
 
 CLIP's tokenizer pads each text to 77 places, and captions and prompts take 10 to 25 of them. Where attention
 is causal and the feature is read at the end token, the places behind the longest text of a batch can be left
-out: the features are the same up to rounding, at a third of the time or less.
+out: the features are the same up to rounding, at a third of the time or less. transformers' towers mask padding out.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from open_clip.hf_model import HFTextEncoder, MaxPooler
 from open_clip.model import CLIP
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ def text_features(model: Any, tokens: Tensor) -> Tensor:
         `(n, embed_dim)`, not normalised.
     """
     tower = text_tower(model)
+    if len(tokens) and isinstance(tower, HFTextEncoder) and not isinstance(tower.pooler, MaxPooler):
+        # Padding is masked out, in attention and in the pooling; open_clip's MaxPooler masks something else.
+        seen = (tokens != tower.config.pad_token_id).any(dim=0).nonzero()
+        return model.encode_text(tokens[:, : int(seen.max()) + 1 if len(seen) else 1])
     if not len(tokens) or not reads_at_the_end(tower):
         return model.encode_text(tokens)
     length = int(ends(tower, tokens).max()) + 1
