@@ -28,7 +28,8 @@ def text_features(model: Any, tokens: Tensor) -> Tensor:
     tower = text_tower(model)
     if len(tokens) and isinstance(tower, HFTextEncoder) and not isinstance(tower.pooler, MaxPooler):
         # Padding is masked out, in attention and in the pooling; open_clip's MaxPooler masks something else.
-        seen = (tokens != tower.config.pad_token_id).any(dim=0).nonzero()
+        config: Any = tower.config
+        seen = (tokens != config.pad_token_id).any(dim=0).nonzero()
         return model.encode_text(tokens[:, : int(seen.max()) + 1 if len(seen) else 1])
     if not len(tokens) or not reads_at_the_end(tower):
         return model.encode_text(tokens)
