@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from open_clip.hf_model import HFTextEncoder
+from open_clip.hf_model import HFTextEncoder, MaxPooler
 from open_clip.model import CLIP
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
@@ -62,9 +62,10 @@ def used_length(model: Any, tokens: Tensor) -> int:
     rows = tokens.reshape(-1, tokens.shape[-1])
     if reads_at_the_end(tower):
         return int(ends(tower, rows).max()) + 1
-    if isinstance(tower, HFTextEncoder):  # masks its padding
+    # Padding is masked out, in attention and in the pooling; but open_clip's MaxPooler masks all the rest instead.
+    if isinstance(tower, HFTextEncoder) and not isinstance(tower.pooler, MaxPooler):
         seen = (rows != getattr(tower.config, "pad_token_id", None)).any(0).nonzero()
-        return int(seen.max()) + 1 if len(seen) else rows.shape[1]
+        return int(seen.max()) + 1 if len(seen) else 1
     return rows.shape[1]
 
 

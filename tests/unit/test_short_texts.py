@@ -10,6 +10,7 @@ from pretrain.encoder import build_encoder
 from pretrain.losses import info_nce
 from pretrain.network import DualEncoder
 from pretrain.recipe import PretrainRecipe
+from pretrain.recipe_model import TowersModel
 from pretrain.short_texts import cut_length, reads_at_the_end, text_features, text_tokens, used_length
 from pretrain.trainer import Trainer
 
@@ -75,6 +76,27 @@ def test_towers_that_see_the_padding_get_it(text):
     with torch.no_grad():
         assert torch.equal(text_features(model, tokens), model.encode_text(tokens))
         assert torch.equal(text_tokens(model, tokens), padded_tokens(model, tokens))
+
+
+@pytest.mark.parametrize("pooler", ["mean_pooler", "cls_pooler"])
+def test_towers_of_transformers_mask_padding_out(tiny_models, tiny_bert, pooler):
+    tower = {"kind": "transformers", "name": str(tiny_bert), "context_length": 12, "pooler": pooler}
+    content = {**tiny_models["vit"], "text_tower": tower}
+    encoder = build_encoder(TowersModel.model_validate(content), device="cpu")
+    tokens = encoder.tokenize(["a thing", "a picture of a red thing"])
+    assert tokens.shape == (2, 12)
+    lengths = []
+    hook = encoder.model.text.transformer.register_forward_pre_hook(
+        lambda _, args, words: lengths.append(words["input_ids"].shape[1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        short, whole = text_features(encoder.model, tokens), encoder.model.encode_text(tokens)
+        text_features(encoder.model, tokens[:1])
+        blank = torch.full_like(tokens[:1], 0)
+        assert text_features(encoder.model, blank).shape == (1, encoder.embed_dim)
+    hook.remove()
+    torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-6)
+    assert lengths == [8, 12, 4, 1]
 
 
 def test_the_encoder_uses_it(small_encoder):
