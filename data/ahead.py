@@ -48,9 +48,13 @@ class Ahead:
         with suppress(OSError, ValueError, ImportError):  # the reader meets and reports it
             self.fetch(shard)
 
+    def close(self) -> None:
+        """Forget what has not begun to be fetched."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
     def __enter__(self) -> Ahead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+        self.close()

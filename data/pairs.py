@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+from data.buffers import Column, Columns
 from data.faults import Fault
 from data.labels import LabelTexts
 from data.mixture import Source
 from data.pictures import MAX_PIXELS, Picture
 from data.samples import RawSample
 from data.stored import SUFFIX, Stored, require_same_settings, unpack
-from data.transforms import EvalTransform, TrainTransform, decode_image
+from data.transforms import EvalTransform, TrainTransform, as_planes
 
 CAPTIONS = ("random", "first", "longest", "all")
 
@@ -36,7 +37,7 @@ class Pair(NamedTuple):
     """One sample as it goes into a batch."""
 
     image: torch.Tensor
-    """uint8 `(3, h, w)`"""
+    """uint8 `(3, h, w)`, of any layout"""
     texts: list[str]
     told: Mapping[str, Told] = MappingProxyType({})
     """By stored teacher."""
@@ -118,7 +119,13 @@ class PairLoad:
         """Extensions of the files that it needs beside picture and captions."""
         return tuple(f"{name}.{SUFFIX}" for name in self.stored)
 
-    def __call__(self, sample: RawSample, rng: np.random.Generator) -> Pair:
+    def __call__(
+        self,
+        sample: RawSample,
+        rng: np.random.Generator,
+        places: Mapping[str, torch.Tensor] | None = None,
+    ) -> Pair:
+        """Make a sample's row, its `images` and `views` in the places for them where there are such."""
         # Before the picture: a missing caption then costs no decoding.
         own = texts = (self.labels.texts(sample) if self.labels else []) or sample.captions()
         if self.rewritten_key and rng.random() < self.rewritten_share:
@@ -131,12 +138,16 @@ class PairLoad:
         if self.word_dropout:
             texts = [drop_words(text, self.word_dropout, rng) for text in texts]
         told, source = self.recall(sample, len(own), chosen[0], rng)
+        picture = Picture(sample.image, max_pixels=self.max_pixels)
         if self.scaled_decode and isinstance(self.transform, TrainTransform):
-            picture = Picture(sample.image, max_pixels=self.max_pixels)
-            return Pair(self.transform.load(picture, source), texts, told)
-        pixels = decode_image(sample.image, max_pixels=self.max_pixels)
-        image = self.transform(pixels, source)
-        views = None if self.views is None else torch.stack([self.views(pixels, rng) for _ in range(2)])
+            image, views = self.transform.apply_reduced(picture, source), None
+        else:
+            pixels = as_planes(picture.pixels(borrowed=True))
+            image = self.transform.apply(pixels, source)
+            views = None if self.views is None else torch.stack([self.views(pixels, rng) for _ in range(2)])
+        if places is not None:
+            image = places["images"].copy_(image)
+            views = None if views is None else places["views"].copy_(views)
         return Pair(image, texts, told, views)
 
     def choose(self, texts: list[str], rng: np.random.Generator) -> list[int]:
@@ -238,7 +249,7 @@ class PairCollate:
         captions: As in `PairLoad`.
         captions_per_image: As in `PairLoad`; tokens of more than one are (b, captions_per_image, context).
         stored: As in `PairLoad`: `NAME.image` and `NAME.text` float32 (b, d), and `NAME.scale` float32 (b,).
-        views: Whether rows have two more views of their pictures: `views`, uint8 (b, 2, 3, h, w).
+        views: (height, width) of two more views of each picture, where rows have them: `views`, uint8 (b, 2, 3, h, w).
     """
 
     tokenize: Callable[[Sequence[str]], torch.Tensor]
@@ -246,25 +257,40 @@ class PairCollate:
     captions: str = "random"
     captions_per_image: int = 1
     stored: tuple[str, ...] = ()
-    views: bool = False
+    views: tuple[int, int] | None = None
 
-    def __call__(self, rows: list[Pair]) -> dict[str, Any]:
+    @property
+    def columns(self) -> Columns:
+        """What `PairLoad` puts in place; nothing where the rest of a batch cannot be put together from parts."""
+        if self.captions == "all" or self.stored:
+            return {}
+        columns = {"images": Column((3, *self.size), torch.uint8, channels_last=True)}
+        return columns | ({"views": Column((2, 3, *self.views), torch.uint8)} if self.views else {})
+
+    def __call__(self, rows: list[Pair], placed: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
         texts = [text for row in rows for text in row.texts]
-        if rows:
-            # (b, 3, h, w); a worker's, in shared memory
-            images = default_collate([row.image for row in rows])
-            tokens = self.tokenize(texts)
+        if placed is not None:
+            images = placed["images"]
+        elif rows:
+            # The channels of a pixel stay side by side, as decoding and resizing have them: to pull them apart costs a
+            # twentieth of a 256 px picture's time, and the device does it for nothing as it normalises.
+            images = default_collate(
+                [row.image.permute(1, 2, 0) for row in rows]
+            )  # a worker's, in shared memory
+            images = images.permute(0, 3, 1, 2)  # (b, h, w, 3) -> (b, 3, h, w)
         else:
             images = torch.zeros((0, 3, *self.size), dtype=torch.uint8)
-            tokens = self.tokenize([""])[:0]
+        tokens = self.tokenize(texts) if rows else self.tokenize([""])[:0]
         if self.captions_per_image > 1:
             tokens = tokens.view(len(rows), self.captions_per_image, tokens.shape[-1])
         batch = {"images": images, "tokens": tokens.to(torch.int64), "texts": texts}
         if self.captions == "all":
             counts = torch.tensor([len(row.texts) for row in rows], dtype=torch.int64)
             batch["image_of_text"] = torch.repeat_interleave(torch.arange(len(rows)), counts)  # (n_texts,)
-        if self.views:
-            none = images.new_zeros((0, 2, 3, *self.size))
+        if self.views and placed is not None:
+            batch["views"] = placed["views"]
+        elif self.views:
+            none = images.new_zeros((0, 2, 3, *self.views))
             batch["views"] = (
                 torch.stack([row.views for row in rows if row.views is not None]) if rows else none
             )

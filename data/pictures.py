@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 import warnings
 from collections.abc import Sequence
 
@@ -23,6 +24,33 @@ MAX_PIXELS = 50_000_000
 ORIENTATION = 0x0112  # EXIF tag
 TURNED_SIDEWAYS = (5, 6, 7, 8)  # its values that exchange width and height
 REDUCTIONS = (8, 4, 2)  # libjpeg-turbo has fast inverse transforms for these; 7/8 to 3/8 cost more than 1
+LEAST_BORROWED = 1 << 23  # bytes; numpy asks for huge pages from 4 MB on
+MOST_BORROWED = (
+    1 << 25
+)  # bytes (11 megapixels); what needs more is given fresh memory, so that no thread keeps it
+_kept = threading.local()
+
+
+def borrow(purpose: str, size: int) -> np.ndarray:
+    """Memory that the same thread gets again the next time that it asks for the same purpose.
+
+    A picture is larger than what the C library keeps between two allocations. Fresh memory comes from the kernel page
+    by page, which takes as long as half the decoding.
+
+    Args:
+        purpose: Tells apart what must not overwrite each other.
+        size: Bytes.
+
+    Returns:
+        uint8 (size,), with anything in it; valid until the next call.
+    """
+    if size > MOST_BORROWED:
+        return np.empty(size, dtype=np.uint8)
+    memory = getattr(_kept, purpose, None)
+    if memory is None or len(memory) < size:
+        memory = np.empty(max(size, LEAST_BORROWED), dtype=np.uint8)
+        setattr(_kept, purpose, memory)
+    return memory[:size]
 
 
 def open_picture(
@@ -104,7 +132,7 @@ class Picture:
         if self.orientation in TURNED_SIDEWAYS:
             self.width, self.height = self.height, self.width
 
-    def pixels(self, reduction: float = 1.0) -> np.ndarray:
+    def pixels(self, reduction: float = 1.0, *, borrowed: bool = False) -> np.ndarray:
         """Decode to RGB.
 
         EXIF orientation is applied (open_clip ignores it). Alpha is dropped as `convert("RGB")` does; 16-bit
@@ -113,6 +141,8 @@ class Picture:
         Args:
             reduction: By how much a JPEG may be decoded smaller ("scaled DCT"): by 8, 4 or 2, the first of these
                 that is no more. Other files come in full.
+            borrowed: Give pixels that are valid only until the next such call in the same thread, which saves a
+                tenth of the time at 256 px and a third at 1024 px.
 
         Returns:
             uint8 (H, W, 3); C-contiguous.
@@ -121,7 +151,7 @@ class Picture:
             Fault: `undecodable_image`.
         """
         if self.image is None or (self.orientation == 1 and self.image.format == "JPEG"):
-            fast = self._decode_jpeg(next((by for by in REDUCTIONS if by <= reduction), 1))
+            fast = self._decode_jpeg(next((by for by in REDUCTIONS if by <= reduction), 1), borrowed)
             if fast is not None:
                 return fast
         image = self.image or open_picture(self.data, max_pixels=self.max_pixels, formats=self.formats)
@@ -132,13 +162,16 @@ class Picture:
             except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
                 raise undecodable(self.data, error) from error
 
-    def _decode_jpeg(self, reduction: int) -> np.ndarray | None:
+    def _decode_jpeg(self, reduction: int, borrowed: bool) -> np.ndarray | None:
         if self.image is not None and self.image.mode not in ("RGB", "L"):
             return None  # CMYK, whose inverted variants Pillow knows
         height, width = math.ceil(self.height / reduction), math.ceil(self.width / reduction)
+        memory = borrow("pixels", height * width * 3) if borrowed else None
         try:
             # It takes the smallest scale that gives this size, which is 1 / reduction exactly.
-            decoded = simplejpeg.decode_jpeg(self.data, "RGB", min_height=height, min_width=width)
+            decoded = simplejpeg.decode_jpeg(
+                self.data, "RGB", min_height=height, min_width=width, buffer=memory
+            )
         except ValueError:  # damaged, or only odd: Pillow may still manage, and has the better message
             return None
         return decoded if decoded.shape == (height, width, 3) else None

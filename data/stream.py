@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from data.faults import FaultLog
 from data.fetch import ShardCache, cache_folder, is_remote
 from data.labels import LabelTexts
-from data.loading import Steps, as_it_is, start_worker
+from data.loading import load_batches
 from data.mixture import Mix, Mixture, Rows, Source, Sources, as_sources, whole_weights
 from data.order import WINDOW, EpochOrder, rank_slice, source_seed
 from data.pairs import CAPTIONS, PairCollate, PairLoad, own_captions
@@ -247,7 +246,7 @@ class PairStream:
 
     def locate(self, number: int) -> tuple[ShardIndex, int]:
         """Shard and number within the shard of a global sample index."""
-        shard = int(np.searchsorted(self.bases, number, side="right")) - 1
+        shard = int(self.bases.searchsorted(number, side="right")) - 1
         return self.indices[shard], number - int(self.bases[shard])
 
     def shards_of(self, step: int) -> list[int]:
@@ -278,31 +277,23 @@ class PairStream:
         return self._iterate(start, stop)
 
     def _iterate(self, start: int, stop: int | None) -> Iterator[Batch]:
-        loader = DataLoader(
-            Steps(self, start, stop),
-            batch_size=None,  # a worker hands over whole batches; taking turns keeps their order
-            num_workers=self.workers if stop is None else min(self.workers, stop - start),
-            collate_fn=as_it_is,
-            generator=torch.Generator(),  # or the loader would draw from, and so change, torch's global state
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=start_worker if self.workers else None,
-        )
         log = FaultLog(self.max_faults)
-        for made in loader:
-            step = made["step"]
-            epoch, number = divmod(step, self.batches_per_epoch)
+        for made in load_batches(self, start, stop):
+            epoch, number = divmod(made.step, self.batches_per_epoch)
             if number == 0:
                 log = FaultLog(self.max_faults)  # the budget is one epoch's
-            log.add(made["faults"], made["seen"])
-            for fault in made["faults"]:
+            log.add(made.faults, made.seen)
+            for fault in made.faults:
                 self.counts[fault.cause] += fault.count
-            whole = step + 1 - start >= self.batches_per_epoch
+            whole = made.step + 1 - start >= self.batches_per_epoch
             ends = number + 1 == self.batches_per_epoch
             log.judge(final=whole and ends)
             if ends:
                 log.summarise(f"epoch {epoch}")
-            self.step = step + 1
-            yield Batch(step, epoch, made["keys"], made["indices"], made["data"], made["sources"])
+            self.step = made.step + 1
+            indices, sources = made.numbers.T
+            yield Batch(made.step, epoch, made.keys, indices, made.data, sources)
+            del made  # the consumer's alone from here on, so that its memory is free as soon as it lets go
 
 
 def pair_stream(
@@ -379,7 +370,12 @@ def pair_stream(
     if not isinstance(shards, str | Path):
         shards = [own_captions(word, load) if isinstance(word, Source) else word for word in shards]
     collate = PairCollate(
-        batch_tokenizer(tokenize), transform.size, captions, captions_per_image, stored, views is not None
+        batch_tokenizer(tokenize),
+        transform.size,
+        captions,
+        captions_per_image,
+        stored,
+        views.size if views else None,
     )
     stream = PairStream(shards, load, collate, batch_size=batch_size, members=load.members, **options)
     require_members(stream.indices, stored)
@@ -398,5 +394,7 @@ def set_picture_size(stream: PairStream, size: tuple[int, int]) -> None:
         views = load and load.views and replace(load.views, size=size)
         return load and replace(load, transform=replace(load.transform, size=size), views=views)
 
-    stream.load, stream.collate = resized(stream.load), replace(stream.collate, size=size)  # pyright: ignore
+    collate: Any = stream.collate
+    stream.load = resized(stream.load)
+    stream.collate = replace(collate, size=size, views=collate.views and size)
     stream.sources = [replace(source, load=resized(source.load)) for source in stream.sources]

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.pictures import MAX_PIXELS, Picture
+from data.pictures import MAX_PIXELS, Picture, borrow
 
 INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
@@ -43,27 +43,30 @@ def decode_image(
         >>> decode_image(path.read_bytes()).shape                                 # doctest: +SKIP
         torch.Size([3, 480, 640])
     """
-    return _planes(Picture(data, max_pixels=max_pixels, formats=formats).pixels())
+    return as_planes(Picture(data, max_pixels=max_pixels, formats=formats).pixels())
 
 
-def _planes(pixels: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+def as_planes(pixels: np.ndarray) -> torch.Tensor:
+    """Rows of pixels uint8 (H, W, 3) seen as (3, H, W), without a copy."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """Antialiased resize of uint8 (3, H, W) to contiguous (3, *size); rounds as Pillow does."""
+    """Antialiased resize of uint8 (3, H, W) to (3, *size), as Pillow rounds; in memory of its own, of any layout."""
     if tuple(image.shape[-2:]) == size:
-        return image.contiguous()
+        return image.clone()
     if interpolation == "bicubic":
         # torchvision's own call without its dispatch, which costs a tenth of the work at 224 px. The rows are made
         # contiguous before the batch dimension comes: only then has that dimension the stride by which torch knows
         # interleaved pixels for such, and writes them as such (at 256 px a third faster than into planes).
-        rows = image.permute(1, 2, 0).contiguous()[None]  # (1, H, W, 3)
-        return interpolate(rows.permute(0, 3, 1, 2), size=size, mode="bicubic", antialias=True)[
-            0
-        ].contiguous()
+        rows = image.permute(1, 2, 0)  # (H, W, 3)
+        if not rows.is_contiguous():
+            memory = borrow("crop", rows.numel()).reshape(rows.shape)
+            np.copyto(memory, rows.numpy())
+            rows = torch.from_numpy(memory)
+        return interpolate(rows[None].permute(0, 3, 1, 2), size=size, mode="bicubic", antialias=True)[0]
     # torchvision knows on which processors the integer kernel of `bilinear` can be trusted.
-    return F.resize(image, list(size), _interpolation(interpolation), antialias=True).contiguous()
+    return F.resize(image, list(size), _interpolation(interpolation), antialias=True)
 
 
 def _interpolation(name: str) -> InterpolationMode:
@@ -122,8 +125,12 @@ class EvalTransform:
             rng: Not used; the train transform takes one.
 
         Returns:
-            uint8 (3, height, width).
+            uint8 (3, height, width), contiguous.
         """
+        return self.apply(image, rng).contiguous()
+
+    def apply(self, image: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
+        """The same in memory of its own, of whichever layout is fastest."""
         height, width = image.shape[-2:]
         target_h, target_w = self.size
         if self.resize_mode == "squash":
@@ -145,7 +152,7 @@ class EvalTransform:
             image = F.pad(image, sides, fill=self.fill_color)
         top = round((image.shape[-2] - target_h) / 2)
         left = round((image.shape[-1] - target_w) / 2)
-        return image[:, top : top + target_h, left : left + target_w].contiguous()
+        return image[:, top : top + target_h, left : left + target_w]
 
 
 @dataclass(frozen=True)
@@ -203,11 +210,15 @@ class TrainTransform:
             rng: The sample's random numbers.
 
         Returns:
-            uint8 (3, height, width).
+            uint8 (3, height, width), contiguous.
 
         Raises:
             TypeError: No generator was given.
         """
+        return self.apply(image, rng).contiguous()
+
+    def apply(self, image: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
+        """The same in memory of its own, of whichever layout is fastest."""
         if rng is None:
             raise TypeError("TrainTransform needs a numpy Generator: call transform(image, rng)")
         return self._finish(image, self.crop(image.shape[-2], image.shape[-1], rng), rng)
@@ -224,17 +235,21 @@ class TrainTransform:
             rng: The sample's random numbers.
 
         Returns:
-            uint8 (3, height, width).
+            uint8 (3, height, width), contiguous.
 
         Raises:
             Fault: `undecodable_image`.
         """
+        return self.apply_reduced(picture, rng).contiguous()
+
+    def apply_reduced(self, picture: Picture, rng: np.random.Generator) -> torch.Tensor:
+        """What `load` gives, of whichever layout is fastest."""
         top, left, height, width = self.crop(picture.height, picture.width, rng)
-        pixels = picture.pixels(min(height / self.size[0], width / self.size[1]))
+        pixels = picture.pixels(min(height / self.size[0], width / self.size[1]), borrowed=True)
         rows, columns = pixels.shape[0] / picture.height, pixels.shape[1] / picture.width
         top, bottom = round(top * rows), round((top + height) * rows)
         left, right = round(left * columns), round((left + width) * columns)
-        return self._finish(_planes(pixels), (top, left, bottom - top, right - left), rng)
+        return self._finish(as_planes(pixels), (top, left, bottom - top, right - left), rng)
 
     def _finish(
         self, image: torch.Tensor, box: tuple[int, int, int, int], rng: np.random.Generator
@@ -244,11 +259,12 @@ class TrainTransform:
         if self.hflip and rng.random() < self.hflip:
             image = image.flip(-1)
         if self.color_jitter:
+            image = image.contiguous()  # the mean that contrast is taken about depends on the order in memory
             for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
                 image = adjust(image, 1 + self.color_jitter * rng.uniform(-1, 1))
         if self.grayscale and rng.random() < self.grayscale:
             image = F.rgb_to_grayscale(image, num_output_channels=3)
-        return image.contiguous()
+        return image
 
     def crop(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Draw the crop box: (top, left, height, width) in pixels of the source."""

@@ -1,6 +1,7 @@
 """Mixtures through the stream: state, workers, ranks, captions of each source, and shards that fail on the way."""
 
 import io
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loading import Steps
+from data.buffers import Slots
+from data.loading import Parts, tasks
 from data.mixture import Source
 from data.pairs import PairLoad
 from data.samples import RawSample
@@ -107,11 +109,16 @@ def test_the_same_global_batches_for_any_workers_ranks_and_stops(sources, mix):
 
 def loaded(stream: PairStream, start: int, stop: int, workers: int) -> list[list[str]]:
     """Keys of batches as loader workers make them, each on its own; processes would take a second an example."""
+    slots = Slots({}, stream.batch_size, shared=False)
+    count = max(workers, 1)
     made = {}
-    for worker in range(max(workers, 1)):
+    for worker in range(count):
         info = SimpleNamespace(id=worker, num_workers=workers) if workers else None
         with mock.patch("data.loading.get_worker_info", return_value=info):
-            made |= {batch["step"]: batch["keys"] for batch in Steps(stream, start, stop)}
+            parts = Parts(stream, slots, stop)
+            for task in itertools.islice(tasks(slots, start, stop, workers), worker, None, count):
+                made[task.step] = parts[task].keys
+            parts.close()
     return [made[step] for step in range(start, stop)]
 
 

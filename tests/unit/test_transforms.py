@@ -12,8 +12,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.faults import Fault
-from data.pictures import Picture
-from data.transforms import EvalTransform, TrainTransform, decode_image
+from data.pictures import MOST_BORROWED, Picture, borrow
+from data.transforms import EvalTransform, TrainTransform, as_planes, decode_image
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -225,6 +225,34 @@ def test_other_formats_and_turned_pictures_are_decoded_in_full():
         assert Picture(data).pixels(4).shape == (300, 400, 3)
     cmyk = Picture(encode(ramp(400, 300).convert("CMYK"), "JPEG"))
     assert cmyk.pixels(4).shape == (300, 400, 3)
+
+
+def test_borrowed_pixels_are_the_same_and_last_until_the_next_ones():
+    files = [encode(ramp(width, 60), "JPEG", quality=95) for width in (80, 50, 90)]
+    kept = [Picture(data).pixels() for data in files]
+    for data, expected in zip(files, kept, strict=True):
+        borrowed = Picture(data).pixels(borrowed=True)
+        assert np.array_equal(borrowed, expected)
+        assert borrowed.flags.c_contiguous
+    assert np.shares_memory(Picture(files[0]).pixels(borrowed=True), borrowed)
+    assert not np.shares_memory(kept[2], borrowed)
+
+
+def test_large_memory_is_not_kept():
+    assert np.shares_memory(borrow("test", 10), borrow("test", 1000))
+    assert not np.shares_memory(borrow("test", 10), borrow("another test", 10))
+    assert not np.shares_memory(borrow("test", MOST_BORROWED + 1), borrow("test", MOST_BORROWED + 1))
+
+
+@pytest.mark.parametrize("transform", [EvalTransform(40), EvalTransform((40, 60)), TrainTransform(40)])
+def test_a_result_does_not_lie_in_memory_that_the_next_picture_overwrites(transform):
+    data = encode(ramp(60, 40), "JPEG", quality=95)
+    for _ in range(3):
+        made = transform.apply(as_planes(Picture(data).pixels(borrowed=True)), np.random.default_rng(0))
+        before = made.clone()
+        Picture(encode(ramp(60, 40).transpose(Image.Transpose.ROTATE_180), "JPEG")).pixels(borrowed=True)
+        borrow("crop", 60 * 40 * 3)[:] = 7
+        assert torch.equal(made, before)
 
 
 def test_loading_scaled_takes_the_same_crop_and_random_numbers():
