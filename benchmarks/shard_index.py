@@ -2,7 +2,9 @@
 
 Shards of 1,000 samples (`.jpg` of 2 KB, `.txt`, `.json`). `build` is the median of interleaved pairs of our scan and
 webdataset-style reading of the same headers by Python's `tarfile`, whose members are checked to be the same. `start`
-is `index_shards` on all shards, from their index files, each pair beside a start that scans.
+is `index_shards` on all shards, from their index files, each pair beside a start that scans. `resume` is
+`load_state_dict` of a state in the middle of an epoch and its first batch (256 rows, read but not decoded), in a
+stream that was made anew; the batch is checked to be the one that comes there without a stop.
 
     python benchmarks/shard_index.py             # 1,000 shards by links to a few; --shards N for fewer
 """
@@ -23,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from data.samples import index_shards
 from data.shards import Sample, ShardWriter
+from data.stream import PairStream
 from data.tar import ShardIndex, scan_shard
 
 SAMPLES = 1000
@@ -64,6 +67,42 @@ def members(index: ShardIndex) -> dict[str, tuple[int, int]]:
     }
 
 
+def load(sample, rng):
+    return sample.key, len(sample.image)
+
+
+def collate(rows):
+    return {"rows": rows}
+
+
+def resume(folder: Path) -> dict[str, float]:
+    """What it costs to go on in the middle of an epoch, in seconds, and the size of the state in bytes."""
+
+    def fresh() -> PairStream:
+        return PairStream(str(folder), load, collate, batch_size=256)
+
+    first = fresh()
+    middle = first.batches_per_epoch // 2
+    running = first.iterate(middle)
+    next(running)
+    state = first.state_dict()
+    seen = next(running)
+    loads, batches = [], []
+    for _ in range(ROUNDS):
+        stream = fresh()
+        loads.append(timed(lambda stream=stream: stream.load_state_dict(state)))
+        batches.append(timed(lambda stream=stream: next(iter(stream))))
+        assert batches[-1][2].indices.tolist() == seen.indices.tolist()  # type: ignore[attr-defined]
+    return {
+        "load_state_ms": round(1e3 * statistics.median(row[0] for row in loads), 2),
+        "first_batch_ms": round(1e3 * statistics.median(row[0] for row in batches), 2),
+        "wall_ms": round(
+            1e3 * statistics.median(a[1] + b[1] for a, b in zip(loads, batches, strict=True)), 2
+        ),
+        "state_bytes": len(json.dumps(state)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -82,6 +121,7 @@ def main() -> None:
             starts = [timed(lambda: index_shards(paths[0].parent)) for _ in range(ROUNDS)]
         counts = [sum(map(len, start[2])) for start in (cold, *starts)]  # pyright: ignore
         assert set(counts) == {shards * SAMPLES}
+        resumed = resume(paths[0].parent)
     ratios = sorted(theirs_ / ours_ for ours_, theirs_ in zip(ours, theirs, strict=True))
     figures = {
         "shards": shards,
@@ -94,6 +134,7 @@ def main() -> None:
         "first_start_cpu_s": round(cold[0], 3),
         "start_cpu_s": round(statistics.median(start[0] for start in starts), 3),
         "start_wall_s": round(statistics.median(start[1] for start in starts), 3),
+        "resume": resumed,
     }
     print(json.dumps(figures))
 

@@ -17,12 +17,10 @@ from data.curate.duplicates import (
     exact_pairs,
     keepers,
     perceptual_pairs,
-    search,
     semantic_pairs,
-    unit,
-    vector_index,
 )
 from data.curate.hashes import close_pairs
+from data.curate.lists import Lists, unit
 from data.curate.look import BALANCE, DUPLICATES, LEAK, NO_ENTRY, causes
 from data.curate.plant import KINDS
 from data.curate.recipe import Alike, ClipScore, CurateRecipe, Similarity
@@ -234,18 +232,10 @@ def cross_pairs(
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     vectors = unit(records.embeddings[records.embedded[rows]])
     if isinstance(others, Records):  # an evaluation set is small: every pair is compared
-        samples, found = search(_exhaustive(unit(own)), vectors, section.semantic.min_similarity)
+        samples, found = Lists(unit(own), exact=True).search(vectors, section.semantic.min_similarity)
         return theirs[found], rows[samples]
-    asked, places = search(vector_index(vectors), unit(own), section.semantic.min_similarity)
+    asked, places = Lists(vectors).search(unit(own), section.semantic.min_similarity)
     return theirs[asked], rows[places]
-
-
-def _exhaustive(vectors: np.ndarray) -> Any:
-    import faiss
-
-    index: Any = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)
-    return index
 
 
 def _equal(asked: np.ndarray, known: np.ndarray, rows: np.ndarray) -> Pairs:

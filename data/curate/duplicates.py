@@ -6,21 +6,11 @@ one stays. What is best depends on the samples alone, never on the order of shar
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
-import faiss
 import numpy as np
 
 from data.curate.hashes import close_pairs
+from data.curate.lists import NONE, Lists, Pairs, unit
 from data.curate.records import Records
-
-FAISS: Any = faiss
-Pairs: TypeAlias = tuple[np.ndarray, np.ndarray]  # int64 (pairs,) each
-EXHAUSTIVE = 20_000  # rows up to which every embedding is compared with every other one
-PER_LIST = 1000  # rows of a list of the inverted file above that, so that the cost of a row does not grow
-PROBES = 8  # lists that are looked into for a row
-BLOCK = 4096  # rows that are searched for at a time
-NONE: Pairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
 def exact_pairs(digests: np.ndarray, rows: np.ndarray) -> Pairs:
@@ -59,8 +49,8 @@ def perceptual_pairs(records: Records, rows: np.ndarray, max_distance: int, flip
 def semantic_pairs(vectors: np.ndarray, rows: np.ndarray, order: np.ndarray, min_similarity: float) -> Pairs:
     """Rows whose embeddings have at least this cosine.
 
-    All pairs up to 20,000 rows; above that FAISS's inverted file with lists of about 1,000 rows, of which 8 are looked
-    into, so that the cost of a row stays the same; it misses few pairs at cosines of 0.9 and more.
+    All pairs up to 20,000 rows; above that those in the lists that lie nearest (`Lists`), so that the cost of a row
+    stays the same.
 
     Args:
         vectors: Rows of length one; float16 or float32 (n, dimensions).
@@ -73,45 +63,9 @@ def semantic_pairs(vectors: np.ndarray, rows: np.ndarray, order: np.ndarray, min
     sequence = np.argsort(order, kind="stable")
     rows = rows[sequence]
     vectors = unit(vectors[sequence])
-    asked, found = search(vector_index(vectors), vectors, min_similarity)
+    asked, found = Lists(vectors).search(vectors, min_similarity)
     other = asked != found
     return rows[asked[other]], rows[found[other]]
-
-
-def vector_index(vectors: np.ndarray) -> Any:
-    """A FAISS index of unit rows, float32 (n, dimensions), by inner product."""
-    dimensions = vectors.shape[1]
-    if len(vectors) <= EXHAUSTIVE:
-        index: Any = FAISS.IndexFlatIP(dimensions)
-    else:
-        lists = len(vectors) // PER_LIST
-        index = FAISS.IndexIVFFlat(
-            FAISS.IndexFlatIP(dimensions), dimensions, lists, FAISS.METRIC_INNER_PRODUCT
-        )
-        index.own_fields, index.cp.niter, index.cp.seed = False, 10, 1
-        index.nprobe = min(PROBES, lists)
-        index.train(vectors[: 64 * lists])
-    index.add(vectors)
-    return index
-
-
-def search(index: Any, vectors: np.ndarray, min_similarity: float) -> Pairs:
-    """All `(row of vectors, row of the index)` with at least this cosine."""
-    pairs = []
-    for first in range(0, len(vectors), BLOCK):
-        block = vectors[first : first + BLOCK]
-        limits, _, places = index.range_search(
-            block, float(np.nextafter(np.float32(min_similarity), np.float32(0)))
-        )
-        asked = np.repeat(np.arange(len(block)), np.diff(limits.astype(np.int64))) + first
-        pairs.append((asked, places.astype(np.int64)))
-    return _joined(pairs)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows as float32 of length one; halves have lost a little of it."""
-    vectors = vectors.astype(np.float32)
-    return np.ascontiguousarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
 
 
 def _joined(pairs: list[Pairs]) -> Pairs:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data.curate import duplicates
+from data.curate import lists
 from data.curate.balance import Entries, keep_probabilities, uniform
 from data.curate.decide import not_among_best
 from data.curate.duplicates import components, exact_pairs, keepers, perceptual_pairs, semantic_pairs
@@ -195,11 +195,13 @@ def test_semantic_pairs_are_those_above_the_cosine() -> None:
     assert len(expected) > 50
 
 
-def test_the_inverted_file_finds_nearly_all_and_does_not_mind_the_order(monkeypatch) -> None:
+@pytest.mark.parametrize("flat", [4096, 8], ids=["centres", "cells"])
+def test_the_lists_find_nearly_all_and_do_not_mind_the_order(monkeypatch, flat) -> None:
     vectors, order = vectors_of(3000), np.random.default_rng(1).permutation(3000)
     everything = components(3000, semantic_pairs(vectors, np.arange(3000), order, 0.95))
-    monkeypatch.setattr(duplicates, "EXHAUSTIVE", 100)
-    monkeypatch.setattr(duplicates, "PER_LIST", 100)
+    for name, value in {"EXHAUSTIVE": 100, "PER_LIST": 100, "FLAT": flat}.items():
+        monkeypatch.setattr(lists, name, value)
+    assert lists.Lists(vectors).count == 30
     found = components(3000, semantic_pairs(vectors, np.arange(3000), order, 0.95))
     joined = everything != np.arange(3000)
     assert joined.sum() >= 290
@@ -207,6 +209,36 @@ def test_the_inverted_file_finds_nearly_all_and_does_not_mind_the_order(monkeypa
     shuffled = np.random.default_rng(2).permutation(3000)
     again = components(3000, semantic_pairs(vectors[shuffled], shuffled, order[shuffled], 0.95))
     assert (again == found).all()
+
+
+def test_the_lists_give_pairs_of_the_exact_search_alone_and_each_once(monkeypatch) -> None:
+    vectors, asked = vectors_of(2000), vectors_of(2000)[100:1100:3]
+    exact = set(
+        zip(*(side.tolist() for side in lists.Lists(vectors, exact=True).search(asked, 0.9)), strict=True)
+    )
+    by_hand = np.argwhere(asked @ vectors.T >= 0.9)
+    assert exact == {tuple(pair) for pair in by_hand.tolist()}
+    for name, value in {"EXHAUSTIVE": 100, "PER_LIST": 50, "BLOCK": 128}.items():
+        monkeypatch.setattr(lists, name, value)
+    found = list(zip(*(side.tolist() for side in lists.Lists(vectors).search(asked, 0.9)), strict=True))
+    assert len(found) == len(set(found))
+    assert set(found) <= exact
+    assert len(found) > 0.95 * len(exact)
+
+
+def test_the_work_of_a_row_does_not_grow_with_the_set(monkeypatch) -> None:
+    """Rows that a row is compared with, counted: as many in a set of four times the size."""
+    for name, value in {"EXHAUSTIVE": 100, "PER_LIST": 50}.items():
+        monkeypatch.setattr(lists, name, value)
+
+    def compared(n: int) -> float:
+        vectors = vectors_of(n)
+        made = lists.Lists(vectors)
+        return sum(len(members) * len(askers) for members, askers in made._askers(vectors)) / n
+
+    small, large = compared(2000), compared(8000)
+    assert small < 8 * 50 * 3  # lists are not equally long, and the long ones are asked more often
+    assert large < 1.25 * small
 
 
 def test_entries_are_whole_words() -> None:
