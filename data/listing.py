@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from dataclasses import asdict, dataclass
 
 RESEARCH = "research use"
@@ -94,7 +95,7 @@ SOURCES = (
 
 
 def show(*, json: bool = False) -> int:
-    """List the sets that are known.
+    """List the sets that are known: a table on a terminal, a line for each into a pipe.
 
     Args:
         json: As JSON instead of a table.
@@ -105,6 +106,11 @@ def show(*, json: bool = False) -> int:
     if json:
         print(jsonlib.dumps([asdict(source) for source in SOURCES], indent=1, ensure_ascii=False))
         return 0
+    if not sys.stdout.isatty():  # a pipe gets a whole line for each set
+        for source in SOURCES:
+            rest = (source.size, source.purpose, source.licence, source.source)
+            print(f"{source.name:<21}{source.command:<19}{' | '.join(rest)}")
+        return 0
     from rich.console import Console
     from rich.table import Table
 
@@ -112,8 +118,5 @@ def show(*, json: bool = False) -> int:
     table = Table(*columns, show_lines=False, pad_edge=False, box=None, header_style="bold")
     for source in SOURCES:
         table.add_row(*asdict(source).values())
-    console = Console()
-    if not console.is_terminal:  # a pipe gets whole lines
-        console.width = 1000
-    console.print(table)
+    Console().print(table)
     return 0

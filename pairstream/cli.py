@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -42,6 +44,23 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+GONE = 141  # what a shell says of a program whose reader has gone, as in `pairstream data list | head`
+
+
+def reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads; nothing more is written to it then."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):  # it was replaced by an object
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return True
+
+
 def run_stage(main: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
     """Run one stage's `main(argv)`; a user's error becomes one message and exit code 2.
 
@@ -50,14 +69,22 @@ def run_stage(main: Callable[[list[str]], int | None], argv: Sequence[str]) -> i
         argv: Its arguments; `--debug` anywhere among them lets the traceback through.
 
     Returns:
-        The exit code: 0 for success, 2 for an error in what the user gave, 130 when interrupted.
+        The exit code: 0 for success, 2 for an error in what the user gave, 130 when interrupted, 141 when whoever read
+        the output has gone.
     """
     from pairstream.errors import message, require_own_packages
 
     arguments = [argument for argument in argv if argument != "--debug"]
     try:
         require_own_packages()
-        return main(arguments) or 0
+        code = main(arguments) or 0
+        sys.stdout.flush()  # a reader that has gone is met here, not while the process ends
+        return code
+    except BrokenPipeError as error:
+        if not reader_is_gone():  # a broken connection
+            print(f"error: {message(error)}", file=sys.stderr)
+            return 2
+        return GONE
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

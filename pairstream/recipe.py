@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Sequence
 from importlib.resources import files
@@ -79,8 +80,42 @@ def load_recipe(kind: type[RecipeT], stage: str, name: str, overrides: Sequence[
         raise ValueError(f"{path}: not a YAML recipe: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a recipe (a mapping of keys), got {type(content).__name__}")
-    recipe = validate(kind, content, str(path))
+    recipe = validate(kind, with_required(kind, content, overrides), str(path))
     return override(recipe, overrides, str(path)) if overrides else recipe
+
+
+def with_required(kind: type[BaseModel], content: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """A recipe's content, with what command-line words say of required keys that it lacks.
+
+    The rest of the words is left to `override`, which can change a whole recipe only.
+    """
+    given: dict[tuple[str, ...], list[str]] = {}
+    for number, word in enumerate(words):
+        if word.startswith("--"):
+            path, value = path_and_value(words, number)
+            after = next((n for n in range(number + 1, len(words)) if words[n].startswith("--")), len(words))
+            given[tuple(path)] = [value] if "=" in word else list(words[number + 1 : after])
+    content = copy.deepcopy(content)
+    for wanted, as_list in (("missing", False), ("tuple_type", True), ("list_type", True)):
+        try:
+            kind.model_validate(content)
+        except ValidationError as error:
+            faults = [fault for fault in error.errors() if fault["type"] == wanted]
+        else:
+            break
+        for fault in faults:
+            path = tuple(keys_of(kind, fault["loc"]))
+            values = given.get(path)
+            if values:
+                put(content, path, values if as_list or len(values) > 1 else values[0])
+    return content
+
+
+def put(content: Any, path: Sequence[str], value: Any) -> None:
+    """Set a key inside mappings and lists."""
+    for key in path[:-1]:
+        content = content[int(key)] if isinstance(content, list) else content[key]
+    content[path[-1]] = value
 
 
 def override(recipe: RecipeT, words: Sequence[str], source: str = "the recipe") -> RecipeT:
@@ -253,6 +288,13 @@ def explain(kind: type[BaseModel], error: ValidationError, source: str) -> str:
             tag = str(fault.get("ctx", {}).get("discriminator")).strip("'")
             lines.append(
                 f"{key}: no {tag}, which says what it is: expected {tag} beside the keys {list(fault['input'])}"
+            )
+        elif fault["type"] == "union_tag_invalid":
+            told = fault.get("ctx", {})
+            tag, came = str(told.get("discriminator")).strip("'"), str(told.get("tag"))
+            valid = [name.strip(" '") for name in str(told.get("expected_tags")).split(",")]
+            lines.append(
+                f"{key}.{tag}: expected one of {', '.join(valid)}, got {came!r}{nearest(came, valid)}"
             )
         else:
             came = f" (got {fault['input']!r})" if not isinstance(fault["input"], dict) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,31 @@ def test_exit_codes_and_arguments_pass_through(capsys):
 
     assert run_stage(interrupted, []) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_ends_it_quietly():
+    """As in `pairstream data list | head`, whose `head` may end first."""
+    code = "import sys; from pairstream.cli import run_stage; sys.exit(run_stage(lambda argv: print('x' * %d), []))"
+    for size in (10, 1_000_000):  # met while the stage prints, and only when what it printed is handed over
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(
+            [sys.executable, "-c", code % size],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_connection_is_no_reader_that_has_gone(capsys):
+    def broken(argv):
+        raise BrokenPipeError("the connection to the cluster broke")
+
+    assert run_stage(broken, []) == 2
+    assert capsys.readouterr().err == "error: the connection to the cluster broke\n"
 
 
 PROBE = """

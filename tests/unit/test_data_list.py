@@ -25,8 +25,19 @@ def test_every_set_is_listed_with_all_that_one_asks(capsys: pytest.CaptureFixtur
     assert all(row.values() and all(row.values()) for row in rows)
 
 
-def test_the_table_has_a_line_per_set(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_gets_a_line_per_set(capsys: pytest.CaptureFixture[str]) -> None:
     main(["list"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["name", "command"]
-    assert [line.split()[0] for line in lines[1:]] == [source.name for source in SOURCES]
+    assert [line.split()[0] for line in lines] == [source.name for source in SOURCES]
+    for line, source in zip(lines, SOURCES, strict=True):
+        assert all(text in line for text in (source.size, source.licence, source.source, source.purpose))
+        assert f"{source.name} " in line  # no name runs into the next column
+        assert f"{source.command} " in line
+    assert max(map(len, lines)) < 250
+
+
+def test_a_terminal_gets_a_table(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    main(["list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "what it is" in lines[0]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from data.curate.recipe import CurateRecipe
 from pairstream.recipe import dump_recipe, find_recipe, load_recipe
 from pretrain.recipe import EMA, Phase, PretrainRecipe
 from pretrain.recipe_loss import SigmoidConfig
@@ -75,7 +76,10 @@ FAULTS = {
         r"evaluate.0.evry: unknown key; did you mean 'every'\?",
     ),
     "wrong type": ({"steps": "many"}, r"steps: .*valid integer.* \(got 'many'\)"),
-    "wrong kind": ({"model": {"kind": "tower"}}, r"model: .*'tower'.*'towers', 'open_clip'"),
+    "wrong kind": (
+        {"model": {"kind": "tower"}},
+        r"model.kind: expected one of towers, open_clip, got 'tower'; did you mean 'towers'",
+    ),
     "missing key": ({"data": {}}, r"data.train: Field required"),
     "empty shard list": ({"data": {"train": []}}, r"data.train: the shard list is empty"),
     "warm-up too long": ({"schedule": {"warmup": 6}}, r"schedule.warmup \(6\) must be below steps \(6\)"),
@@ -282,3 +286,36 @@ def test_what_is_no_recipe_is_refused(tmp_path):
 def test_recipes_are_frozen(write):
     with pytest.raises(ValueError, match="frozen"):
         load(write()).steps = 3  # pyright: ignore
+
+
+def test_a_required_key_may_come_from_the_command_line_alone(tmp_path):
+    path = tmp_path / "rules.yaml"
+    path.write_text("filters: [{kind: word_count}, {kind: language}]\nleaks: {drop: false}\n")
+
+    def curate(*words: str) -> CurateRecipe:
+        return load_recipe(CurateRecipe, "data", str(path), words)
+
+    words = ("--out", "there", "--leaks.shards=dev", "--filters.1.allow", "en", "--filters.0.min", "4")
+    recipe = curate("--shards", "web", *words)
+    assert (recipe.shards, recipe.out) == ("web", "there")
+    assert recipe.leaks is not None
+    assert recipe.leaks.shards == "dev"
+    assert [rule.model_dump() for rule in recipe.filters] == [
+        {"kind": "word_count", "min": 4, "max": None},
+        {"kind": "language", "allow": ("en",), "certainty": 0.5},
+    ]
+    assert curate("--shards", "a", "b", *words).shards == ("a", "b")
+    with pytest.raises(ValueError, match=r"rules.yaml: shards: Field required"):
+        curate(*words)
+
+
+def test_a_mistyped_kind_in_a_list_names_the_nearest(tmp_path):
+    path = tmp_path / "rules.yaml"
+    path.write_text("shards: a\nout: b\nfilters: [{kind: word_count}, {kind: captionlength}]\n")
+    with pytest.raises(
+        ValueError, match=r"filters.1.kind: expected one of .*, got 'captionlength'; did you mean "
+    ):
+        load_recipe(CurateRecipe, "data", str(path))
+    path.write_text("shards: a\nout: b\nfilters: [{min: 3}]\n")
+    with pytest.raises(ValueError, match=r"filters.0: no kind, which says what it is"):
+        load_recipe(CurateRecipe, "data", str(path))
