@@ -49,6 +49,10 @@ class Family(Protocol):
         """The model of the recipe with all weights of a saved one."""
         ...
 
+    def keep(self, run: Any, texts: list[TextRow], bad: frozenset[int]) -> None:
+        """What is kept beside the features of all pictures but the `bad` ones, `run.kept`."""
+        ...
+
     def reading(self, run: Any, transform: EvalTransform | TrainTransform | None) -> tuple[Any, Any]:
         """What loads and what collates the training samples."""
         ...
@@ -118,6 +122,9 @@ class Writing:
         model.parts = parts.parts
         return model
 
+    def keep(self, run: Any, texts: list[TextRow], bad: frozenset[int]) -> None:
+        pass
+
     def reading(self, run: Any, transform: EvalTransform | TrainTransform | None) -> tuple[Any, Any]:
         model: VisionLanguageModel = run.model
         room, shots = model.context - model.prefix_length, run.recipe.shots
@@ -162,6 +169,17 @@ class Fusing:
             tower_lora=recipe.tower_lora,
         )
         return weighted(model, run)
+
+    def keep(self, run: Any, texts: list[TextRow], bad: frozenset[int]) -> None:
+        """The scale of the channels, and what a frozen text tower makes of the texts, if they are few."""
+        recipe: Any = run.recipe
+        model: FusionClassifier = run.model
+        if recipe.task.standardise and run.step == 0:
+            model.learn_scale(run.kept, [row for row in range(len(run.kept)) if row not in bad])
+        if recipe.task.freeze_text_tower and model.pooled:
+            different = {text for row in texts for text in run.task.corpus(row.judged_by)} | {""}
+            if len(different) <= recipe.steps * recipe.batch_size:  # else the steps read fewer
+                model.keep_texts(different)
 
     def reading(self, run: Any, transform: EvalTransform | TrainTransform | None) -> tuple[Any, Any]:
         task, encoder = run.recipe.task, run.model.encoder

@@ -117,8 +117,7 @@ class Finetuner:
         if recipe.data.cache_image_tokens:
             self.kept, bad = keep_image_tokens(recipe, self.model, show=self.main)
             self.stream.load = Present(self.stream.load, bad)
-            if self.step == 0 and getattr(recipe.task, "standardise", False):
-                self.model.learn_scale(self.kept, [row for row in range(len(self.kept)) if row not in bad])
+            self.family.keep(self, texts, bad)
 
     def read_texts(self) -> list[TextRow]:
         """All training texts, for the tokenizer and the baselines; the pictures are not decoded."""

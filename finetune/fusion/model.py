@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class FusionClassifier(TaskModel):
         self.pooled = isinstance(task.fusion, Pooled)
         self.image_pooled = isinstance(task.fusion, Pooled) and task.fusion.picture == "embedding"
         self.towers = encoder.model
+        self.kept_texts: dict[bytes, Tensor] = {}
         blank = torch.zeros(1, 3, *encoder.image_size, dtype=torch.uint8)
         words = encoder.tokenize([""])
         with torch.no_grad():
@@ -166,11 +167,25 @@ class FusionClassifier(TaskModel):
         self.image_mean.copy_(mean)
         self.image_scale.copy_(torch.where(changes, 1 / deviation, 0.0))
 
+    @torch.no_grad()
+    def keep_texts(self, texts: Iterable[str]) -> None:
+        """Read texts once, for training a pooled head over a text tower that is frozen."""
+        # In an order and in batches of their own, so that a resumed run has the same to the last bit.
+        rows = sorted(texts, key=lambda text: (len(text), text))
+        parts = [self.encoder.tokenize(rows[start : start + 64]) for start in range(0, len(rows), 64)]
+        features = torch.cat([self.text_features(part) for part in parts])
+        tokens = [row.numpy().tobytes() for part in parts for row in part]
+        self.kept_texts = dict(zip(tokens, features, strict=True))
+
     def text_features(self, text: Tensor) -> Tensor:
         """int64 tokens `(b, m)` to float `(b, 1, d)`, the embedding, or `(b, k, d)`, the tower's tokens.
 
         Places behind the longest text are left out where that changes nothing, so that k may be less than m.
         """
+        if self.training and self.kept_texts:
+            kept = [self.kept_texts.get(row.tobytes()) for row in text.cpu().numpy()]
+            if all(feature is not None for feature in kept):
+                return torch.stack(kept)  # pyright: ignore[reportArgumentType]
         text = text.to(self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.task.freeze_text_tower):
             if self.pooled:

@@ -328,6 +328,26 @@ def test_mean_and_deviation_are_of_the_training_pictures_and_saved(world, tmp_pa
         recipe(world, tmp_path / "r", task)
 
 
+def test_a_frozen_text_tower_reads_each_training_text_once(world, tmp_path, monkeypatch):
+    from finetune.trainer import Finetuner
+
+    task = {"freeze_text_tower": True, "modality_dropout": 0.0}
+    kept = Finetuner(recipe(world, tmp_path / "kept", task, data={"cache_image_tokens": True}))
+    assert len(kept.model.kept_texts) == 5  # three that tell the mood, one that does not, and none
+    reads = []
+    tower = kept.model.towers.transformer
+    hook = tower.register_forward_pre_hook(lambda _, args: reads.append(kept.model.training))
+    kept.train()
+    hook.remove()
+    assert reads
+    assert not any(reads)  # in evaluation only
+    monkeypatch.setattr(FusionClassifier, "keep_texts", lambda self, texts: None)
+    train(recipe(world, tmp_path / "read", task, data={"cache_image_tokens": True}))
+    place = "checkpoints/step-00000008/model/fusion.safetensors"
+    ours, theirs = (load_file(tmp_path / name / place) for name in ("kept", "read"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+
+
 def test_balanced_weights_are_one_on_average():
     from finetune.fusion.samples import Post
 
