@@ -39,8 +39,8 @@ def decode(content: bytes, limits: Limits) -> Tensor:
     """Pixels of a picture, uint8 `(3, H, W)`; the first frame of several.
 
     The format is one of the allowed, and the size is read from the header, before a pixel is decoded. A progressive
-    JPEG goes over all its pixels once for each scan, and a scan takes some ten bytes: twelve megabytes of them would keep
-    a thread busy long after everybody has given up.
+    JPEG goes over all its pixels once for each scan, and a scan takes some ten bytes: twelve megabytes of them
+    would keep a thread busy long after everybody has given up.
 
     Raises:
         Refusal: 413: too many pixels or scans; 422: no picture of an allowed format, or a damaged one.
