@@ -12,6 +12,9 @@ from data.transforms import decode_image
 from serve.refusal import Refusal
 from serve.settings import Limits
 
+JPEG, SCAN = b"\xff\xd8", b"\xff\xda"  # markers; in coded pixels 0xff is followed by 0
+SCANS = 100  # of a JPEG; encoders write about ten
+
 
 def from_base64(text: str, limits: Limits) -> bytes:
     """The bytes of a picture given in base64, with or without a `data:` prefix.
@@ -35,11 +38,15 @@ def from_base64(text: str, limits: Limits) -> bytes:
 def decode(content: bytes, limits: Limits) -> Tensor:
     """Pixels of a picture, uint8 `(3, H, W)`; the first frame of several.
 
-    The format is one of the allowed, and the size is read from the header, before a pixel is decoded.
+    The format is one of the allowed, and the size is read from the header, before a pixel is decoded. A progressive
+    JPEG goes over all its pixels once for each scan, and a scan takes some ten bytes: twelve megabytes of them
+    would keep a thread busy long after everybody has given up.
 
     Raises:
-        Refusal: 413: too many pixels; 422: no picture of an allowed format, or a damaged one.
+        Refusal: 413: too many pixels or scans; 422: no picture of an allowed format, or a damaged one.
     """
+    if content.startswith(JPEG) and content.count(SCAN) > SCANS:
+        raise Refusal(413, "picture_too_large", f"a JPEG has more than {SCANS} scans")
     try:
         return decode_image(content, max_pixels=limits.pixels, formats=limits.formats)
     except Fault as fault:

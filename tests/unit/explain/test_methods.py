@@ -13,7 +13,15 @@ from PIL import Image
 
 from explain import gradients
 from explain.cli import main
-from explain.gradients import chefer, grad_cam, integrated_gradients, resize_map, stages_product
+from explain.gradients import (
+    chefer,
+    grad_cam,
+    integrated_gradients,
+    resize_map,
+    shift,
+    stages_product,
+    views,
+)
 from explain.layout import Layout, tower_layout
 from explain.methods import METHODS, default_method, explain_pair, heatmaps
 from explain.perturb import leave_one_out, lime, occlusion, picture_players, shap_values, superpixels
@@ -242,9 +250,33 @@ class Corners:
 def test_a_reader_of_tokens_weighs_each_cell_by_its_own_gradients(explained):
     encoder = explained["resnet"]
     images = torch.randint(0, 256, (2, 3, *encoder.image_size), dtype=torch.uint8)
-    found = heatmaps(Corners(encoder), images, "gradcam")
+    found = grad_cam(Corners(encoder), encoder.pixels(images), smooth=False)
     assert found[:, -1, -1].min() > 0
     assert not found[:, 0, 0].any()
+
+
+def test_pictures_are_moved_with_their_edge_repeated():
+    picture = torch.arange(12.0).view(1, 1, 3, 4)
+    assert torch.equal(shift(picture, 1, 0)[0, 0], picture[0, 0, [0, 0, 1]])
+    assert torch.equal(shift(picture, 0, -1)[0, 0], picture[0, 0][:, [1, 2, 3, 3]])
+    assert torch.equal(shift(shift(picture, 1, 1), -1, -1)[..., :2, :3], picture[..., :2, :3])
+    assert shift(picture, 0, 0) is picture
+    found = views((96, 48))
+    assert len(set(found)) == 10
+    assert {abs(y) for y, _, _ in found} == {0, 4}
+    assert {abs(x) for _, x, _ in found} == {0, 2}
+
+
+def test_grad_cam_of_a_mirrored_picture_is_its_map_mirrored(explained, pictures):
+    """As many views are mirrored as not, and each map is put back where it belongs."""
+    encoder = explained["resnet"]
+    target, pixels = PairTarget(encoder, encoder.encode_texts([TEXT])), encoder.pixels(pictures(encoder, 1))
+    found = grad_cam(target, pixels)
+    assert found.shape == (1, 8, 8)
+    assert found.max() == pytest.approx(1, abs=0.5)
+    torch.testing.assert_close(grad_cam(target, pixels.flip(-1)).flip(-1), found, rtol=0, atol=1e-4)
+    single = grad_cam(target, pixels, smooth=False)
+    assert not torch.allclose(grad_cam(target, pixels.flip(-1), smooth=False).flip(-1), single, atol=1e-2)
 
 
 def test_stages_are_multiplied_and_a_silent_one_is_left_out():
@@ -281,7 +313,7 @@ def test_grad_cam_is_that_of_the_grad_cam_package(explained, pictures, kind, mon
         reshape = lambda x: x[:, 1:].reshape(len(x), *layout.grid, -1).permute(0, 3, 1, 2)  # noqa: E731
     with package.GradCAM(Model(), list(layout.grad_cam), reshape_transform=reshape) as cam:
         theirs = cam(pixels, [lambda row: torch.nn.functional.normalize(row, dim=-1) @ target.rows[0]])
-    ours = grad_cam(target, pixels)[0].numpy()
+    ours = grad_cam(target, pixels, smooth=False)[0].numpy()
     scaled = (ours - ours.min()) / (
         1e-7 + ours.max() - ours.min()
     )  # as the package shows maps: stretched, enlarged

@@ -201,6 +201,17 @@ def test_bombs_and_floods_take_no_memory(live, images):
     assert live.ask("/v1/embed/text", {"texts": ["a"]})[0] == 200
 
 
+def test_a_jpeg_of_a_thousand_scans_is_refused_undecoded(live, images):
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 90).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    last = content.rfind(b"\xff\xda")  # a scan is repeated, which no decoder minds
+    endless = content[:last] + content[last:-2] * 1000 + content[-2:]
+    message = refused(live, "/v1/embed/image", images(endless), "picture_too_large", 413)
+    assert "scans" in message
+    assert live.ask("/v1/embed/image", images(content))[0] == 200
+
+
 def test_numbers_of_items_and_lengths_of_texts_are_bounded(live, images, make_picture):
     content = make_picture(1)
     refused(live, "/v1/embed/text", {"texts": ["a"] * 257}, "too_many_items", 413)
