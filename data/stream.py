@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.device import on_device
 from data.faults import FaultLog
 from data.fetch import ShardCache, cache_folder, is_remote
 from data.labels import LabelTexts
@@ -85,7 +86,8 @@ class PairStream:
         shards: What `data.shards.expand_shards` takes: a folder, files, globs, braces, URLs, `pipe:` commands; or
             a list of `Source`, which are mixed (`data.mixture.Mixture` says how).
         load: `load(sample, rng) -> row`; raises `Fault` for a sample that cannot be used.
-        collate: `collate(rows) -> dict`; tensors in it are pinned when CUDA is there.
+        collate: `collate(rows) -> dict`; one with columns of fixed size (`data.buffers.Placing`) lets all workers
+            fill each batch together.
         batch_size: Samples per rank and batch.
         seed: Of the order and of all random choices.
         shuffle: Samples that are mixed with one another (see `data.order.EpochOrder`); True for 65,536,
@@ -266,19 +268,23 @@ class PairStream:
         """The batches of one epoch."""
         return self.iterate(epoch * self.batches_per_epoch, (epoch + 1) * self.batches_per_epoch)
 
-    def iterate(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    def iterate(
+        self, start: int = 0, stop: int | None = None, device: str | torch.device | None = None
+    ) -> Iterator[Batch]:
         """Batches `start`, `start + 1`, ... up to `stop` (exclusive), or without end.
+
+        With a CUDA `device` the tensors of `data` lie there: a thread pins and copies them, two batches ahead.
 
         Raises:
             ValueError: A range that cannot be; or, while running, more bad samples than `max_faults`.
         """
         if start < 0 or (stop is not None and stop < start):
             raise ValueError(f"expected 0 <= start <= stop, got start={start}, stop={stop}")
-        return self._iterate(start, stop)
+        return self._iterate(start, stop, device)
 
-    def _iterate(self, start: int, stop: int | None) -> Iterator[Batch]:
+    def _iterate(self, start: int, stop: int | None, device: str | torch.device | None) -> Iterator[Batch]:
         log = FaultLog(self.max_faults)
-        for made in load_batches(self, start, stop):
+        for made in on_device(load_batches(self, start, stop), device):
             epoch, number = divmod(made.step, self.batches_per_epoch)
             if number == 0:
                 log = FaultLog(self.max_faults)  # the budget is one epoch's

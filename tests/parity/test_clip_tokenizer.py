@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from data import tokens
+from data import cleaning, tokens
+from data.cleaning import CLEAN, clean_text
 from data.stream import pair_stream
-from data.tokens import CLEAN, ClipTokenizer, batch_tokenizer
+from data.tokens import ClipTokenizer, batch_tokenizer
 from data.transforms import EvalTransform
 
 pytestmark = pytest.mark.parity
@@ -42,6 +43,28 @@ PIECES = st.one_of(
 @settings(max_examples=200, deadline=None)
 def test_any_text_has_open_clips_ids(texts):
     assert torch.equal(OURS(texts), THEIRS(texts))
+
+
+@given(st.lists(PIECES, max_size=8).map("".join))
+@settings(max_examples=300, deadline=None)
+def test_cleaning_is_open_clips(text):
+    assert clean_text(text) == THEIRS.clean_fn(text)
+
+
+def test_every_character_is_cleaned_alike():
+    for code in (*range(0x3100), *range(0xD7F0, 0xE010), *range(0xF900, 0x10000), 0x1F600, 0xE0001):
+        for text in (f"a{chr(code)}b", f"{chr(code)}{chr(code)}"):
+            assert clean_text(text) == THEIRS.clean_fn(text), hex(code)
+
+
+def test_what_is_known_of_characters_stays_small(monkeypatch):
+    monkeypatch.setattr(cleaning, "KEPT_CHARACTERS", 20)
+    monkeypatch.setattr(cleaning, "LONGEST", 50)
+    touched = cleaning._Touched()
+    monkeypatch.setattr(cleaning, "_TOUCHED", touched)
+    for text in HARD:
+        assert clean_text(text) == THEIRS.clean_fn(text)
+        assert len(touched) <= 20
 
 
 @given(st.from_regex(CLEAN, fullmatch=True))
