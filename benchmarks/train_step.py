@@ -156,7 +156,7 @@ class Ours:
             return loss
 
         self.trainer.objective = told
-        self.trainer.stream.iterate = lambda *_: self.clock.through(self.ready())  # pyright: ignore
+        self.trainer.stream.iterate = lambda *_, **__: self.clock.through(self.ready())  # pyright: ignore
 
     def ready(self) -> Iterator[Batch]:
         rank, world = self.trainer.rank, self.trainer.world

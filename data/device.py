@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -70,14 +70,17 @@ def ahead(
         thread.join()
 
 
-def on_device(batches: Iterator[Any], device: str | torch.device | None) -> Iterator[Any]:
+def on_device(
+    batches: Iterator[Any], device: str | torch.device | None, stay: Collection[str] = ()
+) -> Iterator[Any]:
     """Named tuples with `data`, a dict of tensors, whose tensors lie on the device: a CUDA device's are copied ahead.
 
-    For any other device, or None, these are the batches as they come.
+    Those that `stay` are pinned and left where they are. For any other device, or None, these are the batches as they
+    come.
     """
     if device is None or torch.device(device).type != "cuda":
         return batches
-    return _on_cuda(batches, ToDevice(torch.device(device)))
+    return _on_cuda(batches, ToDevice(torch.device(device), stay))
 
 
 def _on_cuda(batches: Iterator[Any], to_device: ToDevice) -> Iterator[Any]:
@@ -90,30 +93,31 @@ class ToDevice:
 
     Args:
         device: A CUDA device.
+        stay: Names of tensors that are pinned and not copied.
     """
 
-    def __init__(self, device: torch.device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, stay: Collection[str] = ()):
+        self.device, self.stay, self.stream = device, stay, torch.cuda.Stream(device)
 
     def __call__(self, data: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event]:
         """Begin to copy; the event is when it is done."""
         with torch.cuda.stream(self.stream):
-            moved = {name: self.copy(value) for name, value in data.items()}
+            moved = {name: self.copy(name, value) for name, value in data.items()}
             done = torch.cuda.Event()
             done.record(self.stream)
         return moved, done
 
-    def copy(self, value: Any) -> Any:
+    def copy(self, name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         pinned = value if value.is_pinned() else value.pin_memory()
-        return pinned.to(self.device, non_blocking=True)
+        return pinned if name in self.stay else pinned.to(self.device, non_blocking=True)
 
     def hand_over(self, moved: dict[str, Any], done: torch.cuda.Event) -> dict[str, Any]:
         """Let the current stream wait for the copies, and keep their memory for as long as it works on them."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(done)
         for value in moved.values():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.is_cuda:
                 value.record_stream(current)
         return moved

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -269,22 +269,29 @@ class PairStream:
         return self.iterate(epoch * self.batches_per_epoch, (epoch + 1) * self.batches_per_epoch)
 
     def iterate(
-        self, start: int = 0, stop: int | None = None, device: str | torch.device | None = None
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        device: str | torch.device | None = None,
+        stay: Collection[str] = (),
     ) -> Iterator[Batch]:
         """Batches `start`, `start + 1`, ... up to `stop` (exclusive), or without end.
 
-        With a CUDA `device` the tensors of `data` lie there: a thread pins and copies them, two batches ahead.
+        With a CUDA `device` the tensors of `data` lie there, but for those that `stay` in pinned memory: a thread pins
+        and copies them, two batches ahead.
 
         Raises:
             ValueError: A range that cannot be; or, while running, more bad samples than `max_faults`.
         """
         if start < 0 or (stop is not None and stop < start):
             raise ValueError(f"expected 0 <= start <= stop, got start={start}, stop={stop}")
-        return self._iterate(start, stop, device)
+        return self._iterate(start, stop, device, stay)
 
-    def _iterate(self, start: int, stop: int | None, device: str | torch.device | None) -> Iterator[Batch]:
+    def _iterate(
+        self, start: int, stop: int | None, device: str | torch.device | None, stay: Collection[str]
+    ) -> Iterator[Batch]:
         log = FaultLog(self.max_faults)
-        for made in on_device(load_batches(self, start, stop), device):
+        for made in on_device(load_batches(self, start, stop), device, stay):
             epoch, number = divmod(made.step, self.batches_per_epoch)
             if number == 0:
                 log = FaultLog(self.max_faults)  # the budget is one epoch's

@@ -263,7 +263,8 @@ class Trainer:
         parameters = [value for value in self.wrap.network.parameters() if value.requires_grad]
         window, self.logged = Window(self.accelerator.device), self.step
         waited, checked = time.monotonic(), False
-        for batch in self.stream.iterate(self.step, stop, self.accelerator.device):
+        # Tokens are measured on the CPU first, see `text_length`.
+        for batch in self.stream.iterate(self.step, stop, self.accelerator.device, stay=["tokens"]):
             window.waiting += time.monotonic() - waited
             torch.manual_seed(mix(recipe.seed, self.step, self.rank))
             lr = recipe.optim.lr * learning_rate_factor(self.step, recipe.steps, recipe.schedule)

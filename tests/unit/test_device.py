@@ -101,9 +101,13 @@ def test_elsewhere_than_on_cuda_the_batches_are_left_alone(device):
 
 @pytest.mark.gpu
 def test_on_cuda_the_tensors_lie_there():
-    batches = [Batch(step, {"a": torch.full((1000, 1000), step), "b": ["x"]}) for step in range(9)]
-    for step, batch in enumerate(on_device(iter(batches), "cuda")):
+    batches = [
+        Batch(step, {"a": torch.full((1000, 1000), step), "b": ["x"], "c": torch.ones(1)})
+        for step in range(9)
+    ]
+    for step, batch in enumerate(on_device(iter(batches), "cuda", stay=["c"])):
         assert batch.step == step
+        assert batch.data["c"].is_pinned()
         assert batch.data["a"].is_cuda
         assert batch.data["b"] == ["x"]
         assert batch.data["a"].eq(step).all()
