@@ -25,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(each for each in sys.path if Path(each or ".").resolve() != HERE)]
 
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
-from scipy import stats  # noqa: E402
 
+from benchmarks.pretraining_study import interval as student  # noqa: E402
 from benchmarks.timing import machine  # noqa: E402
 from pretrain.recipe import PretrainRecipe  # noqa: E402
 from pretrain.trainer import Trainer  # noqa: E402
@@ -77,10 +77,8 @@ def train(recipe: PretrainRecipe) -> dict[str, float]:
 
 def interval(differences: list[float]) -> dict[str, float]:
     """Mean of paired differences with Student's 95 % interval."""
-    mean = statistics.fmean(differences)
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
-    return {"mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
+    low, high = student(differences) or (float("nan"),) * 2  # of one pair there is none
+    return {"mean": round(statistics.fmean(differences), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def main() -> None:
