@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,27 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     transformers.BertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def dies_of_saving(monkeypatch: pytest.MonkeyPatch):
+    """`with dies_of_saving(): ...`: the fine-tuning inside is killed when it has saved its first checkpoint."""
+    from finetune.trainer import Finetuner
+
+    save = Finetuner.save
+
+    def save_and_die(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def dies():
+        with monkeypatch.context() as patch:
+            patch.setattr(Finetuner, "save", save_and_die)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return dies
 
 
 @pytest.fixture

@@ -150,17 +150,14 @@ class FusionClassifier(TaskModel):
             features: float `(samples, n, d)`, what `image_tokens` made of them.
             rows: Those that count.
         """
-        dim = features.shape[-1]
-        total, squares, count = torch.zeros(dim).double(), torch.zeros(dim).double(), 0
-        for part in torch.as_tensor(list(rows)).split(
-            1024
-        ):  # a part at a time: all would be twice the memory
+        total, squares = torch.zeros(2, features.shape[-1], dtype=torch.float64)
+        count = 0
+        # A part at a time: all in float64 would be twice the memory.
+        for part in torch.as_tensor(list(rows)).split(1024):
             values = features[part].double().flatten(0, 1)
-            total, squares, count = (
-                total + values.sum(0),
-                squares + values.square().sum(0),
-                count + len(values),
-            )
+            total += values.sum(0)
+            squares += values.square().sum(0)
+            count += len(values)
         mean = total / count
         deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
         changes = deviation > 1e-6 * mean.abs().clamp(min=1)

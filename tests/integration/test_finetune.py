@@ -126,7 +126,7 @@ def test_captions_are_learnt_from_kept_tokens(world, tmp_path):
 
 
 @pytest.mark.parametrize("task", [{"kind": "caption"}, {"kind": "vqa", "questions": 1, "target": "sample"}])
-def test_killed_and_resumed_is_bit_equal(world, tmp_path, task, monkeypatch):
+def test_killed_and_resumed_is_bit_equal(world, tmp_path, task, dies_of_saving):
     changes = {
         "freeze_image_tower": False,
         "checkpoint": {"every": 4},
@@ -136,19 +136,9 @@ def test_killed_and_resumed_is_bit_equal(world, tmp_path, task, monkeypatch):
     straight = recipe(world, tmp_path / "straight", task, **changes)
     finetune(straight)
 
-    from finetune.trainer import Finetuner
-
     killed = recipe(world, tmp_path / "killed", task, **changes)
-    save = Finetuner.save
-
-    def save_and_die(self):
-        save(self)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Finetuner, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_of_saving():
         finetune(killed)
-    monkeypatch.setattr(Finetuner, "save", save)
     with pytest.raises(FileExistsError, match="--resume"):
         finetune(killed)
     finetune(killed, resume=True)

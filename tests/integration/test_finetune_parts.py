@@ -80,22 +80,14 @@ def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def killed_and_resumed(chosen: FinetuneRecipe, monkeypatch) -> None:
-    save = Finetuner.save
-
-    def save_and_die(self):
-        save(self)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "save", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            Finetuner(chosen).train()
+def killed_and_resumed(chosen: FinetuneRecipe, dies_of_saving) -> None:
+    with dies_of_saving():
+        Finetuner(chosen).train()
     Finetuner(chosen, resume=True).train()
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_twenty_steps_with_adapters_are_ten_and_ten(world, tmp_path, monkeypatch, dora, coloured):
+def test_twenty_steps_with_adapters_are_ten_and_ten(world, tmp_path, dies_of_saving, dora, coloured):
     changes = {
         "language_model": {"kind": "pretrained", "name": str(world / "lm")},
         "lora": {"rank": 4, "dropout": 0.1, "dora": dora},
@@ -108,7 +100,7 @@ def test_twenty_steps_with_adapters_are_ten_and_ten(world, tmp_path, monkeypatch
         "length_groups": 2,
     }
     Finetuner(recipe(world, tmp_path / "straight", **changes)).train()
-    killed_and_resumed(recipe(world, tmp_path / "killed", **changes), monkeypatch)
+    killed_and_resumed(recipe(world, tmp_path / "killed", **changes), dies_of_saving)
     straight, killed = tensors(tmp_path / "straight", 20), tensors(tmp_path / "killed", 20)
     assert straight.keys() == killed.keys()
     assert [name for name in straight if not torch.equal(straight[name], killed[name])] == []
@@ -305,7 +297,7 @@ def test_rewards_are_cider_with_the_frequencies_of_the_training_captions():
         SelfCritic({0: ["x"]}, Reward(after=0))
 
 
-def test_self_critical_training_raises_the_reward(world, tmp_path, monkeypatch):
+def test_self_critical_training_raises_the_reward(world, tmp_path, monkeypatch, dies_of_saving):
     """Begun from a captioner that is half-way, the drawn captions get better; and it resumes bit for bit."""
     changes = {
         "steps": 40,
@@ -331,7 +323,7 @@ def test_self_critical_training_raises_the_reward(world, tmp_path, monkeypatch):
     Finetuner(chosen).train()
     assert len(found) == 32
     assert np.mean(found[-10:]) > 1.3 * np.mean(found[:10])
-    killed_and_resumed(recipe(world, tmp_path / "killed", {"kind": "caption"}, **changes), monkeypatch)
+    killed_and_resumed(recipe(world, tmp_path / "killed", {"kind": "caption"}, **changes), dies_of_saving)
     straight, killed = tensors(tmp_path / "run", 40), tensors(tmp_path / "killed", 40)
     assert [name for name in straight if not torch.equal(straight[name], killed[name])] == []
     with pytest.raises(ValueError, match=r"reward is for captions \(CIDEr-D\), this task is mixed"):

@@ -105,7 +105,7 @@ def test_ends_of_the_interpolation_are_exact_and_others_are_refused(world, small
         Interpolation(small_encoder(width=16, context=8), small_encoder(width=16, context=8), "start")
 
 
-def test_the_pull_is_its_formula_and_resumes_exactly(world, tmp_path, monkeypatch):
+def test_the_pull_is_its_formula_and_resumes_exactly(world, tmp_path, dies_of_saving):
     weight, other = nn.Parameter(torch.tensor([3.0, -1.0])), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([{"params": [weight, other], "names": ["w", "o"], "lr": 0.1}])
     weight.grad = torch.zeros(2)
@@ -118,17 +118,9 @@ def test_the_pull_is_its_formula_and_resumes_exactly(world, tmp_path, monkeypatc
         Finetuner(recipe(world, tmp_path / name, l2_sp=strength)).train()
         far[name] = distance(encoder_of(tmp_path / name), start)
     assert 0 < far["held"] < 0.9 * far["free"]
-    save = Finetuner.save
-
-    def save_and_die(self):
-        save(self)
-        raise KeyboardInterrupt
-
     killed = recipe(world, tmp_path / "killed", l2_sp=20.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "save", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            Finetuner(killed).train()
+    with dies_of_saving():
+        Finetuner(killed).train()
     Finetuner(killed, resume=True).train()
     straight, resumed = encoder_of(tmp_path / "held"), encoder_of(tmp_path / "killed")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)

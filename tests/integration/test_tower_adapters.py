@@ -66,7 +66,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("task", TASKS)
 def test_twenty_steps_are_ten_and_ten_and_the_model_comes_back(
-    encoder, tiny_shards, tmp_path, monkeypatch, task, dora
+    encoder, tiny_shards, tmp_path, dies_of_saving, task, dora
 ):
     changes = {"task": TASKS[task], "tower_lora": {"rank": 2, "alpha": 8, "dora": dora}}
     straight = recipe(encoder, tiny_shards, tmp_path / "straight", **changes)
@@ -79,17 +79,9 @@ def test_twenty_steps_are_ten_and_ten_and_the_model_comes_back(
     assert len(inside) == 4 * (3 if dora else 2)  # attention in and out, and two of the feed-forward layer
     trainer.train()
 
-    save = Finetuner.save
-
-    def save_and_die(self):
-        save(self)
-        raise KeyboardInterrupt
-
     halves = straight.model_copy(update={"run": str(tmp_path / "halves")})
-    with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "save", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            Finetuner(halves).train()
+    with dies_of_saving():
+        Finetuner(halves).train()
     Finetuner(halves, resume=True).train()
     once, twice = tensors(tmp_path / "straight"), tensors(tmp_path / "halves")
     assert set(once) == set(twice)

@@ -218,21 +218,12 @@ def test_it_learns_what_neither_modality_tells_alone(world, tmp_path):
     assert [line["label"] for line in lines] == [entry["label"] for entry in predictions]
 
 
-def test_killed_and_resumed_is_bit_equal(world, tmp_path, monkeypatch):
-    from finetune.trainer import Finetuner
+def test_killed_and_resumed_is_bit_equal(world, tmp_path, dies_of_saving):
 
     changes = {"checkpoint": {"every": 4}, "task": {"class_weights": "balanced"}, "freeze_image_tower": False}
     train(recipe(world, tmp_path / "straight", **changes))
-    save = Finetuner.save
-
-    def save_and_die(self):
-        save(self)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "save", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe(world, tmp_path / "killed", **changes))
+    with dies_of_saving():
+        train(recipe(world, tmp_path / "killed", **changes))
     train(recipe(world, tmp_path / "killed", **changes), resume=True)
     files = sorted((tmp_path / "straight/checkpoints/step-00000008").rglob("*.safetensors"))
     assert {file.name for file in files} >= {"fusion.safetensors", "open_clip_model.safetensors"}
@@ -288,7 +279,9 @@ def test_pooled_heads_get_one_vector_of_all_tokens(picture, make_picture, make_m
     assert torch.allclose(found, expected[:, None], atol=1e-6)
 
 
-def test_mean_and_deviation_are_of_the_training_pictures_and_saved(world, tmp_path, monkeypatch):
+def test_mean_and_deviation_are_of_the_training_pictures_and_saved(
+    world, tmp_path, monkeypatch, dies_of_saving
+):
     from finetune.trainer import Finetuner
 
     task = {"fusion": {"kind": "product", "width": 16, "picture": "tokens"}, "standardise": True}
@@ -305,16 +298,8 @@ def test_mean_and_deviation_are_of_the_training_pictures_and_saved(world, tmp_pa
     assert torch.allclose(straight.model.image_mean.double(), kept.mean(dim=0), atol=1e-6)
     assert torch.allclose(straight.model.image_scale.double(), 1 / kept.std(dim=0, correction=0), rtol=1e-4)
     straight.train()
-    save = Finetuner.save
-
-    def save_and_die(self):
-        save(self)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "save", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            made("killed").train()
+    with dies_of_saving():
+        made("killed").train()
     with monkeypatch.context() as patch:  # a model that goes on keeps its own
         patch.setattr(FusionClassifier, "learn_scale", None)
         made("killed", resume=True).train()

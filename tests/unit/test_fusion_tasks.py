@@ -150,7 +150,7 @@ def test_wrong_captions_are_never_right_ones():
     assert len(empty["labels"]) == len(empty["text"]) == len(empty["images"]) == 0
 
 
-def test_answers_are_learnt_resumed_and_predicted(world, tmp_path, monkeypatch, coloured):
+def test_answers_are_learnt_resumed_and_predicted(world, tmp_path, dies_of_saving, coloured):
     task = {"kind": "choose", "questions": 2}
     changes = {"steps": 60, "checkpoint": {"every": 30}, "data": {"cache_image_tokens": True}}
     metrics = Finetuner(recipe(world, tmp_path / "run", task, **changes)).train()
@@ -176,17 +176,9 @@ def test_answers_are_learnt_resumed_and_predicted(world, tmp_path, monkeypatch, 
     kept = json.loads((tmp_path / "run/predictions.json").read_text())
     assert [line["answer"] for line in lines] == [entry["answer"] for entry in kept]
 
-    save = Finetuner.save
-
-    def save_and_die(self):
-        save(self)
-        raise KeyboardInterrupt
-
     killed = recipe(world, tmp_path / "killed", task, **changes)
-    with monkeypatch.context() as patch:
-        patch.setattr(Finetuner, "save", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            Finetuner(killed).train()
+    with dies_of_saving():
+        Finetuner(killed).train()
     Finetuner(killed, resume=True).train()
     for name in ("fusion.safetensors", "encoder/open_clip_model.safetensors"):
         straight, resumed = (
