@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from data.ahead import Ahead
 from data.buffers import Slots, columns_of, join
 from data.faults import Fault, FaultRecord
-from data.order import rank_slice, sample_rng
+from data.order import rank_slice
 from data.samples import read_sample
+from data.seeds import sample_rng, sample_rngs
 from data.tar import ShardReader
 
 if TYPE_CHECKING:
@@ -175,10 +176,12 @@ def make_part(stream: PairStream, task: Task, reader: ShardReader, slots: Slots)
     columns = np.stack([mine.sources, mine.epochs, mine.numbers], axis=1)  # (rows, 3)
     placed = None if task.slot is None else slots.slots[task.slot].tensors(first, last)
     more: tuple[Any, ...] = (None,) if slots.columns else ()  # what `load` and `collate` get besides
-    for source, epoch, number in columns[first:last].tolist():
+    columns = columns[first:last]
+    rngs = sample_rngs(stream.seed, columns[:, 1], columns[:, 2])
+    for (source, epoch, number), rng in zip(columns.tolist(), rngs, strict=True):
         if placed is not None:
             more = ({name: column[len(rows)] for name, column in placed.items()},)
-        row = make_row(stream, source, epoch, number, reader, faults, more)
+        row = make_row(stream, source, number, rng, reader, faults, more)
         if row is None and stream.window and faults[-1].cause == "unreadable_shard":
             row = stand_in(stream, task.step, source, epoch, number, reader, more)
         if row is not None:
@@ -197,8 +200,8 @@ def make_part(stream: PairStream, task: Task, reader: ShardReader, slots: Slots)
 def make_row(
     stream: PairStream,
     source: int,
-    epoch: int,
     number: int,
+    rng: np.random.Generator,
     reader: ShardReader,
     faults: list[FaultRecord],
     more: tuple[Any, ...],
@@ -208,7 +211,7 @@ def make_row(
     load = stream.sources[source].load or stream.load
     try:
         raw = read_sample(index, sample, number, reader, stream.members)
-        return load(raw, sample_rng(stream.seed, epoch, number), *more), raw.key, number
+        return load(raw, rng, *more), raw.key, number
     except Fault as fault:
         faults.append(FaultRecord(fault.cause, index.name, index.key(sample), fault.detail))
         return None
@@ -229,7 +232,8 @@ def stand_in(
     """
     for other in stream.mixture.stand_ins(source, epoch, number):
         faults: list[FaultRecord] = []
-        row = make_row(stream, source, epoch, other, reader, faults, more)
+        rng = sample_rng(stream.seed, epoch, other)
+        row = make_row(stream, source, other, rng, reader, faults, more)
         if not faults or faults[0].cause != "unreadable_shard":
             whole = stream.mixture.rows(step, 0, stream.global_batch)
             return None if other in whole.numbers else row

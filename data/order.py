@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 WINDOW = 65_536  # samples that are mixed with one another when nothing else is asked for
 
 # Keeps the random streams apart that come from one seed.
-SHARDS, SAMPLES, SAMPLE = 1, 2, 3
+SHARDS, SAMPLES = 1, 2  # and `data.seeds.SAMPLE`
 
 
 class EpochOrder:
@@ -128,14 +127,6 @@ def source_seed(seed: int, source: int) -> int:
     return (
         seed if source == 0 else int(np.random.SeedSequence((seed, source)).generate_state(1, np.uint64)[0])
     )
-
-
-def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one sample in one epoch, whoever loads it: `default_rng((seed, epoch, SAMPLE, index))`."""
-    words: Any = (seed, epoch, SAMPLE, index)
-    if max(words) < 1 << 32:  # what numpy makes of such numbers, at half the time
-        words = np.array(words, dtype=np.uint32)
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
 def rank_slice(count: int, rank: int, world_size: int) -> tuple[int, int]:

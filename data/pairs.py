@@ -139,14 +139,15 @@ class PairLoad:
             texts = [drop_words(text, self.word_dropout, rng) for text in texts]
         told, source = self.recall(sample, len(own), chosen[0], rng)
         picture = Picture(sample.image, max_pixels=self.max_pixels)
+        place = None if places is None else places["images"]
         if self.scaled_decode and isinstance(self.transform, TrainTransform):
-            image, views = self.transform.apply_reduced(picture, source), None
+            image, views = self.transform.apply_reduced(picture, source, place), None
         else:
             pixels = as_planes(picture.pixels(borrowed=True))
-            image = self.transform.apply(pixels, source)
+            image = self.transform.apply(pixels, source, place)
             views = None if self.views is None else torch.stack([self.views(pixels, rng) for _ in range(2)])
         if places is not None:
-            image = places["images"].copy_(image)
+            image = image if image is place else places["images"].copy_(image)
             views = None if views is None else places["views"].copy_(views)
         return Pair(image, texts, told, views)
 

@@ -78,11 +78,9 @@ class ShardIndex:
 
     def members(self, sample: int) -> dict[str, tuple[int, int]]:
         """Extension -> (offset, size) in bytes, of one sample."""
-        files = range(int(self.starts[sample]), int(self.starts[sample + 1]))
-        return {
-            self.names[self.extensions[file]]: (int(self.offsets[file]), int(self.sizes[file]))
-            for file in files
-        }
+        first, last = self.starts[sample : sample + 2].tolist()
+        columns = (column[first:last].tolist() for column in (self.extensions, self.offsets, self.sizes))
+        return {self.names[code]: (offset, size) for code, offset, size in zip(*columns, strict=True)}
 
 
 class _Building:

@@ -20,6 +20,9 @@ from torchvision.transforms.v2 import functional as F
 
 from data.pictures import MAX_PIXELS, Picture, borrow
 
+# What `interpolate` calls, with a place for the result, which spares the allocation and a copy.
+resize_into: Any = getattr(torch.ops.aten._upsample_bicubic2d_aa, "out", None)
+
 INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
 
@@ -51,8 +54,13 @@ def as_planes(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """Antialiased resize of uint8 (3, H, W) to (3, *size), as Pillow rounds; in memory of its own, of any layout."""
+def _resize(
+    image: torch.Tensor, size: tuple[int, int], interpolation: str, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Antialiased resize of uint8 (3, H, W) to (3, *size), as Pillow rounds.
+
+    It is `out`, filled, where that helps; else it has memory of its own, of any layout.
+    """
     if tuple(image.shape[-2:]) == size:
         return image.clone()
     if interpolation == "bicubic":
@@ -64,7 +72,11 @@ def _resize(image: torch.Tensor, size: tuple[int, int], interpolation: str) -> t
             memory = borrow("crop", rows.numel()).reshape(rows.shape)
             np.copyto(memory, rows.numpy())
             rows = torch.from_numpy(memory)
-        return interpolate(rows[None].permute(0, 3, 1, 2), size=size, mode="bicubic", antialias=True)[0]
+        pixels = rows[None].permute(0, 3, 1, 2)
+        if out is not None and resize_into is not None:
+            resize_into(pixels, size, False, None, None, out=out[None])
+            return out
+        return interpolate(pixels, size=size, mode="bicubic", antialias=True)[0]
     # torchvision knows on which processors the integer kernel of `bilinear` can be trusted.
     return F.resize(image, list(size), _interpolation(interpolation), antialias=True)
 
@@ -129,12 +141,17 @@ class EvalTransform:
         """
         return self.apply(image, rng).contiguous()
 
-    def apply(self, image: torch.Tensor, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """The same in memory of its own, of whichever layout is fastest."""
+    def apply(
+        self,
+        image: torch.Tensor,
+        rng: np.random.Generator | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The same: `out`, filled, where that helps; else in memory of its own, of whichever layout is fastest."""
         height, width = image.shape[-2:]
         target_h, target_w = self.size
         if self.resize_mode == "squash":
-            return _resize(image, self.size, self.interpolation)
+            return _resize(image, self.size, self.interpolation, out)
         if self.resize_mode == "shortest" and target_h == target_w:
             # As torchvision's Resize(int): the long side is cut off, not rounded.
             if height <= width:
@@ -145,7 +162,10 @@ class EvalTransform:
             ratios = (height / target_h, width / target_w)
             ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
             resized = (round(height / ratio), round(width / ratio))
-        image = _resize(image, (max(resized[0], 1), max(resized[1], 1)), self.interpolation)
+        resized = (max(resized[0], 1), max(resized[1], 1))
+        if resized == self.size:
+            return _resize(image, self.size, self.interpolation, out)
+        image = _resize(image, resized, self.interpolation)
         pad_h, pad_w = max(target_h - image.shape[-2], 0), max(target_w - image.shape[-1], 0)
         if pad_h or pad_w:
             sides = [pad_w // 2, pad_h // 2, (pad_w + 1) // 2, (pad_h + 1) // 2]
@@ -217,11 +237,13 @@ class TrainTransform:
         """
         return self.apply(image, rng).contiguous()
 
-    def apply(self, image: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
-        """The same in memory of its own, of whichever layout is fastest."""
+    def apply(
+        self, image: torch.Tensor, rng: np.random.Generator | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same: `out`, filled, where that helps; else in memory of its own, of whichever layout is fastest."""
         if rng is None:
             raise TypeError("TrainTransform needs a numpy Generator: call transform(image, rng)")
-        return self._finish(image, self.crop(image.shape[-2], image.shape[-1], rng), rng)
+        return self._finish(image, self.crop(image.shape[-2], image.shape[-1], rng), rng, out)
 
     def load(self, picture: Picture, rng: np.random.Generator) -> torch.Tensor:
         """Decode and transform at once, a JPEG at a reduced size where the crop stays as large as the result.
@@ -242,20 +264,26 @@ class TrainTransform:
         """
         return self.apply_reduced(picture, rng).contiguous()
 
-    def apply_reduced(self, picture: Picture, rng: np.random.Generator) -> torch.Tensor:
-        """What `load` gives, of whichever layout is fastest."""
+    def apply_reduced(
+        self, picture: Picture, rng: np.random.Generator, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What `load` gives: `out`, filled, where that helps; else of whichever layout is fastest."""
         top, left, height, width = self.crop(picture.height, picture.width, rng)
         pixels = picture.pixels(min(height / self.size[0], width / self.size[1]), borrowed=True)
         rows, columns = pixels.shape[0] / picture.height, pixels.shape[1] / picture.width
         top, bottom = round(top * rows), round((top + height) * rows)
         left, right = round(left * columns), round((left + width) * columns)
-        return self._finish(as_planes(pixels), (top, left, bottom - top, right - left), rng)
+        return self._finish(as_planes(pixels), (top, left, bottom - top, right - left), rng, out)
 
     def _finish(
-        self, image: torch.Tensor, box: tuple[int, int, int, int], rng: np.random.Generator
+        self,
+        image: torch.Tensor,
+        box: tuple[int, int, int, int],
+        rng: np.random.Generator,
+        out: torch.Tensor | None,
     ) -> torch.Tensor:
         top, left, height, width = box
-        image = _resize(image[:, top : top + height, left : left + width], self.size, self.interpolation)
+        image = _resize(image[:, top : top + height, left : left + width], self.size, self.interpolation, out)
         if self.hflip and rng.random() < self.hflip:
             image = image.flip(-1)
         if self.color_jitter:

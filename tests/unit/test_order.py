@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import SAMPLE, EpochOrder, rank_slice, sample_rng
+from data.order import EpochOrder, rank_slice
+from data.seeds import SAMPLE, sample_rng, sample_rngs
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(sum)
 
@@ -87,3 +88,13 @@ def test_sample_rng_is_numpys_own_of_the_four_numbers(place: tuple[int, int, int
     seed, epoch, index = place
     expected = np.random.default_rng((seed, epoch, SAMPLE, index))
     assert (sample_rng(*place).random(8) == expected.random(8)).all()
+
+
+def test_a_batch_of_random_numbers_is_numpys_own_of_each_sample():
+    rng = np.random.default_rng(0)
+    epochs, indices = rng.integers(0, 2**32, (2, 200))
+    for seed in (0, 2**32 - 1):
+        for made, epoch, index in zip(sample_rngs(seed, epochs, indices), epochs, indices, strict=True):
+            expected = np.random.default_rng((seed, int(epoch), SAMPLE, int(index)))
+            assert made.bit_generator.state == expected.bit_generator.state
+    assert sample_rngs(0, epochs[:0], indices[:0]) == []
