@@ -249,11 +249,28 @@ def test_what_cannot_be_made_in_parts_names_no_columns():
     assert PairCollate(**options, stored=("teacher",)).columns == {}
 
 
-def test_a_row_lies_in_its_place(make_picture):
-    sample = RawSample("k", "s", 0, make_picture(1), "jpg", {"caption": "a text"})
-    load = PairLoad(EvalTransform((8, 8)))
-    place = torch.zeros(3, 8, 8, dtype=torch.uint8)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        EvalTransform(8),
+        EvalTransform((8, 6)),
+        EvalTransform(8, resize_mode="longest"),
+        EvalTransform((8, 6), resize_mode="squash"),
+        TrainTransform(8),
+        TrainTransform(8, interpolation="bilinear"),
+        TrainTransform(8, hflip=1.0),
+        TrainTransform(8, color_jitter=0.5),
+        TrainTransform((8, 6), grayscale=1.0),
+    ],
+    ids=lambda transform: type(transform).__name__,
+)
+@pytest.mark.parametrize("side", [(48, 30), (8, 8), (5, 7)])
+def test_a_row_lies_in_its_place(make_picture, transform, side):
+    sample = RawSample("k", "s", 0, make_picture(1, side, "PNG"), "png", {"caption": "a text"})
+    load = PairLoad(transform)
+    place = torch.zeros(*transform.size, 3, dtype=torch.uint8).permute(2, 0, 1)
     pair = load(sample, np.random.default_rng(0), {"images": place})
     assert pair.image is place
-    assert torch.equal(place, load(sample, np.random.default_rng(0)).image)
-    assert pickle.loads(pickle.dumps(load(sample, np.random.default_rng(0)).image)).shape == (3, 8, 8)
+    alone = load(sample, np.random.default_rng(0)).image
+    assert torch.equal(place, alone)
+    assert pickle.loads(pickle.dumps(alone)).shape == (3, *transform.size)
