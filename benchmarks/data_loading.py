@@ -1,14 +1,15 @@
 """Samples per CPU-second of one loader worker: `pair_stream` against open_clip's own webdataset loader.
 
-Both read the same shards, take a random crop of 0.9 to 1 of the area to 224 px, tokenise one caption, and end with
-a normalised float32 batch. Each is one process on the same core that does what a loader worker does; what it costs
-to hand a batch over to the training process is left out, which favours open_clip, whose batch is four times as
-large. open_clip's `get_wds_dataset` runs in the peers' environment (`make peers`). Our normalisation, which a
-training step does on the device, is charged here on the CPU, into one reused buffer as a device's allocator gives
-it,
-with the channels of a pixel side by side. `ratio` is ours / open_clip, the median over interleaved runs (A B C,
-C B A), with the lowest and the highest.
-`mae` compares our pixels with those of open_clip's training transform for the same crops, of 255.
+Both read the same shards, take a random crop of 0.9 to 1 of the area to 224 px, tokenise one caption, and end with a
+normalised float32 batch. Each is one process on the same core that does what a loader worker does; what it costs to
+hand a batch over to the training process is left out, which favours open_clip, whose batch is four times as large.
+open_clip's `get_wds_dataset` runs in the peers' environment (`make peers`). Our normalisation, which a training step
+does on the device, is charged here on the CPU, into one reused buffer as a device's allocator gives it, with the
+channels of a pixel side by side.
+
+`ratio` is ours / open_clip, the median over interleaved runs (A B C, C B A), with the lowest and the highest. `mae`
+compares our pixels with those of open_clip's training transform for the same crops, of 255. `ceiling` is the ratio of
+a loader that did nothing but decode each JPEG, resize the whole of it and normalise: no crop, no text, no file.
 
 The pictures are Flickr8k's, enlarged, with grain that brings a file to the bytes per pixel of a photograph of
 that size (34, 79 and 198 KB at 256, 512 and 1024 px).
@@ -51,7 +52,7 @@ from data.pictures import Picture
 from data.shards import Sample, ShardWriter
 from data.stream import PairStream, pair_stream
 from data.tokens import batch_tokenizer
-from data.transforms import TrainTransform, decode_image
+from data.transforms import EvalTransform, TrainTransform, as_planes, decode_image
 
 ROOT = Path(__file__).resolve().parent.parent
 FLICKR = ROOT.parent / "shared" / "flickr8k"
@@ -127,6 +128,24 @@ def ours(folder: Path, tokenizer: Callable, scaled: bool, normalise: Normalise) 
     return run
 
 
+def bare(contents: list[bytes], count: int, scaled: bool, normalise: Normalise) -> Callable[[], float]:
+    """Only what no loader can leave out, over and over on the same memory."""
+    slot = torch.empty(BATCH, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    whole = EvalTransform(224, resize_mode="squash")
+
+    def run() -> float:
+        start = time.process_time()
+        for first in range(0, count, BATCH):
+            for place, number in zip(slot, range(first, min(first + BATCH, count)), strict=False):
+                picture = Picture(contents[number % len(contents)])
+                reduction = min(picture.height, picture.width) / 224 if scaled else 1
+                whole.apply(as_planes(picture.pixels(reduction, borrowed=True)), out=place)
+            normalise(slot[: count - first])
+        return time.process_time() - start
+
+    return run
+
+
 class Peer:
     """open_clip's loader in the peers' environment, on the same core."""
 
@@ -180,12 +199,15 @@ def differences(contents: list[bytes]) -> tuple[float, float]:
     return statistics.mean(exact), statistics.mean(scaled)
 
 
-def spread(ratios: list[float], mae: float) -> dict[str, float]:
+def spread(rounds: list[dict[str, float]], kind: str, mae: float) -> dict[str, float]:
+    ratios = [one["open_clip"] / one[kind] for one in rounds]
+    ceilings = [one["open_clip"] / one[f"bare_{kind}"] for one in rounds]
     return {
         "ratio": round(statistics.median(ratios), 2),
         "low": round(min(ratios), 2),
         "high": round(max(ratios), 2),
         "mae": round(mae, 3),
+        "ceiling": round(statistics.median(ceilings), 2),
     }
 
 
@@ -293,6 +315,8 @@ def main() -> None:
                 "open_clip": lambda folder=folder, count=count: peer.run(folder, count),
                 "exact": ours(folder, tokenizer, False, normalise),
                 "scaled": ours(folder, tokenizer, True, normalise),
+                "bare_exact": bare(contents, count, False, normalise),
+                "bare_scaled": bare(contents, count, True, normalise),
             }
             for run in runs.values():
                 run()  # warm
@@ -302,8 +326,7 @@ def main() -> None:
                 rounds.append({kind: runs[kind]() for kind in order})
             mae = dict(zip(("exact", "scaled"), differences(contents), strict=True))
             for kind in ("exact", "scaled"):
-                ratios = [one["open_clip"] / one[kind] for one in rounds]
-                result[f"{kind}_{side}"] = spread(ratios, mae[kind])
+                result[f"{kind}_{side}"] = spread(rounds, kind, mae[kind])
             rates[str(side)] = {
                 kind: round(count / statistics.median(one[kind] for one in rounds), 1) for kind in runs
             }
