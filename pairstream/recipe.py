@@ -217,9 +217,10 @@ def make_room(config: Any, path: Sequence[str], value: str, source: str, above: 
         having = [kind for kind, choice in kinds.items() if rest[0] in choice.model_fields]
         if having and rest[0] not in type(part).model_fields:
             keys = ", ".join(sorted(set(type(part).model_fields) - {"kind"}))
+            owners = " and ".join(filter(None, (", ".join(having[:-1]), having[-1])))
             raise ValueError(
                 f"{source}: {here}.{rest[0]}: {here} is of kind {part.kind}, which has {keys}; "  # pyright: ignore
-                f"{' and '.join(having)} {'has' if len(having) == 1 else 'have'} {rest[0]}: "
+                f"{owners} {'has' if len(having) == 1 else 'have'} {rest[0]}: "
                 f"give --{here}.kind {having[0]} for it"
             )
         part = make_room(part, rest, value, source, f"{here}.")

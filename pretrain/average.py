@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pretrain.recipe import EMA
+from pretrain.recipe import EMA, PretrainRecipe
+from pretrain.recipe_optim import ScheduleFreeConfig
 from pretrain.resolution import resize_image_tower
+from pretrain.schedule_free import ScheduleFreeAverage
 
 
 class WeightAverage:
@@ -40,7 +42,7 @@ class WeightAverage:
         self.state = {name: value.clone() for name, value in model.state_dict().items()}
         self.follow(model)
 
-    def follow(self, model: Any) -> None:
+    def follow(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Average this model's tensors from now on, by the first one's names and shapes.
 
         Wrapping a model for several processes may give it other tensors, and so may moving it.
@@ -88,3 +90,19 @@ class WeightAverage:
             yield self.state
         finally:
             self.exchange()
+
+
+Average: TypeAlias = WeightAverage | ScheduleFreeAverage
+
+
+def make_average(model: Any, recipe: PretrainRecipe, saved: Mapping[str, Tensor]) -> Average | None:
+    """What the recipe evaluates and saves in place of the weights that train, from what the model is now, if anything.
+
+    Args:
+        model: Of the run.
+        recipe: All of it.
+        saved: The optimiser's tensors of a checkpoint, by `model.NAME|KEY`.
+    """
+    if isinstance(recipe.optim, ScheduleFreeConfig):
+        return ScheduleFreeAverage(model, recipe.optim, saved)
+    return WeightAverage(model, recipe.ema) if recipe.ema else None

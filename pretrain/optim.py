@@ -12,7 +12,17 @@ from timm.optim.lion import Lion
 from torch import nn
 
 from pretrain.muon import EMBEDDINGS, Muon
-from pretrain.recipe_optim import WSD, AdafactorConfig, AdamW, Cosine, LionConfig, MuonConfig, Rsqrt
+from pretrain.recipe_optim import (
+    WSD,
+    AdafactorConfig,
+    AdamW,
+    Cosine,
+    LionConfig,
+    MuonConfig,
+    Rsqrt,
+    ScheduleFreeConfig,
+)
+from pretrain.schedule_free import ScheduleFreeAdamW
 
 
 def build_optimizer(
@@ -74,6 +84,8 @@ def make_optimizer(
             decay_rate=config.decay_rate,
             beta2_cap=config.beta2_cap,
         )
+    if isinstance(config, ScheduleFreeConfig):
+        return ScheduleFreeAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     # The fused kernel is exact and the fastest on CPU as well (1.36 times the default on small towers).
     kind = Muon if isinstance(config, MuonConfig) else torch.optim.AdamW
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pretrain.adapters import lock_all_but_adapters
-from pretrain.average import WeightAverage
+from pretrain.average import Average
 from pretrain.encoder import Encoder
 from pretrain.gradcache import require_row_by_row
 from pretrain.locks import apply_lock, phases_begun, set_training_mode
@@ -64,7 +64,7 @@ class Phases:
         if self.recipe.lora:
             lock_all_but_adapters(self.encoder.model, self.recipe.lora)
 
-    def enter(self, step: int, average: WeightAverage | None) -> tuple[Phase, set[str]]:
+    def enter(self, step: int, average: Average | None) -> tuple[Phase, set[str]]:
         """Make the model what the phase of a step wants.
 
         Args:

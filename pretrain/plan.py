@@ -27,7 +27,7 @@ MFU = 0.2
 that open_clip reports of ViT-B/32 on an A100, and the 0.4 that large transformers reach. The log's `mfu` is better."""
 
 
-MOMENTS = {"adamw": 8.0, "muon": 4.0, "lion": 4.0, "adafactor": 2.0}
+MOMENTS = {"adamw": 8.0, "muon": 4.0, "lion": 4.0, "adafactor": 2.0, "schedule_free": 8.0}
 """Bytes of an optimiser's state for each trained parameter, nearly all of which are matrices."""
 
 

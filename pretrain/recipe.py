@@ -10,7 +10,7 @@ from pairstream.recipe import Config
 from pretrain.recipe_data import Data
 from pretrain.recipe_loss import DistillationConfig, InfoNCEConfig, Loss, MultiPositiveConfig, TermsConfig
 from pretrain.recipe_model import Model, TowersModel
-from pretrain.recipe_optim import AdamW, Cosine, Optimizer, Schedule, check_schedule
+from pretrain.recipe_optim import WSD, AdamW, Cosine, PretrainOptimizer, Schedule, check_schedule
 
 
 class Phase(Config):
@@ -139,7 +139,7 @@ class PretrainRecipe(Config):
     """What is added to the loss, each with its weight; None adds nothing."""
     steps: int = Field(ge=1)
     """Optimiser steps."""
-    optim: Optimizer = AdamW()
+    optim: PretrainOptimizer = AdamW()
     schedule: Schedule = Cosine()
     ema: EMA | None = None
     """Evaluate and save a running average of the weights; None takes the weights themselves."""
@@ -193,6 +193,8 @@ class PretrainRecipe(Config):
             )
         if self.lora and self.ema:
             raise ValueError("ema averages weights and lora locks them: leave one of them out")
+        if self.optim.kind == "schedule_free":
+            self.check_schedule_free()
         if self.views and self.data.scaled_decode:
             raise ValueError(
                 "terms.self_supervision takes views of the whole picture, data.scaled_decode decodes it for one crop: "
@@ -206,6 +208,19 @@ class PretrainRecipe(Config):
                 f"loss: {{kind: multi_positive}}, got {self.data.captions} and {self.loss.kind}"
             )
         return self
+
+    def check_schedule_free(self) -> None:
+        """Refuse what would average a second time, or weights that are no longer those that trained."""
+        if not (isinstance(self.schedule, WSD) and self.schedule.decay == 0):
+            raise ValueError(
+                f"optim.kind schedule_free wants a rate that stays: schedule: {{kind: wsd, decay: 0}}, got "
+                f"{self.schedule.kind}{' with a decay' if isinstance(self.schedule, WSD) else ''}"
+            )
+        if self.ema or self.lora or len(self.phases) > 1:
+            raise ValueError(
+                "optim.kind schedule_free averages the same weights from the first step to the last: leave out ema, "
+                "lora and all phases but the first, or take another optimiser"
+            )
 
     @property
     def views(self) -> int:

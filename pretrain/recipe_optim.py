@@ -69,6 +69,18 @@ class AdafactorConfig(OptimizerConfig):
     beta2_cap: float = Field(default=0.999, gt=0, lt=1)
 
 
+class ScheduleFreeConfig(AdamW):
+    """Schedule-free AdamW: the rate stays at its peak, and an average of the weights is evaluated and saved.
+
+    Wants a constant schedule and a rate of one to ten times that of AdamW with a cosine; see `pretrain.schedule_free`.
+    """
+
+    kind: Literal["schedule_free"] = "schedule_free"  # pyright: ignore[reportIncompatibleVariableOverride]
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Share of the average in the point where gradients are taken, and of the past in the second moments."""
+
+
 def kind_or(default: str) -> Discriminator:
     """Tells the alternatives of a union by `kind`; a configuration that names none is of the default one."""
 
@@ -83,6 +95,14 @@ Optimizer = Annotated[
     | Annotated[MuonConfig, Tag("muon")]
     | Annotated[LionConfig, Tag("lion")]
     | Annotated[AdafactorConfig, Tag("adafactor")],
+    kind_or("adamw"),
+]
+PretrainOptimizer = Annotated[
+    Annotated[AdamW, Tag("adamw")]
+    | Annotated[MuonConfig, Tag("muon")]
+    | Annotated[LionConfig, Tag("lion")]
+    | Annotated[AdafactorConfig, Tag("adafactor")]
+    | Annotated[ScheduleFreeConfig, Tag("schedule_free")],
     kind_or("adamw"),
 ]
 

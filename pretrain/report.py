@@ -56,13 +56,13 @@ def add_training(report: Report, log: list[dict[str, Any]]) -> None:
     last = lines[-1]
     report.numbers(
         [
-            ("loss", f"{last['loss']:.3f}", "InfoNCE, nats"),
+            ("loss", f"{last['loss']:.3f}", "nats"),
             ("pairs seen", f"{last['samples_seen']:,}", f"{last['step']:,} steps"),
             ("samples/s", f"{last['samples_per_s']:.0f}", "all ranks, last lines"),
             ("logit scale", f"{last['logit_scale']:.1f}", "1 / temperature"),
         ]
     )
-    report.curves("Loss", {"training": [(r["step"], r["loss"]) for r in lines]}, x="step", y="InfoNCE, nats")
+    report.curves("Loss", {"training": [(r["step"], r["loss"]) for r in lines]}, x="step", y="loss, nats")
     evaluations = [record for record in log if "evaluation" in record]
     recalls: dict[str, list[tuple[float, float]]] = {}
     for record in evaluations:

@@ -64,13 +64,11 @@ def read_whole(folder: Path) -> Restored:
     state, optimizer = read_training_state(folder)
     built = read_checkpoint(folder / "model")
     weights = built.model.state_dict()
-    trained = (
-        read_trained_weights(folder)
-        if state["identity"].get("ema") or state["identity"].get("lora")
-        else weights
-    )
+    run = state["identity"]
+    apart = run.get("ema") or run.get("lora") or run.get("optim", {}).get("kind") == "schedule_free"
+    trained = read_trained_weights(folder) if apart else weights
     size = as_size(built.preprocess_cfg["size"])
-    terms, loss = (state["identity"].get(key) or {} for key in ("terms", "loss"))
+    terms, loss = (run.get(key) or {} for key in ("terms", "loss"))
     beside = terms.get("alignment") or terms.get("self_supervision") or loss.get("kind") == "global_contrast"
     own = read_terms(folder) if beside else {}
     return Restored(folder, state, optimizer, weights, trained, own, size)

@@ -16,7 +16,7 @@ from data.stream import Batch, set_picture_size
 from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder
 from pretrain.adapters import add_adapters, merge_adapters
-from pretrain.average import WeightAverage
+from pretrain.average import make_average
 from pretrain.backward import backward
 from pretrain.checkpoint import (
     clear_leftovers,
@@ -96,7 +96,7 @@ class Trainer:
             require_compiler(self.accelerator.device)
         use_global_batch_norm(self.model)
         self.wrap = make_wrapping(self.encoder, self.terms, recipe, self.accelerator)
-        self.average = WeightAverage(self.model, recipe.ema) if recipe.ema else None
+        self.average = make_average(self.model, recipe, {})
         self.evaluations = Evaluations(recipe)
         self.stream = open_stream(recipe, self.encoder, self.rank, self.world)
         self.inputs = input_names(recipe)
@@ -154,8 +154,8 @@ class Trainer:
         require_same_run(found, identity(self.recipe, self.stream.samples))
         self.encoder.set_image_size(found.image_size)
         self.model.load_state_dict(found.trained if self.recipe.lora else found.weights)
-        if self.recipe.ema:
-            self.average = WeightAverage(self.model, self.recipe.ema)
+        self.average = make_average(self.model, self.recipe, found.optimizer)
+        if self.average:
             self.model.load_state_dict(found.trained)
         self.beside.load_state_dict(found.terms)
         self.saved = found.optimizer
@@ -259,7 +259,7 @@ class Trainer:
         self.saver.wait()  # loader processes are not forked in the middle of a save
         self.meter.begin(self.wrap.network)
         if self.average:
-            self.average.follow(self.model)
+            self.average.follow(self.model, self.optimizer)
         parameters = [value for value in self.wrap.network.parameters() if value.requires_grad]
         window, self.logged = Window(self.accelerator.device), self.step
         waited, checked = time.monotonic(), False
@@ -348,7 +348,9 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            share(model.logit_scale).clamp_(0, math.log(self.recipe.max_logit_scale))
+            for value in (model.logit_scale, self.optimizer.state.get(model.logit_scale, {}).get("z")):
+                if value is not None:
+                    share(value).clamp_(0, math.log(self.recipe.max_logit_scale))
         window.add(loss.detach(), norm, sum(counts))
         return sum(counts)
 
