@@ -16,6 +16,7 @@ from data.stream import Batch, set_picture_size
 from pairstream.progress import ProgressBar
 from pairstream.run import RunFolder
 from pretrain.adapters import add_adapters, merge_adapters
+from pretrain.attention import use_packed_attention
 from pretrain.average import make_average
 from pretrain.backward import backward
 from pretrain.checkpoint import (
@@ -86,6 +87,7 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.encoder = build_encoder(recipe.model, device=self.accelerator.device)
         self.model: Any = self.encoder.model
+        use_packed_attention(self.model)
         self.terms = build_terms(recipe.terms, self.encoder)
         self.means = SampleMeans(0) if isinstance(recipe.loss, GlobalContrastConfig) else None
         self.objective = build_objective(recipe.loss, self.encoder, self.terms, self.means)

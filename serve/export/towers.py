@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pairstream.errors import require
+from pretrain.attention import is_plain
 from pretrain.encoder import Encoder
 from pretrain.short_texts import features_of, pooling, reads_at_the_end, text_tower
 from pretrain.towers import quiet
@@ -185,7 +186,7 @@ def plain_attention() -> Iterator[None]:
     def forward(
         self: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Any:
-        if query is key is value and plain(self, options):
+        if query is key is value and not self.training and is_plain(self, options):
             return self_attention(self, query, options.get("attn_mask")), None
         return theirs(self, query, key, value, **options)
 
@@ -196,20 +197,6 @@ def plain_attention() -> Iterator[None]:
     finally:
         nn.MultiheadAttention.forward = theirs
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def plain(layer: nn.MultiheadAttention, options: dict[str, Any]) -> bool:
-    """Whether `self_attention` does all that a layer is asked for: what open_clip's and torch's blocks ask for."""
-    mask = options.get("attn_mask")
-    return (
-        layer.batch_first
-        and layer.in_proj_weight is not None
-        and layer.bias_k is None
-        and not (layer.training or layer.add_zero_attn)
-        and not options.get("need_weights", True)
-        and options.get("key_padding_mask") is None
-        and (mask is None or (mask.ndim == 2 and mask.is_floating_point()))
-    )
 
 
 def self_attention(layer: nn.MultiheadAttention, tokens: Tensor, mask: Tensor | None) -> Tensor:
