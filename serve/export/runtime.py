@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 
 CARD = "export.json"
 FORMAT = 1
+MOST_FRAMES = 32  # as the Encoder's transform has it
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Picture = Image.Image | bytes | str | Path
 
@@ -180,6 +181,8 @@ def preprocess(picture: Picture, config: dict[str, Any]) -> np.ndarray:
             picture = to_rgb(picture)
     picture = to_rgb(picture)
     target_h, target_w = config["size"]
+    if config["resize_mode"] == "shortest":
+        picture = middle(picture, target_h, target_w)
     width, height = picture.size
     mode, filter_ = config["resize_mode"], INTERPOLATIONS[config["interpolation"]]
     if mode == "squash":
@@ -205,6 +208,17 @@ def preprocess(picture: Picture, config: dict[str, Any]) -> np.ndarray:
     left = round((pixels.shape[1] - target_w) / 2)
     pixels = pixels[top : top + target_h, left : left + target_w]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def middle(picture: Image.Image, target_h: int, target_w: int) -> Image.Image:
+    """The middle of a picture that is very much longer than the frame that it is to fill; others as they are."""
+    width, height = picture.size
+    rows = min(height, max(MOST_FRAMES * width * target_h // target_w, 1))
+    columns = min(width, max(MOST_FRAMES * height * target_w // target_h, 1))
+    if (rows, columns) == (height, width):
+        return picture
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return picture.crop((left, top, left + columns, top + rows))
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from data import transforms
 from data.faults import Fault
 from data.pictures import MOST_BORROWED, Picture, borrow
 from data.transforms import EvalTransform, TrainTransform, as_planes, decode_image
@@ -283,6 +284,27 @@ def test_eval_transform_gives_its_size(size, mode, source):
     assert result.shape == (3, *transform.size)
     assert result.dtype == torch.uint8
     assert result.is_contiguous()
+
+
+@pytest.mark.parametrize("size", [16, (16, 8)])
+@pytest.mark.parametrize("source", [(1, 20_000), (20_000, 1), (3, 700)])
+def test_of_a_very_long_picture_only_the_middle_is_made_larger(size, source, monkeypatch):
+    """A few hundred bytes would otherwise take gigabytes."""
+    resized = []
+    resize = transforms._resize
+    monkeypatch.setattr("data.transforms._resize", lambda *args: resized.append(args[1]) or resize(*args))
+    image = torch.zeros(3, *source, dtype=torch.uint8)
+    height, width = source
+    image[:, height // 2 - 1 : height // 2 + 2, width // 2 - 2 : width // 2 + 2] = 200
+    made = EvalTransform(size)(image)
+    assert max(resized[0]) <= 32 * 16
+    assert made[:, made.shape[1] // 2, made.shape[2] // 2].min() > 150
+
+
+def test_a_long_picture_of_the_usual_kind_is_as_torchvision_has_it():
+    image = as_tensor(ramp(640, 20))  # 32 to 1
+    whole = F.center_crop(F.resize(image, [16], InterpolationMode.BICUBIC, antialias=True), [16, 16])
+    assert torch.equal(EvalTransform(16)(image), whole)
 
 
 def test_longest_pads_with_the_fill_color():

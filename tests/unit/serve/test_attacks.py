@@ -185,6 +185,7 @@ def forget_peak() -> int:
 def test_bombs_and_floods_take_no_memory(live, images):
     bomb = png(30_000, 30_000, data=zlib.compress(b"\0" * 1000))  # would be 900 MB of grey, 2.7 GB of RGB
     real = png(12_000, 12_000)  # every pixel is there, in 140 kB
+    thin = png(2_000_000, 1)  # as high as the model's pictures it would be 190 megapixels
     notes = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * (200 * MiB), 9))
     before = forget_peak()
     refused(live, "/v1/embed/image", images(bomb), "picture_too_large", 413)
@@ -193,6 +194,7 @@ def test_bombs_and_floods_take_no_memory(live, images):
         live, "/v1/vqa", {"image": images(real)["images"][0], "questions": ["a?"]}, "picture_too_large", 413
     )
     refused(live, "/v1/embed/image", images(png(8, 8, extra=notes)))
+    assert live.ask("/v1/embed/image", images(thin))[0] == 200
     refused(live, "/v1/embed/text", b'{"texts": [' + b'"a",' * 1_000_000 + b'"a"]}', "too_many_items", 413)
     refused(live, "/v1/embed/image", b'{"images": [' + b"[]," * 10_000_000 + b"[]]}", "too_many_items", 413)
     refused(live, "/v1/embed/image", b'{"images": [' + b"{}," * 400_000 + b"{}]}")

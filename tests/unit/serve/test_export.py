@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 from pairstream.cli import main as pairstream
+from pretrain.attention import is_plain
 from pretrain.encoder import build_encoder, load_encoder
 from pretrain.recipe_model import TowersModel
 from pretrain.towers import quiet
@@ -30,7 +31,6 @@ from serve.export.tokenizer import write_tokenizer
 from serve.export.towers import (
     TextTower,
     cut_padding,
-    plain,
     plain_attention,
     reparameterised,
     write_onnx,
@@ -147,7 +147,7 @@ def test_attention_is_taken_apart_only_where_it_is_the_same():
     ]
     for layer, inputs, options, simple in calls:
         expected = layer(*inputs, **options)
-        assert (plain(layer, options) and inputs[0] is inputs[1]) == simple
+        assert (is_plain(layer, options) and inputs[0] is inputs[1]) == simple
         with plain_attention():
             found = layer(*inputs, **options)
         torch.testing.assert_close(found[0], expected[0])
@@ -188,7 +188,9 @@ print(edge.predict([{str(tmp_path / "a.jpg")!r}], ["a", "b"]).shape)
     assert done.stdout.strip() == "(1, 2)"
 
 
-@pytest.mark.parametrize("size", [(32, 32), (40, 40), (100, 37), (37, 100), (20, 20), (333, 500), (1, 50)])
+@pytest.mark.parametrize(
+    "size", [(32, 32), (40, 40), (100, 37), (37, 100), (20, 20), (333, 500), (1, 50), (2, 3000), (3000, 2)]
+)
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 def test_pixels_are_the_encoder_s_within_rounding(make_picture, size, mode):
     from data.transforms import EvalTransform, decode_image
