@@ -115,7 +115,7 @@ class EvalTransform:
         size: (height, width) of the result, or one number for both.
         interpolation: `bicubic` or `bilinear`, always antialiased.
         resize_mode: `shortest` fills the frame and crops, `longest` fits into it and pads, `squash` ignores
-            the aspect ratio.
+            the aspect ratio. Of a picture more than 32 frames long `shortest` takes the middle.
         fill_color: Grey level of the padding.
 
     Raises:

@@ -75,7 +75,8 @@ class EdgeEncoder:
         Returns:
             float32 `(b, embed_dim)`, rows of length one.
         """
-        return self.image_tower(as_pixels(images, self.preprocess_cfg))
+        pixels = as_pixels(images, self.preprocess_cfg)
+        return self.image_tower(pixels) if len(pixels) else np.zeros((0, self.embed_dim), np.float32)
 
     def encode_texts(self, texts: np.ndarray | Sequence[str]) -> np.ndarray:
         """Embed texts (strings, or int64 tokens `(n, context_length)`): float32 `(n, embed_dim)`, unit rows."""
@@ -85,8 +86,14 @@ class EdgeEncoder:
     def predict(
         self, images: np.ndarray | Sequence[Picture], labels: Sequence[str], template: str = "a photo of a {}"
     ) -> np.ndarray:
-        """Zero-shot probabilities of labels, float32 `(images, labels)`; rows sum to one."""
-        texts = [template.replace("{}", label) for label in labels]
+        """Zero-shot probabilities of labels, float32 `(images, labels)`; rows sum to one.
+
+        Raises:
+            ValueError: No labels.
+        """
+        if not len(labels):
+            raise ValueError("labels is empty: expected the names of what a picture may show")
+        texts = [template.replace("{}", label) for label in as_list(labels, "labels")]
         logits = self.encode_images(images) @ self.encode_texts(texts).T * self.card["logit_scale"]
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         return shares / shares.sum(axis=1, keepdims=True)
@@ -141,7 +148,10 @@ def read_card(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / CARD
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a folder that `pairstream export` wrote")
-    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not the JSON of an export ({error}): export the model again") from error
     if card.get("format") != FORMAT:
         raise ValueError(f"{path}: format {card.get('format')!r}, this version reads {FORMAT}")
     found = card.get("kind", "encoder")
@@ -155,13 +165,21 @@ def as_pixels(images: np.ndarray | Sequence[Picture], config: dict[str, Any]) ->
     """Pictures, or what `preprocess` made of them, as uint8 `(b, 3, h, w)`.
 
     Raises:
-        ValueError: An array of another kind.
+        ValueError: An array of another kind, a single picture, or one that cannot be read.
     """
     if not isinstance(images, np.ndarray):
-        images = np.stack([preprocess(image, config) for image in images])
+        pictures = [preprocess(image, config) for image in as_list(images, "images")]
+        images = np.stack(pictures) if pictures else np.zeros((0, 3, *config["size"]), np.uint8)
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"expected uint8 images (b, 3, h, w), got {images.dtype} {images.shape}")
     return images
+
+
+def as_list(values: Any, name: str) -> list[Any]:
+    """Several values as they were given; a single one, of which a text would be taken letter by letter, is refused."""
+    if isinstance(values, str | bytes | Path | Image.Image):
+        raise ValueError(f"{name}: expected a list, got a single {type(values).__name__}: put it into [ ]")
+    return list(values)
 
 
 def preprocess(picture: Picture, config: dict[str, Any]) -> np.ndarray:
@@ -173,12 +191,22 @@ def preprocess(picture: Picture, config: dict[str, Any]) -> np.ndarray:
 
     Returns:
         uint8 `(3, h, w)`.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A file that is no picture, is damaged, or has more pixels than Pillow allows.
     """
     if not isinstance(picture, Image.Image):
         file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened) or opened
-            picture = to_rgb(picture)
+        name = f"{len(picture)} bytes" if isinstance(picture, bytes) else str(picture)
+        try:
+            with Image.open(file) as opened:
+                picture = ImageOps.exif_transpose(opened) or opened
+                picture = to_rgb(picture)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
+            raise ValueError(f"{name}: not a picture that can be read ({error})") from error
     picture = to_rgb(picture)
     target_h, target_w = config["size"]
     if config["resize_mode"] == "shortest":
@@ -256,6 +284,7 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """int64 `(n, context_length)`; longer texts are cut."""
+        texts = as_list(texts, "texts")
         coded = self.backend.encode_batch([clean(text, self.cleaning) for text in texts])
         if self.kind != "clip":
             rows = np.array([found.ids for found in coded], dtype=np.int64).reshape(-1, self.context_length)

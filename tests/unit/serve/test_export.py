@@ -565,3 +565,38 @@ def test_the_command_exports_and_replaces_only_exports(encoders, tmp_path, capsy
     assert pairstream([*words[:-1], str(model), "--overwrite"]) == 2
     assert "exists and holds no export" in capsys.readouterr().err
     assert pairstream([*words, "--overwrite"]) == 0
+
+
+def test_the_runtime_says_what_it_cannot_take(exported, make_picture, tmp_path):
+    encoder = EdgeEncoder(exported / "vit")
+    dim = encoder.embed_dim
+    assert encoder.encode_images([]).shape == encoder.encode_texts([]).shape == (0, dim)
+    assert encoder.predict([], ["a cat"]).shape == (0, 1)
+    whole = make_picture(1)
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "none.jpg").write_text("no picture")
+    for call, words in (
+        (lambda: encoder.predict([whole], []), "labels is empty"),
+        (
+            lambda: encoder.predict([whole], "a cat"),
+            r"labels: expected a list, got a single str: put it into",
+        ),
+        (lambda: encoder.encode_texts("a cat"), "texts: expected a list, got a single str"),
+        (lambda: encoder.encode_images(whole), "images: expected a list, got a single bytes"),
+        (
+            lambda: encoder.encode_images(str(tmp_path / "half.jpg")),
+            "images: expected a list, got a single str",
+        ),
+        (lambda: encoder.encode_images([tmp_path / "half.jpg"]), r"half.jpg: not a picture that can be read"),
+        (lambda: encoder.encode_images([tmp_path / "none.jpg"]), r"none.jpg: not a picture that can be read"),
+        (lambda: encoder.encode_images([b""]), r"0 bytes: not a picture that can be read"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(FileNotFoundError, match=r"missing\.jpg"):
+        encoder.encode_images([tmp_path / "missing.jpg"])
+    (tmp_path / "export.json").write_text("{")
+    with pytest.raises(
+        ValueError, match=r"export.json: not the JSON of an export .*: export the model again"
+    ):
+        EdgeEncoder(tmp_path)
