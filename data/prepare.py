@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.adapters.common import Skipped
 from data.shards import MANIFEST, Sample, ShardWriter
-from pairstream.atomic import new_folder
+from pairstream.atomic import check_place, new_folder
 from pairstream.errors import nearest
 from pairstream.progress import ProgressBar
 
@@ -223,7 +223,8 @@ def write_samples(
                 writer.write(item)
                 summary.samples += 1
                 summary.captions += len(item.captions)
-                summary.questions += len(item.meta.get("questions", ()))
+                questions = item.meta.get("questions")
+                summary.questions += len(questions) if isinstance(questions, list) else 0
             else:
                 summary.skip(item)
             bar.advance(note=f"skipped {summary.faults}" if summary.faults else "")
@@ -253,6 +254,7 @@ def check_out(out: Path, overwrite: bool) -> None:
     """Make sure that writing to `out` destroys nothing but shards that the user gave up."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out} is a file: expected a folder")
+    check_place(out, "--out")
     held = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     other = [entry for entry in held if entry != MANIFEST and not entry.endswith((".tar", ".tar.idx"))]
     if other:

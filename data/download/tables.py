@@ -11,10 +11,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data.adapters.common import is_text
 from data.adapters.csv import NUMBERS
 from data.download.files import column_names, kind_of, parquet_file, read_file
 from data.download.presets import CAPTION_COLUMNS, URL_COLUMNS, Preset
+from data.samples import is_text
 from pairstream.errors import nearest, require
 
 BATCH = 65_536
