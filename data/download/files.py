@@ -85,12 +85,12 @@ def column_names(path: Path, unnamed: Sequence[str]) -> tuple[tuple[str, ...], s
     rows = list(islice(filter(None, read_file(path, ())), LOOKED_AT))
     if not rows:
         raise ValueError(f"{path}: no row to be found in it")
-    first: dict[str, Any] = {}  # value of each column that is none
+    seen: dict[str, Any] = {}  # the first value of each column that is not null
     for name, value in chain.from_iterable(row.items() for row in rows):
         if value is not None:
-            first.setdefault(name, value)
+            seen.setdefault(name, value)
     names = tuple(dict.fromkeys(chain.from_iterable(rows)))
-    return names, {name for name, value in first.items() if isinstance(value, list | dict)}
+    return names, {name for name, value in seen.items() if isinstance(value, list | dict)}
 
 
 def parquet_file(path: Path) -> Any:
