@@ -189,6 +189,7 @@ def prepare(
     if image_size is not None and name == "scenes":
         raise ValueError("scenes draws at any --size; --image-size would leave its boxes and masks behind")
     items = open_set(name, {key: value for key, value in options.items() if value is not None})
+    check_place(out, "--out")
     total = operator.length_hint(items, count or limit or 0)
     summary = Summary()
     with new_folder(out) as folder:
@@ -254,7 +255,6 @@ def check_out(out: Path, overwrite: bool) -> None:
     """Make sure that writing to `out` destroys nothing but shards that the user gave up."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out} is a file: expected a folder")
-    check_place(out, "--out")
     held = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     other = [entry for entry in held if entry != MANIFEST and not entry.endswith((".tar", ".tar.idx"))]
     if other:
