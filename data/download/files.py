@@ -18,7 +18,7 @@ from pairstream.errors import require
 
 FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 HEAD = 4096  # bytes that tell whether a file is text
-LOOKED_AT = 1000  # rows of JSON whose keys are the columns
+LOOKED_AT = 1000  # rows by which a list is judged
 
 Rows = Iterator[dict[str, Any]]
 
