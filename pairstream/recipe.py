@@ -115,7 +115,7 @@ def outline(kind: type[Config], content: dict[str, Any], source: str) -> Any:
             raise ValueError(explain(kind, error, source)) from error
     parts: dict[str, Any] = {}
     for name, value in content.items():
-        annotation = kind.model_fields[name].annotation
+        annotation: Any = kind.model_fields[name].annotation
         try:
             parts[name] = TypeAdapter(annotation).validate_python(value)
         except ValidationError:  # keys are missing in it
