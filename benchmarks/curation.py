@@ -3,7 +3,8 @@
 Synthetic JPEGs of 64 px (about 1.5 KB) with captions and metadata; one in twenty is a copy of an earlier one, encoded
 again. The recipe has all filters that need no model, exact and perceptual search, and a balance. `semantic` times the
 search over random 256-dimensional embeddings apart, with its recall; the embedding itself is the
-encoder's business.
+encoder's business. `worker` is the peak memory of a process that looks at three shards of 10,000 samples, before
+the first and after each.
 
 The sizes run as small, large, small, so that the machine's other work meets both. `decide_alone` is the step that one
 process does for all, on synthetic records of up to a million samples.
@@ -18,7 +19,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,11 +35,13 @@ from data.curate import command, duplicates
 from data.curate.command import run
 from data.curate.decide import decide
 from data.curate.lists import unit
+from data.curate.look import Look
 from data.curate.recipe import CurateRecipe
 from data.curate.records import blank
 from data.shards import Sample, ShardWriter
 
 SHARD = 1000
+WORKER_SHARD = 10_000  # samples, as a web-scale set has them
 COPIES = 20  # one of so many is a copy
 COPIES_EMBEDDED, COSINE = 50, 0.91  # and of the embeddings, at this cosine
 WORDS = (
@@ -54,12 +56,12 @@ def jpeg(pixels: np.ndarray, quality: int) -> bytes:
     return file.getvalue()
 
 
-def write_set(folder: Path, samples: int) -> int:
+def write_set(folder: Path, samples: int, per_shard: int = SHARD) -> int:
     """Write the samples; returns how many of them are copies."""
     rng = np.random.default_rng(samples)
     grids = rng.integers(0, 256, (samples, 12, 12, 3), dtype=np.uint8)
     copies = 0
-    with ShardWriter(folder, samples_per_shard=SHARD) as writer:
+    with ShardWriter(folder, samples_per_shard=per_shard) as writer:
         for n in range(samples):
             copy = n % COPIES == COPIES - 1
             copies += copy
@@ -141,14 +143,27 @@ def semantic(rows: int) -> dict[str, float]:
     return {"rows": rows, "cpu_us": round(1e6 * spent / rows, 1), "recall": round(found / planted, 4)}
 
 
-def decide_alone(rows: int) -> dict[str, float]:
-    """Deciding on synthetic records, in a process of its own: CPU microseconds and peak bytes a row."""
-    code = f"import curation; curation.decide_here({rows})"
+def alone(call: str) -> dict[str, float]:
+    """What a function of this file prints in a process of its own."""
     here = Path(__file__).resolve().parent
     done = subprocess.run(
-        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, cwd=here
+        [sys.executable, "-c", f"import curation; curation.{call}"],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=here,
     )
     return json.loads(done.stdout)
+
+
+def worker_here(shards: list[str], folder: str, words: str) -> None:
+    """What a worker of the first pass holds: peak memory after each of some shards, in MB."""
+    look = Look(recipe(Path(shards[0]).parent, Path(folder), Path(words)), Path(folder))
+    peaks = [round(peak_kib() / 1024)]
+    for number, name in enumerate(shards):
+        look(number, name)
+        peaks.append(round(peak_kib() / 1024))
+    print(json.dumps({"shards": len(shards), "samples_per_shard": WORKER_SHARD, "peak_mb": peaks}))
 
 
 def peak_kib() -> int:
@@ -158,6 +173,7 @@ def peak_kib() -> int:
 
 
 def decide_here(rows: int) -> None:
+    """Deciding on synthetic records: CPU microseconds and peak bytes a row."""
     rng = np.random.default_rng(0)
     before = peak_kib()
     records = blank(np.char.zfill(np.arange(rows).astype("S9"), 9), "a.tar")
@@ -191,6 +207,10 @@ def main() -> None:
         words = folder / "words.txt"
         words.write_text("\n".join(WORDS))
         copies = {size: write_set(folder / str(size), size) for size in (small, large)}
+        write_set(folder / "worker", 3 * WORKER_SHARD, WORKER_SHARD)
+        shards = [str(path) for path in sorted((folder / "worker").glob("*.tar"))]
+        worker = alone(f"worker_here({shards!r}, {str(folder / 'looked')!r}, {str(words)!r})")
+        print(f"a worker: {worker}", file=sys.stderr, flush=True)
         write_set(folder / "warm", 500)  # imports and the language model are no cost of a sample
         run(recipe(folder / "warm", folder / "warmed", words))
         for turn, size in enumerate((small, large, small)):
@@ -205,9 +225,10 @@ def main() -> None:
         "cpu_us_per_sample_small_runs": [round(one["total_us"]) for one in runs[small]],
         "decide_cpu_us_per_sample": [round(mean[size]["decide_us"], 1) for size in (small, large)],
         "semantic": [semantic(size) for size in (small, large)],
-        "decide_alone": [decide_alone(rows) for rows in asked.records],
+        "decide_alone": [alone(f"decide_here({rows})") for rows in asked.records],
+        "worker": worker,
         "ratio": round(mean[large]["total_us"] / mean[small]["total_us"], 3),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mb": round(peak_kib() / 1024),
     }
     print(json.dumps(figures))
 

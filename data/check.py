@@ -17,6 +17,7 @@ import tyro
 
 from data.faults import EXAMPLES, Fault, FaultRecord
 from data.pictures import MAX_PIXELS, open_picture
+from pairstream.atomic import check_file_place, write_text
 
 if TYPE_CHECKING:
     from data.tar import ShardIndex
@@ -63,10 +64,10 @@ def check(
     Returns:
         0 when the set is sound, 1 when anything is damaged.
     """
+    if json is not None:
+        check_file_place(json, "--json")
     findings = check_shards(shards, decode=decode, workers=workers, max_pixels=max_pixels, progress=True)
     if json is not None:
-        from pairstream.atomic import write_text
-
         write_text(json, dump(findings))
     print(as_text(findings))
     return 1 if findings["faults"] else 0

@@ -16,6 +16,7 @@ import tyro
 from data.check import dump, each_shard, find_jobs, open_shard, require_limits
 from data.faults import Fault, FaultRecord
 from data.pictures import MAX_PIXELS, open_picture
+from pairstream.atomic import check_file_place, write_text
 
 MAX_BYTES = 20_000_000
 SHOWN = 20  # samples that the text names of each cause
@@ -57,13 +58,13 @@ def doctor(
     """
     if json is not None and len(json) > 1:
         raise ValueError(f"--json takes one file, got {', '.join(map(str, json))}: put SHARDS before it")
+    if json:
+        check_file_place(json[0], "--json")
     findings = examine(
         shards, decode=decode, workers=workers, max_pixels=max_pixels, max_bytes=max_bytes, progress=True
     )
     dumped = dump(findings)
     if json:
-        from pairstream.atomic import write_text
-
         write_text(json[0], dumped)
     print(dumped if json == () else as_text(findings))
     return 1 if findings["problems"] else 0

@@ -344,16 +344,19 @@ class Pipe:
         command = self.name.removeprefix(PIPE)
         done = subprocess.run(command, shell=True, stdout=file, stderr=subprocess.PIPE, check=False)
         file.seek(0)  # the child moved the place that both share; a failure has made no progress
+        said = done.stderr.decode("utf-8", "replace").strip()[-300:]
         if done.returncode:
-            said = done.stderr.decode("utf-8", "replace").strip()[-300:]
             raise ConnectionError(f"the command ended with {done.returncode}{': ' if said else ''}{said}")
+        if not os.fstat(file.fileno()).st_size:  # as when the first part of a pipeline fails
+            raise ConnectionError(f"the command wrote nothing{': ' if said else ''}{said}")
 
 
 def remote_glob(pattern: str) -> list[str]:
     """The shards elsewhere whose URLs match a pattern, sorted.
 
     Args:
-        pattern: A URL with `*` of a file system that can list its folders: s3, gs, hf and others, but not http.
+        pattern: A URL with `*`, `?` or `[...]` of a file system that can list its folders: s3, gs, hf and others, but
+            not http.
 
     Raises:
         ValueError: An unknown scheme, or the folder cannot be listed.

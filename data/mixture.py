@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -12,6 +15,9 @@ import numpy as np
 
 from data.order import EpochOrder
 
+logger = logging.getLogger(__name__)
+
+LARGEST = 1e100  # no weight is larger, so that sums of weights are finite
 Mix: TypeAlias = Literal["samples", "batches"]
 Sources: TypeAlias = "str | Path | Iterable[str | Path | Source]"  # shards, or sources to be mixed
 
@@ -98,6 +104,31 @@ def as_sources(shards: Sources) -> list[Source]:
     return named
 
 
+def warn_of_shared_shards(names: Sequence[str], shards: Sequence[Iterable[str]]) -> None:
+    """Warn of sources that share shards: a picture may then stand twice in a batch, as its own negative.
+
+    Args:
+        names: Of the sources.
+        shards: Local paths of each source's shards.
+    """
+    resolve = cache(Path.resolve)  # folders are few
+    owners: dict[Path, str] = {}
+    shared: Counter[tuple[str, str]] = Counter()
+    for name, paths in zip(names, shards, strict=True):
+        for path in map(Path, paths):
+            owner = owners.setdefault(resolve(path.parent) / path.name, name)
+            if owner != name:
+                shared[owner, name] += 1
+    for (one, other), count in shared.items():
+        logger.warning(
+            "sources %s and %s share %d shards: a picture may stand twice in a batch, as its own negative; give each "
+            "shard to one source unless that is meant",
+            one,
+            other,
+            count,
+        )
+
+
 def quotas(total: int, weights: Sequence[int]) -> list[int]:
     """Divide `total` draws among sources, so that the draws of a larger total contain those of a smaller one.
 
@@ -147,8 +178,8 @@ def whole_weights(
     if told and (len(told) < len(given) or temperature is not None):
         what = "a temperature as well" if len(told) == len(given) else f"{len(told)} of {len(given)} have one"
         raise ValueError(f"weights: give every source one, or none and a temperature; here {what}")
-    if any(not isinstance(weight, int | float) or not 0 < weight < float("inf") for weight in told):
-        raise ValueError(f"weights must be numbers above 0, got {told}")
+    if any(not isinstance(weight, int | float) or not 0 < weight < LARGEST for weight in told):
+        raise ValueError(f"weights must be numbers above 0 (and below {LARGEST:g}), got {told}")
     if not told and temperature in (None, 1):
         return list(sizes)
     power = 1 / float(temperature or 1)

@@ -200,18 +200,24 @@ def own_captions(source: Source, load: PairLoad) -> Source:
         ValueError: A choice that is unknown, or that cannot be mixed with the stream's.
     """
     captions = source.captions or load.captions
-    if (captions == "all") != (load.captions == "all"):
-        raise ValueError(f"source {source.name}: captions 'all' and {captions!r} cannot stand in one batch")
     if captions not in CAPTIONS:
         raise ValueError(
             f"source {source.name}: captions {captions!r}: expected one of {', '.join(CAPTIONS)}"
         )
-    own = replace(
-        load,
-        captions=captions,
-        rewritten_key=source.rewritten_key,
-        rewritten_share=source.rewritten_share or 0.0,
-    )
+    if (captions == "all") != (load.captions == "all"):
+        raise ValueError(
+            f"source {source.name}: its captions {captions!r} and the stream's {load.captions!r} cannot stand in one "
+            "batch"
+        )
+    try:
+        own = replace(
+            load,
+            captions=captions,
+            rewritten_key=source.rewritten_key,
+            rewritten_share=source.rewritten_share or 0.0,
+        )
+    except ValueError as error:
+        raise ValueError(f"source {source.name}: {error}") from error
     return replace(source, load=own)
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.adapters.common import Skipped
 from data.shards import MANIFEST, Sample, ShardWriter
-from pairstream.atomic import new_folder
+from pairstream.atomic import check_place, new_folder
 from pairstream.errors import nearest
 from pairstream.progress import ProgressBar
 
@@ -189,6 +189,7 @@ def prepare(
     if image_size is not None and name == "scenes":
         raise ValueError("scenes draws at any --size; --image-size would leave its boxes and masks behind")
     items = open_set(name, {key: value for key, value in options.items() if value is not None})
+    check_place(out, "--out")
     total = operator.length_hint(items, count or limit or 0)
     summary = Summary()
     with new_folder(out) as folder:
@@ -223,7 +224,8 @@ def write_samples(
                 writer.write(item)
                 summary.samples += 1
                 summary.captions += len(item.captions)
-                summary.questions += len(item.meta.get("questions", ()))
+                questions = item.meta.get("questions")
+                summary.questions += len(questions) if isinstance(questions, list) else 0
             else:
                 summary.skip(item)
             bar.advance(note=f"skipped {summary.faults}" if summary.faults else "")

@@ -55,7 +55,7 @@ class RawSample:
             key: Another JSON key to take them from, instead.
 
         Raises:
-            Fault: `bad_json` when the JSON's captions are not text.
+            Fault: `bad_json` when the JSON's captions are not text, `bad_text` when UTF-8 cannot hold one.
         """
         if key is None:
             captions = self.record.get("captions") or self.record.get("caption") or self.text or []
@@ -64,7 +64,20 @@ class RawSample:
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise Fault("bad_json", f"captions should be a list of texts, got {captions!r}"[:200])
+        if not all(map(is_text, captions)):  # tokenizers refuse it, in the middle of a run
+            raise Fault("bad_text", "a caption holds half a character (a lone surrogate)")
         return [caption.strip() for caption in captions if caption.strip()]
+
+
+def is_text(value: Any) -> bool:
+    """False for a text that no UTF-8 can hold: bytes of another encoding, or half a character of JSON's."""
+    if not isinstance(value, str) or value.isascii():
+        return True
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_sample(

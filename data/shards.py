@@ -19,7 +19,9 @@ from pairstream.atomic import aside, fsync_path, write_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MANIFEST = "manifest.json"
+INDEX_SUFFIX = ".tar.idx"  # of what readers keep beside a shard
 UNLISTED = {"pipe", "http", "https"}  # sources that cannot say what lies there
+REMOTE_PATTERN = re.compile(r"[*[]|\?(?!\w+=)")  # what follows `?` in `?versionId=...` is no pattern
 
 
 @dataclass(frozen=True)
@@ -188,11 +190,11 @@ def expand_shards(shards: str | Path | Iterable[str | Path]) -> list[str]:
             folders), `pipe:` and a command that writes a shard.
 
     Returns:
-        Sorted paths of a glob or folder, otherwise the given order; no duplicates.
+        Sorted paths of a glob or folder, otherwise the given order; no duplicates, and no index files.
 
     Raises:
-        ValueError: Nothing was given, nothing matches, a shard that is named does not exist, or a folder elsewhere
-            cannot be listed.
+        ValueError: Nothing was given, a folder or glob holds nothing, a shard that is named does not exist, or a
+            folder elsewhere cannot be listed.
     """
     words = [shards] if isinstance(shards, str | Path) else list(shards)
     if not words:
@@ -204,26 +206,36 @@ def expand_shards(shards: str | Path | Iterable[str | Path]) -> list[str]:
                 raise ValueError(
                     "the name of a shard is empty: expected a path, a glob or a URL of .tar files"
                 )
-            scheme = "pipe" if name.startswith("pipe:") else name.partition("://")[0] if "://" in name else ""
-            if scheme and (scheme in UNLISTED or "*" not in name):
-                found.append(name)
-            elif scheme:
-                from data.fetch import remote_glob
-
-                found += remote_glob(name)
-            elif Path(name).is_dir():
-                found += sorted(str(path) for path in Path(name).glob("*.tar"))
-            elif Path(name).is_file():
-                found.append(name)
-            elif any(sign in name for sign in "*?["):
-                found += sorted(glob.glob(name))  # noqa: PTH207 - the pattern may be absolute
-            else:
-                raise ValueError(
-                    f"no shards at {name}: expected a .tar file, a folder of them, a glob, a URL or pipe:COMMAND"
-                )
-    if not found:
-        raise ValueError(f"no shards found: {', '.join(map(str, words))} matches no .tar file")
+            here = [path for path in find_shards(name) if not path.endswith(INDEX_SUFFIX)]
+            if not here:  # a mount that is missing must not pass for a part without samples
+                raise ValueError(f"no shards found: {name} matches no .tar file")
+            found += here
     return list(dict.fromkeys(found))
+
+
+def find_shards(name: str) -> list[str]:
+    """What one name without braces means; see `expand_shards`."""
+    scheme = "pipe" if name.startswith("pipe:") else name.partition("://")[0] if "://" in name else ""
+    if scheme in UNLISTED:
+        if scheme != "pipe" and "*" in name.partition("?")[0]:
+            raise ValueError(
+                f"no shards at {name}: {scheme} lists no folders, so name them with braces as in {{00000..00041}}.tar "
+                "(and write %2A for a * in the address itself)"
+            )
+        return [name]
+    if scheme and REMOTE_PATTERN.search(name):
+        from data.fetch import remote_glob
+
+        return remote_glob(name)
+    if scheme or Path(name).is_file():
+        return [name]
+    if Path(name).is_dir():
+        return sorted(str(path) for path in Path(name).glob("*.tar"))
+    if any(sign in name for sign in "*?["):
+        return sorted(glob.glob(name))  # noqa: PTH207 - the pattern may be absolute
+    raise ValueError(
+        f"no shards at {name}: expected a .tar file, a folder of them, a glob, a URL or pipe:COMMAND"
+    )
 
 
 def expand_braces(name: str) -> list[str]:

@@ -25,7 +25,7 @@ from data.faults import FaultLog
 from data.fetch import ShardCache, cache_folder, is_remote
 from data.labels import LabelTexts
 from data.loading import load_batches
-from data.mixture import Mix, Mixture, Rows, Source, Sources, as_sources, whole_weights
+from data.mixture import Mix, Mixture, Rows, Sources, as_sources, warn_of_shared_shards, whole_weights
 from data.order import WINDOW, EpochOrder, rank_slice, source_seed
 from data.pairs import CAPTIONS, PairCollate, PairLoad, own_captions
 from data.samples import RawSample, index_shards
@@ -177,6 +177,7 @@ class PairStream:
         )
         self.global_batch = batch_size * world_size
         names = [source.name for source in self.sources]
+        warn_of_shared_shards(names, [[index.path for index in indices] for indices in found])
         self.mixture = Mixture(orders, weights, names, global_batch=self.global_batch, mix=mix)
         self.batches_per_epoch = self.mixture.batches_per_epoch
         self.bases = np.cumsum(
@@ -380,8 +381,7 @@ def pair_stream(
         views=views,
         labels=labels,
     )
-    if not isinstance(shards, str | Path):
-        shards = [own_captions(word, load) if isinstance(word, Source) else word for word in shards]
+    sources = [own_captions(source, load) for source in as_sources(shards)]
     collate = PairCollate(
         batch_tokenizer(tokenize),
         transform.size,
@@ -390,7 +390,7 @@ def pair_stream(
         stored,
         views.size if views else None,
     )
-    stream = PairStream(shards, load, collate, batch_size=batch_size, members=load.members, **options)
+    stream = PairStream(sources, load, collate, batch_size=batch_size, members=load.members, **options)
     require_members(stream.indices, stored)
     return stream
 

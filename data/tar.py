@@ -1,7 +1,7 @@
 """A tar reader for shards: one scan over the headers finds every file, then samples are read by place.
 
 Nothing is unpacked and no handle stays open: a sample is two or three `pread` calls. Reads what GNU tar,
-bsdtar, Python's tarfile and every webdataset writer produce: ustar, GNU long names, PAX headers.
+bsdtar, Python's tarfile and every webdataset writer produce: ustar, GNU long names, PAX headers, hard links.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ BLOCK = 512
 SPAN = 8 * BLOCK  # bytes of one read while scanning
 EXTENSIONS = 1 << 16  # different ones of a shard; their codes are uint16
 REGULAR = (b"0", b"\0", b"7")  # the last one is "contiguous", which is read as regular everywhere
+HARD_LINK = b"1"
 # A header as nearly all writers make it, of a regular file without a folder: key, extension, size, checksum's field.
 PLAIN = re.compile(
     rb"(?=([^\0./_][^\0./]*)\.([^\0/]*)\0).{124}([0-7]{11})[\0 ].{12}([0-7]{6}\0 )0.{188}\0.{166}",
@@ -90,10 +91,26 @@ class _Building:
         self.numbers: dict[bytes, int] = {}  # key -> number of its sample
         self.codes: dict[bytes, int] = {}  # extension -> its code
         self.files: list[int] = []  # sample, extension, offset and size of the first file, of the second, ...
+        self.places: dict[
+            tuple[int, int], tuple[int, int]
+        ] = {}  # offset and size by sample and extension, for links
+        self.placed = 0  # how much of `files` is in `places`
 
     def add(self, key: bytes, extension: bytes, offset: int, size: int) -> None:
         code = self.code(extension)
         self.files += (self.numbers.setdefault(key, len(self.numbers)), code, offset, size)
+
+    def link(self, name: bytes, target: bytes) -> None:
+        """Note a hard link: a further name of an earlier file, as tar writes it for the second of two that are one."""
+        for at in range(self.placed, len(self.files), 4):
+            sample, code, offset, size = self.files[at : at + 4]
+            self.places.setdefault((sample, code), (offset, size))
+        self.placed = len(self.files)
+        key, extension = split_name(name)
+        old, suffix = split_name(target)
+        place = self.places.get((self.numbers.get(old, -1), self.codes.get(suffix.lower(), -1)))
+        if key and place is not None:
+            self.add(key, extension, *place)
 
     def code(self, extension: bytes) -> int:
         """The code of an extension.
@@ -204,7 +221,7 @@ def _scan(descriptor: int, size: int, found: _Building) -> None:
     special = False  # whether the next member's name or size stands in a header of its own
     position = base = 0
     buffer = b""
-    longname: bytes | None = None
+    longname = longlink = None
     pax: dict[str, bytes] = {}
     while True:
         start = position - base
@@ -231,27 +248,35 @@ def _scan(descriptor: int, size: int, found: _Building) -> None:
                     position = content + -(-length // BLOCK) * BLOCK
                     continue
         if not header[0] and header.count(0) == BLOCK:
+            _require_end(descriptor, position)
             return
         _verify(header, position)
-        length = _number(header[124:136])
+        length = _number(header[124:136], header, position)
         kind = header[156:157]
         content = position + BLOCK
         following = content + -(-length // BLOCK) * BLOCK
-        if kind in (b"L", b"x"):  # the next member's long name, or its PAX records
+        if kind in (
+            b"L",
+            b"K",
+            b"x",
+        ):  # the next member's long name, the long target of a link, or PAX records
             if content + length > size:
                 raise TruncatedError(f"ends at byte {size} inside a header", None)
             text = os.pread(descriptor, length, content)
             special = True
-            if kind == b"L":
+            if kind == b"x":
+                pax = _pax(text, position)
+            elif kind == b"L":
                 longname = text.split(b"\0", 1)[0]
             else:
-                pax = _pax(text, position)
-        elif kind not in (b"K", b"g"):  # K: a long link's target, g: defaults that no writer uses for names
+                longlink = text.split(b"\0", 1)[0]
+        elif kind != b"g":  # defaults that no writer uses for names
             member = pax.get("path") or longname or _name(header)
             if "size" in pax:
                 length = _decimal(pax["size"], position)
                 following = content + -(-length // BLOCK) * BLOCK
-            longname, pax, special = None, {}, False
+            target = pax.get("linkpath") or longlink or header[157:257].split(b"\0", 1)[0]
+            longname, longlink, pax, special = None, None, {}, False
             if kind in REGULAR and not member.endswith(b"/"):
                 if content + length > size:
                     told = member.decode("utf-8", "backslashreplace")
@@ -261,6 +286,8 @@ def _scan(descriptor: int, size: int, found: _Building) -> None:
                     found.add(key, extension, content, length)
             elif kind not in REGULAR:
                 following = content if kind in b"123456" and kind else following  # these carry no content
+                if kind == HARD_LINK:
+                    found.link(member, target)
         position = following
 
 
@@ -284,24 +311,45 @@ def _sum_is(stored: int, header: bytes) -> bool:
     return (stored - 8 * 32 + sum(header[148:156]) + 1) % 65521 == zlib.adler32(header) & 0xFFFF
 
 
+def _require_end(descriptor: int, position: int) -> None:
+    """Make sure that nothing but zeros follows the end-of-archive mark.
+
+    Raises:
+        BadTarError: Something does, as in tars that were joined by `cat`: no reader would see its samples.
+    """
+    at = position
+    while block := os.pread(descriptor, SPAN, at):
+        if block.count(0) < len(block):
+            raise BadTarError(
+                f"goes on behind its end-of-archive mark at byte {position}: tars are joined by `tar -A`, not by `cat`"
+            )
+        at += len(block)
+
+
 def _verify(header: bytes, position: int) -> None:
-    if not _sum_is(_number(header[148:156], position), header):
-        if position:
-            raise BadTarError(f"damaged header at byte {position}")
-        kinds = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK": "zip"}
-        packed = next((word for magic, word in kinds.items() if header.startswith(magic)), None)
-        raise BadTarError(
-            f"not a tar but {packed}; shards are uncompressed tar files" if packed else "not a tar"
-        )
+    if _sum_is(_number(header[148:156], header, position), header):
+        return
+    raise _no_header(header, position)
 
 
-def _number(field_: bytes, position: int = -1) -> int:
+def _no_header(header: bytes, position: int) -> BadTarError:
+    """What is wrong where a header should be."""
+    if position:
+        return BadTarError(f"damaged header at byte {position}")
+    kinds = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK": "zip"}
+    packed = next((word for magic, word in kinds.items() if header.startswith(magic)), None)
+    return BadTarError(
+        f"not a tar but {packed}; shards are uncompressed tar files" if packed else "not a tar"
+    )
+
+
+def _number(field_: bytes, header: bytes, position: int) -> int:
     if field_[0] in (0x80, 0xFF):  # base 256, for sizes of 8 GiB and more
         return int.from_bytes(field_[1:], "big")
     try:
         return int(field_.strip(b" \0") or b"0", 8)
     except ValueError:
-        raise BadTarError(f"damaged header at byte {position}" if position > 0 else "not a tar") from None
+        raise _no_header(header, position) from None
 
 
 def _decimal(text: bytes, position: int) -> int:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.adapters.common import is_text
 from data.faults import Fault, FaultLog, FaultRecord
-from data.samples import index_shards, read_sample
+from data.samples import index_shards, is_text, read_sample
 from data.tar import ShardReader
 from data.transforms import decode_image
 from pairstream.atomic import check_place, write_text

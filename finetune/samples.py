@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.faults import Fault
-from data.samples import RawSample
+from data.samples import RawSample, is_text
 from data.transforms import EvalTransform, TrainTransform, decode_image
 from finetune.fusion.recipe import ChooseTask, MatchTask
 from finetune.recipe_task import CaptionTask, MixedTask, Task, VqaTask
@@ -78,9 +78,11 @@ def read_questions(sample: RawSample) -> list[Question]:
             answer.get("answer") if isinstance(answer, dict) else answer
             for answer in (found if isinstance(found, list) else ())
         ]
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not text.strip() or not is_text(text):
             raise Fault("bad_question", f"question {place} is empty or no text: {entry!r}"[:200])
-        if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        if not answers or not all(
+            isinstance(answer, str) and answer.strip() and is_text(answer) for answer in answers
+        ):
             raise Fault(
                 "bad_question", f"question {place} has no answers, or one that is no text: {entry!r}"[:200]
             )

@@ -25,7 +25,7 @@ from finetune.result_files import (
     read_questions,
 )
 from finetune.vqa_accuracy import Mode, question_accuracy
-from pairstream.atomic import check_place, write_text
+from pairstream.atomic import check_file_place, write_text
 from pairstream.run import finite
 
 GIVEN = "none: the texts were given as PTB tokens"
@@ -74,7 +74,7 @@ def score(
     if json is not None and json.is_dir():
         raise ValueError(f"--json {json} is a folder: expected a file, such as {json / 'scores.json'}")
     if json is not None:
-        check_place(json, "--json")
+        check_file_place(json, "--json")
     if task == "caption":
         result = score_captions(
             predictions,

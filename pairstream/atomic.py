@@ -27,10 +27,10 @@ def aside(path: Path) -> Path:
 
 
 def check_place(path: Path, option: str) -> None:
-    """Make a file's folder and see that a file can be written there: before the work, not after it.
+    """Make the folder around a place and see that it can be written in: before the work, not after it.
 
     Args:
-        path: The file that an option names.
+        path: The file or folder that an option names.
         option: Its name, for the message.
 
     Raises:
@@ -45,6 +45,17 @@ def check_place(path: Path, option: str) -> None:
             f"{option} {path}: no file can be written in {path.parent} ({error.strerror}): name another place, or get "
             "the right to write there"
         ) from error
+
+
+def check_file_place(path: Path, option: str) -> None:
+    """`check_place` for a file, which no folder may stand in the way of.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder: name a file")
+    check_place(path, option)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
-from pairstream.recipe import RecipeT, load_recipe, override, recipe_names
+from pairstream.recipe import RecipeT, load_recipe, recipe_names, show_keys
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def read_recipe_command(
         )
         return None
     if helping:
-        override(load_recipe(kind, stage, words[0]), ["--help"], f"pairstream {command} {words[0]}")
+        show_keys(kind, stage, words[0], f"pairstream {command} {words[0]}")
     return load_recipe(kind, stage, words[0], words[1:]), given
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, TypeAdapter, ValidationError
 
 from pairstream.atomic import write_text
 from pairstream.errors import nearest
@@ -74,14 +74,59 @@ def load_recipe(kind: type[RecipeT], stage: str, name: str, overrides: Sequence[
             combination; each named with its file and key.
     """
     path = find_recipe(stage, name)
+    recipe = validate(kind, with_required(kind, read_recipe(path), overrides), str(path))
+    return override(recipe, overrides, str(path)) if overrides else recipe
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """What a recipe's file says.
+
+    Raises:
+        ValueError: It is not YAML, or no mapping.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML recipe: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a recipe (a mapping of keys), got {type(content).__name__}")
-    recipe = validate(kind, with_required(kind, content, overrides), str(path))
-    return override(recipe, overrides, str(path)) if overrides else recipe
+    return content
+
+
+def show_keys(kind: type[Config], stage: str, name: str, program: str) -> None:
+    """Print the keys of a recipe with the values that it gives them, and end the process; see `load_recipe`.
+
+    Required keys may be missing in the recipe: the help that is printed names them as required.
+    """
+    path = find_recipe(stage, name)
+    override(outline(kind, read_recipe(path), str(path)), ["--help"], program)
+
+
+def outline(kind: type[Config], content: dict[str, Any], source: str) -> Any:
+    """A recipe, or a part of one, that lacks what its content lacks; `--help` needs no more.
+
+    Raises:
+        ValueError: There is another fault than a missing key.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        if any(fault["type"] != "missing" for fault in error.errors()):
+            raise ValueError(explain(kind, error, source)) from error
+    parts: dict[str, Any] = {}
+    for name, value in content.items():
+        annotation: Any = kind.model_fields[name].annotation
+        try:
+            parts[name] = TypeAdapter(annotation).validate_python(value)
+        except ValidationError:  # keys are missing in it
+            if not isinstance(value, dict):
+                continue
+            for choice in alternatives(annotation):
+                if isinstance(choice, type) and issubclass(choice, Config):
+                    tag = choice.model_fields.get("kind")
+                    if tag is None or tag.default == value.get("kind"):
+                        parts[name] = outline(choice, value, source)
+    return kind.model_construct(**parts)
 
 
 def with_required(kind: type[BaseModel], content: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def official_samples(root: Path, split: str) -> Counted:
         where = f"{path.name}: annotations[{number}]"
         if not isinstance(annotation.get("caption"), str):
             faults.append(Skipped("bad_row", where, "expected a caption"))
-        elif annotation.get("image_id") not in names:
+        elif not isinstance(annotation.get("image_id"), int) or annotation["image_id"] not in names:
             faults.append(Skipped("bad_row", where, f"no image has the id {annotation.get('image_id')!r}"))
         else:
             captions[annotation["image_id"]].append(annotation["caption"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 from data.adapters.web import fetch, map_threads
 from data.faults import Fault
+from data.samples import is_text
 from data.shards import IMAGE_EXTENSIONS, Sample
 
 
@@ -118,20 +120,20 @@ def read_row(row: Row, captioned: bool = True) -> Sample | Skipped:
     return Sample(row.key or safe_key(row.name), image, extension, captions, meta)
 
 
-def is_text(value: Any) -> bool:
-    """False for a text that no UTF-8 can hold: bytes of another encoding, or half a character of JSON's."""
-    if not isinstance(value, str) or value.isascii():
-        return True
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def safe_key(name: str) -> str:
     """A sample key from a file name: its stem, with `_` for all but ASCII letters, digits, `-` and `_`."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).stem) or "_"
+
+
+def plain(value: Any) -> bool:
+    """Whether JSON can hold a value."""
+    if isinstance(value, list | tuple):
+        return all(map(plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and plain(entry) for key, entry in value.items())
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | int | bool)
 
 
 def near(root: Path) -> list[Path]:
@@ -199,8 +201,8 @@ def load_json(path: Path) -> Any:
         ValueError: Not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON or UTF-8
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # JSON or UTF-8; brackets without end
         raise ValueError(
             f"{path}: not a JSON file: {error}. It may be cut short: download it again"
         ) from error
@@ -234,10 +236,13 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         ValueError: Not JSON, or another structure.
     """
     content = load_json(path)
+    if not isinstance(content, dict):
+        under = f" with lists under {' and '.join(map(repr, keys))}" if keys else ""
+        raise ValueError(f"{path}: expected one object{under}, but the file has {type(content).__name__}")
     for key in keys:
-        rows = content.get(key) if isinstance(content, dict) else None
+        rows = content.get(key)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            has = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+            has = ", ".join(content) or "no keys"
             raise ValueError(f"{path}: expected a list of objects under {key!r}, but the file has {has}")
     return content
 
@@ -249,7 +254,7 @@ def read_json_lines(path: Path, faults: list[Skipped]) -> list[tuple[str, dict[s
         where = f"{path.name}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             faults.append(Skipped("bad_row", where, f"not JSON: {error}"))
             continue
         if isinstance(row, dict):

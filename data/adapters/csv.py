@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.adapters.common import Counted, Row, Skipped, not_utf8, read_lines, read_rows
+from data.adapters.common import Counted, Row, Skipped, not_utf8, plain, read_lines, read_rows
 from pairstream.errors import nearest
 
 IMAGE_COLUMNS = (
@@ -25,6 +25,7 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("caption", "captions", "title", "text")
 DELIMITERS = ",\t;|"
+OTHERS = (".json", ".parquet", ".xlsx", ".xls", ".gz", ".zip", ".bz2", ".xz", ".zst")
 NUMBERS = {"width": int, "height": int, "similarity": float, "punsafe": float, "pwatermark": float}
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ def samples(
 
     Args:
         table: `.csv` or `.tsv` (the delimiter is the most frequent of comma, tab, semicolon and bar in the
-            first line), or `.jsonl` with one object a line. UTF-8.
+            first line, tab where a .tsv has one there), or `.jsonl` with one object a line. UTF-8.
         root: Where relative picture paths start; the folder of `table` by default.
         image_column: Paths or http(s) URLs. By default the first of image, image_path, filepath, file_path,
             file_name, filename, path, url and image_url that there is.
@@ -76,7 +77,7 @@ def samples(
     def values(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         found = captions_of(row, texts)
         meta = {column: number(column, row[column]) for column in kept if row.get(column) not in (None, "")}
-        return found, meta
+        return found, {column: value for column, value in meta.items() if plain(value)}  # no NaN
 
     captions: dict[str, list[str]] = {}
     first: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -100,11 +101,14 @@ def open_table(path: Path, unnamed: bool = False) -> tuple[list[str], Table]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Not UTF-8, or empty.
+        ValueError: Another format, not UTF-8, or empty.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no table {path}: expected a .csv, .tsv or .jsonl file")
-    return read_jsonl(path) if path.suffix in (".jsonl", ".ndjson") else read_csv(path, unnamed)
+    suffix = path.suffix.lower()
+    if suffix in OTHERS:
+        raise ValueError(f"{path}: expected a .csv, .tsv or .jsonl table, got {suffix}: convert or unpack it")
+    return read_jsonl(path) if suffix in (".jsonl", ".ndjson") else read_csv(path, unnamed)
 
 
 def good_rows(
@@ -201,7 +205,7 @@ def read_csv(path: Path, unnamed: bool) -> tuple[list[str], Table]:
     """
     with path.open("rb") as file:
         head = next((line for line in file if line.strip()), b"").decode("utf-8", "replace")
-    records = parse_csv(path, max(DELIMITERS, key=head.count))
+    records = parse_csv(path, delimiter_of(head, path.suffix))
     line, first = next(records, (0, None))
     if first is None:
         raise ValueError(f"{path} is empty: expected a line of column names and one row per picture")
@@ -211,6 +215,11 @@ def read_csv(path: Path, unnamed: bool) -> tuple[list[str], Table]:
     else:
         columns = [column.strip() for column in first]
     return columns, name_values(columns, records)
+
+
+def delimiter_of(head: str, suffix: str) -> str:
+    """The most frequent of the usual delimiters in the first line; tab where a .tsv has one there."""
+    return "\t" if suffix.lower() == ".tsv" and "\t" in head else max(DELIMITERS, key=head.count)
 
 
 def parse_csv(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -239,7 +248,7 @@ def name_values(columns: Sequence[str], records: Iterator[tuple[int, list[str]]]
 
 
 def read_jsonl(path: Path) -> tuple[list[str], Table]:
-    """Columns of the first object, and all rows, of a file with one JSON object a line.
+    """Keys of all objects, and all rows, of a file with one JSON object a line.
 
     Raises:
         ValueError: Not UTF-8 text, or no line is a JSON object.
@@ -248,10 +257,10 @@ def read_jsonl(path: Path) -> tuple[list[str], Table]:
     for line, text in read_lines(path):
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             row = str(error)
         rows.append((line, row if isinstance(row, dict) else f"expected a JSON object: {str(row)[:80]}"))
-    columns = next((list(row) for _, row in rows if isinstance(row, dict)), None)
-    if columns is None:
+    objects = [row for _, row in rows if isinstance(row, dict)]
+    if not objects:
         raise ValueError(f"{path}: expected one JSON object a line, found none")
-    return columns, iter(rows)
+    return list(dict.fromkeys(chain.from_iterable(objects))), iter(rows)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.adapters.common import Counted, Skipped, safe_key
+from data.adapters.common import Counted, Skipped, plain, safe_key
 from data.adapters.csv import CAPTION_COLUMNS, captions_of
 from data.shards import Sample
 from pairstream.errors import nearest, require
@@ -157,12 +157,3 @@ def encoded(value: Any) -> tuple[bytes, str]:
         value.save(file, "PNG")
         return file.getvalue(), ""
     raise TypeError(f"expected a picture, got {type(value).__name__}")
-
-
-def plain(value: Any) -> bool:
-    """Whether JSON can hold a value."""
-    if isinstance(value, list | tuple):
-        return all(map(plain, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and plain(entry) for key, entry in value.items())
-    return value is None or isinstance(value, str | int | float | bool)

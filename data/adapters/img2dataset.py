@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from data.adapters.common import (
     find_file,
     load_json,
     near,
+    plain,
     read_json,
     read_lines,
     read_row,
@@ -22,7 +24,7 @@ from data.adapters.csv import read_csv
 from data.faults import Fault
 from data.samples import read_sample
 from data.shards import Sample
-from data.tar import ShardReader, scan_shard
+from data.tar import ShardIndex, ShardReader, scan_shard
 from pairstream.errors import require
 
 LIST_NAMES = ("Train-GCC-training_output.csv", "train.tsv", "train.csv", "validation.tsv", "val.csv")
@@ -150,6 +152,8 @@ def files(root: Path, name: str) -> Counted:
         caption = meta.pop("caption", None)
         if caption is None and path.with_suffix(".txt").is_file():
             caption = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
+        if not isinstance(caption, str | None):
+            return Skipped("bad_row", where, f"expected a text as caption, got {caption!r}"[:200])
         meta = {key: value for key, value in meta.items() if key not in RESULTS or key == "url"}
         return read_row(Row(path.name, path, where, [caption or ""], meta))
 
@@ -164,27 +168,36 @@ def shards(root: Path, name: str) -> Counted:
             f"no tar file of {name} in {root}: expected what img2dataset wrote (00000.tar, 00000.parquet, ...); "
             "`pairstream data download` fetches it"
         )
-    indices = [scan_shard(tar, tar.name, None) for tar in tars]
-    total = sum(len(index) + len(index.faults) for index in indices)
+    indices: list[ShardIndex] = []
+    unread: list[Skipped] = []
+    for tar in tars:
+        try:
+            indices.append(scan_shard(tar, tar.name, None))
+        except OSError as error:  # a folder, a dead link, no right to it
+            unread.append(Skipped("unreadable_shard", tar.name, f"cannot be read: {error}"))
+    total = len(unread) + sum(len(index) + len(index.faults) for index in indices)
 
     def read() -> Iterator[Sample | Skipped]:
+        yield from unread
         with ShardReader() as reader:
-            for tar, index in zip(tars, indices, strict=True):
-                columns = read_parquet(tar.with_suffix(".parquet"))
+            for index in indices:
+                columns = read_parquet(Path(index.path).with_suffix(".parquet"))
                 for fault in index.faults:
-                    yield Skipped(fault.cause, tar.name, fault.detail)
+                    yield Skipped(fault.cause, index.name, fault.detail)
                 for number in range(len(index)):
                     key = index.key(number)
                     yield one(index, number, key, columns.pop(key, {}), reader)
                 for key in columns:  # the list says that it was fetched
                     yield Skipped(
-                        "missing_image", f"{tar.name}: {key}", "is in the parquet file but not in the shard"
+                        "missing_image", f"{index.name}: {key}", "is in the parquet file but not in the shard"
                     )
 
     return Counted(total, read())
 
 
-def one(index: Any, number: int, key: str, extra: dict[str, Any], reader: ShardReader) -> Sample | Skipped:
+def one(
+    index: ShardIndex, number: int, key: str, extra: dict[str, Any], reader: ShardReader
+) -> Sample | Skipped:
     """One sample of a shard, with what its parquet row adds."""
     where = f"{index.name}: {key}"
     try:
@@ -196,11 +209,13 @@ def one(index: Any, number: int, key: str, extra: dict[str, Any], reader: ShardR
         return Skipped("missing_caption", where, f"{key} has no caption")
     meta = {k: v for k, v in raw.record.items() if k not in (*RESULTS, "captions") or k == "url"}
     meta |= {k: v for k, v in extra.items() if k not in (*RESULTS, *meta) and v is not None}
+    # No NaN and no bytes, which JSON cannot hold; a time becomes text.
+    meta = {k: v if plain(v) else str(v) for k, v in meta.items() if v == v and not isinstance(v, bytes)}
     for lower in ("similarity", "punsafe", "pwatermark"):
         for upper in (lower.upper(), lower.capitalize()):
             if upper in meta:
                 meta.setdefault(lower, meta.pop(upper))
-    return Sample(key, raw.image, raw.extension, captions, meta)
+    return Sample(re.sub(r"[^\w-]", "_", key), raw.image, raw.extension, captions, meta)
 
 
 def read_parquet(path: Path) -> dict[str, dict[str, Any]]:

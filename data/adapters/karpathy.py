@@ -26,7 +26,7 @@ def karpathy_samples(path: Path, split: str, folder: Callable[[str], Path]) -> C
     """
     images = read_json(path, "images")["images"]
     wanted = {"val" if part == "dev" else part for part in split.split("+")}
-    there = {str(image.get("split")) for image in images}
+    there = {image["split"] for image in images if isinstance(image.get("split"), str)}
     for part in sorted(wanted - there):
         raise ValueError(
             f"{path}: no split {part!r}: it has {', '.join(sorted(there))}{nearest(part, there)}"
@@ -34,17 +34,18 @@ def karpathy_samples(path: Path, split: str, folder: Callable[[str], Path]) -> C
     rows: list[Row] = []
     faults: list[Skipped] = []
     for number, image in enumerate(images):
-        if image.get("split") not in wanted:
+        where, part = f"{path.name}: images[{number}]", image.get("split")
+        if isinstance(part, str) and part not in wanted:
             continue
-        where = f"{path.name}: images[{number}]"
         try:
             name, captions = image["filename"], [sentence["raw"] for sentence in image["sentences"]]
-            if not all(isinstance(text, str) for text in (name, *captions)):
-                raise TypeError("filename and raw must be texts")
+            inside = image.get("filepath", "")
+            if not all(isinstance(text, str) for text in (part, inside, name, *captions)):
+                raise TypeError("all must be texts")
         except (KeyError, TypeError) as error:
-            faults.append(Skipped("bad_row", where, f"expected filename and sentences[].raw: {error}"))
+            faults.append(Skipped("bad_row", where, f"expected split, filename and sentences[].raw: {error}"))
             continue
         # `cocoid` is COCO's image id; `imgid` only counts the pictures of this file.
         meta = {"image_id": image["cocoid"]} if "cocoid" in image else {}
-        rows.append(Row(name, folder(image.get("filepath", "")) / name, where, captions, meta))
+        rows.append(Row(name, folder(inside) / name, where, captions, meta))
     return read_rows(rows, faults)

@@ -111,7 +111,10 @@ def read_examples(path: Path, faults: list[Skipped]) -> Iterator[tuple[str, str,
 def find(bases: list[Path], folder: str, name: str) -> Path:
     """Where a picture lies; where it is expected first when it lies nowhere."""
     places = [base / inner / name for base in bases for inner in ((folder, "") if folder else ("",))]
-    return next((place for place in places if place.is_file()), places[0])
+    try:
+        return next((place for place in places if place.is_file()), places[0])
+    except OSError:  # a name that is too long for the disk, as reading it will say
+        return places[0]
 
 
 def beside(left: bytes, right: Path) -> bytes:

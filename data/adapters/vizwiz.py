@@ -73,18 +73,19 @@ def captioned(path: Path, pictures: Path) -> Counted:
     content = read_json(path, "images")
     if "annotations" not in content:
         raise ValueError(f"{path}: the captions of this split are not public: prepare train or val")
-    captions: dict[Any, list[str]] = defaultdict(list)
+    captions: dict[int, list[str]] = defaultdict(list)
     faults: list[Skipped] = []
     for number, annotation in enumerate(read_json(path, "annotations")["annotations"]):
         text = annotation.get("caption")
-        if not isinstance(text, str):
-            faults.append(Skipped("bad_row", f"{path.name}: annotations[{number}]", "expected a caption"))
+        if not isinstance(text, str) or not isinstance(annotation.get("image_id"), int):
+            where = f"{path.name}: annotations[{number}]"
+            faults.append(Skipped("bad_row", where, "expected an image_id and a caption"))
         elif not annotation.get("is_rejected") and not annotation.get("is_precanned"):
-            captions[annotation.get("image_id")].append(text)
+            captions[annotation["image_id"]].append(text)
     rows = []
     for number, image in enumerate(content["images"]):
         where, name = f"{path.name}: images[{number}]", image.get("file_name")
-        if not isinstance(name, str) or "id" not in image:
+        if not isinstance(name, str) or not isinstance(image.get("id"), int):
             faults.append(Skipped("bad_row", where, "expected an id and a file_name"))
             continue
         rows.append(Row(name, pictures / name, where, captions[image["id"]], {"image_id": image["id"]}))

@@ -141,9 +141,12 @@ class Pictures:
         if self.opened is None or self.name != records.shards[shard]:
             self.close()
             self.name, self.opened = records.shards[shard], open_shard(records.shards[shard])
+        index, reader = self.opened
+        if sample >= len(index):
+            return None, "the shard holds fewer samples than when it was read"
         try:
-            return read_sample(self.opened[0], sample, sample, self.opened[1]), ""
-        except (Fault, IndexError) as fault:
+            return read_sample(index, sample, sample, reader), ""
+        except Fault as fault:
             return None, str(fault)
 
     def card(self, records: Records, row: int, *lines: str, hide: bool = False) -> Card:

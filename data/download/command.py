@@ -18,8 +18,8 @@ import tyro
 from data.download.distribute import distribute
 from data.download.files import list_files
 from data.download.presets import PRESETS, Preset
-from data.download.tables import Columns, choose_columns, count_rows, join_tables, read_parts
-from pairstream.atomic import write_text
+from data.download.tables import Columns, choose_columns, count_rows, join_tables, read_parts, require_urls
+from pairstream.atomic import check_place, write_text
 from pairstream.errors import nearest, require
 from pairstream.progress import ProgressBar
 
@@ -288,8 +288,8 @@ def open_plan(
     """The plan of a download: made when it begins, read when it goes on.
 
     Raises:
-        FileExistsError: The folder holds other things.
-        ValueError: It holds a download with another list or other settings.
+        FileExistsError: The folder holds other things, or is a file.
+        ValueError: It holds a download with another list or other settings, or the list holds no URLs.
     """
     asked = {
         "files": [[path.name, path.stat().st_size] for path in files],
@@ -308,12 +308,16 @@ def open_plan(
                     "again to go on with it, or choose another --out"
                 )
     else:
+        if out.exists() and not out.is_dir():
+            raise FileExistsError(f"--out {out} is a file: expected a folder")
         held = sorted(entry.name for entry in out.iterdir() if entry != work) if out.is_dir() else []
         if held:
             raise FileExistsError(f"--out {out} holds {held[0]} ... and no download: choose another folder")
         rows = min(count_rows(files, columns), limit or sys.maxsize)
         if not rows:
             raise ValueError(f"{files[0]}: no row in the list")
+        require_urls(files, columns)
+        check_place(out, "--out")
         plan = {"asked": asked, "rows": rows, "parts": -(-rows // samples_per_shard), "retries": []}
         work.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(plan, indent=1))

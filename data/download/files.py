@@ -9,14 +9,16 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from data.adapters.csv import DELIMITERS
+from data.adapters.csv import delimiter_of
 from pairstream.errors import require
 
 FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 HEAD = 4096  # bytes that tell whether a file is text
+LOOKED_AT = 1000  # rows by which a list is judged
 
 Rows = Iterator[dict[str, Any]]
 
@@ -32,7 +34,7 @@ def list_files(words: Sequence[str]) -> list[Path]:
     for word in words:
         path = Path(word)
         if path.is_dir():
-            here = sorted(entry for entry in path.rglob("*") if entry.is_file() and kind_of(entry) in FORMATS)
+            here = sorted(entry for entry in path.rglob("*") if is_list(entry, path))
         elif any(sign in word for sign in "*?["):
             anchor = Path(path.anchor)
             here = sorted(anchor.glob(str(path.relative_to(anchor))))
@@ -47,6 +49,12 @@ def list_files(words: Sequence[str]) -> list[Path]:
         if kind_of(path) not in FORMATS:
             raise ValueError(f"{path}: expected one of {', '.join(FORMATS)} (all but parquet also as .gz)")
     return list(dict.fromkeys(found))
+
+
+def is_list(path: Path, folder: Path) -> bool:
+    """Whether a file somewhere in a folder is a part of the list that lies there: nothing hidden is."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and kind_of(path) in FORMATS and path.is_file()
 
 
 def kind_of(path: Path) -> str:
@@ -70,14 +78,19 @@ def column_names(path: Path, unnamed: Sequence[str]) -> tuple[tuple[str, ...], s
         return tuple(unnamed), set()
     if kind_of(path) in (".csv", ".tsv"):
         with open_text(path) as file:
-            first = header(csv.reader(without_zeros(file), delimiter=delimiter_of(path)))
+            first = header(csv.reader(without_zeros(file), delimiter=find_delimiter(path)))
         if not first:
             raise ValueError(f"{path} is empty: expected a line of column names and one row per URL")
         return tuple(first), set()
-    first = next((row for row in read_file(path, ()) if row), None)
-    if first is None:
+    rows = list(islice(filter(None, read_file(path, ())), LOOKED_AT))
+    if not rows:
         raise ValueError(f"{path}: no row to be found in it")
-    return tuple(first), {name for name, value in first.items() if isinstance(value, list | dict)}
+    seen: dict[str, Any] = {}  # the first value of each column that is not null
+    for name, value in chain.from_iterable(row.items() for row in rows):
+        if value is not None:
+            seen.setdefault(name, value)
+    names = tuple(dict.fromkeys(chain.from_iterable(rows)))
+    return names, {name for name, value in seen.items() if isinstance(value, list | dict)}
 
 
 def parquet_file(path: Path) -> Any:
@@ -140,11 +153,10 @@ def header(rows: Iterator[list[str]]) -> list[str]:
     return [name.strip() for name in next((row for row in rows if row), [])]
 
 
-def delimiter_of(path: Path) -> str:
-    """The most frequent of the usual delimiters in the first line; tab where a .tsv has one there."""
+def find_delimiter(path: Path) -> str:
+    """The delimiter that the first line has."""
     with open_text(path) as file:
-        head = next((line for line in file if line.strip()), "")
-    return "\t" if kind_of(path) == ".tsv" and "\t" in head else max(DELIMITERS, key=head.count)
+        return delimiter_of(next((line for line in file if line.strip()), ""), kind_of(path))
 
 
 def read_file(path: Path, unnamed: Sequence[str]) -> Rows:
@@ -170,7 +182,7 @@ def read_delimited(path: Path, unnamed: Sequence[str]) -> Rows:
     # The published files without names do not quote: a " there is a character like any other.
     quoting = csv.QUOTE_NONE if unnamed else csv.QUOTE_MINIMAL
     with open_text(path) as file:
-        reader = csv.reader(without_zeros(file), delimiter=delimiter_of(path), quoting=quoting)
+        reader = csv.reader(without_zeros(file), delimiter=find_delimiter(path), quoting=quoting)
         names = list(unnamed) or header(reader)
         while True:
             try:

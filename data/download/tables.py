@@ -11,10 +11,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data.adapters.common import is_text
 from data.adapters.csv import NUMBERS
-from data.download.files import column_names, kind_of, parquet_file, read_file
+from data.download.files import LOOKED_AT, column_names, kind_of, parquet_file, read_file
 from data.download.presets import CAPTION_COLUMNS, URL_COLUMNS, Preset
+from data.samples import is_text
 from pairstream.errors import nearest, require
 
 BATCH = 65_536
@@ -189,6 +189,21 @@ def count_rows(files: Sequence[Path], columns: Columns) -> int:
         else:
             total += sum(1 for _ in read_file(path, columns.unnamed))
     return total
+
+
+def require_urls(files: Sequence[Path], columns: Columns) -> None:
+    """Make sure that a list is not another one, or its columns mixed up: some of its first rows must have a URL.
+
+    Raises:
+        ValueError: All of their values are something else.
+    """
+    first = next(read_parts(files, columns, LOOKED_AT, LOOKED_AT))
+    values = [value for value in first["url"].to_pylist() if value]
+    if values and not any(map(is_url, values)):
+        raise ValueError(
+            f"{files[0]}: none of its first {first.num_rows:,} rows has a URL in the column {columns.url!r} (it holds "
+            f"{values[0][:80]!r}): see whether this is the list that you mean, or name another column with --url-column"
+        )
 
 
 def read_parts(files: Iterable[Path], columns: Columns, size: int, limit: int) -> Iterator[Any]:

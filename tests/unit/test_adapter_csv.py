@@ -102,6 +102,35 @@ def test_jsonl_with_lists_of_captions_and_kept_columns(folder: Path) -> None:
     assert "expected a number in the column 'similarity', got 'high'" in faults[2].why
 
 
+def test_keys_that_only_later_objects_have_and_numbers_that_json_cannot_hold(folder: Path) -> None:
+    rows = [
+        {"path": "pictures/a.jpg", "caption": "a", "similarity": float("nan")},
+        {"path": "pictures/b.jpg", "caption": "b", "label": "good", "by": [1.0, float("inf")]},
+        {"path": "pictures/c.jpg", "caption": float("nan")},
+    ]
+    table = write(folder, "t.JSONL", "\n".join(map(json.dumps, rows)) + "\n" + "[" * 100_000)
+    found, faults = split_up(samples(table, keep_columns=["label", "similarity", "by"]))
+    assert [sample.meta for sample in found] == [
+        {"name": "pictures/a.jpg"},
+        {"name": "pictures/b.jpg", "label": "good"},
+    ]
+    assert [fault.where for fault in faults] == ["t.JSONL:3", "t.JSONL:4"]
+
+
+def test_a_tsv_whose_names_have_commas(folder: Path) -> None:
+    table = write(folder, "t.tsv", "image\tcaption\tlabel, one, or, more\npictures/a.jpg\ta\tgood\n")
+    assert split_up(samples(table))[0][0].captions == ["a"]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".xlsx", ".csv.gz"])
+def test_tables_of_another_format_are_told(folder: Path, suffix: str) -> None:
+    last = suffix[suffix.rindex(".") :]
+    with pytest.raises(
+        ValueError, match=rf"expected a .csv, .tsv or .jsonl table, got \{last}: convert or unp"
+    ):
+        samples(write(folder, f"t{suffix}", "image,caption\npictures/a.jpg,a\n"))
+
+
 def test_half_a_character_costs_its_caption_and_no_more(folder: Path) -> None:
     rows = [
         {"path": "pictures/a.jpg", "caption": "half \ud800 a character", "by": None},

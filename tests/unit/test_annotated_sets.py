@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 from data.adapters import (
+    coco,
     gqa,
     hateful_memes,
     img2dataset,
@@ -429,6 +432,32 @@ def test_what_img2dataset_wrote(fetched: Path, adapter) -> None:
     ]  # fmt: skip
 
 
+def test_what_else_lies_in_shards_and_their_parquet(tmp_path: Path, make_picture) -> None:
+    """Keys with folders in them, values that JSON cannot hold, and a shard that is not there."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for name, content in {
+            "0/a b.jpg": make_picture(0),
+            "0/a b.txt": b"text",
+            "0/a b.json": b'{"x": NaN}',
+        }.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    columns = {
+        "similarity": [float("nan")],
+        "seen": [datetime(2020, 1, 2)],
+        "raw": [b"\xff"],
+        "near": [[0.5]],
+    }
+    pq.write_table(pa.table({"key": ["0/a b"], **columns}), tmp_path / "00000.parquet")
+    (tmp_path / "00001.tar").symlink_to("gone.tar")
+    (sample,), (fault,) = split_up(img2dataset.laion(tmp_path))
+    assert (sample.key, sample.meta) == ("0_a_b", {"seen": "2020-01-02 00:00:00", "near": [0.5]})
+    assert (fault.cause, fault.where) == ("unreadable_shard", "00001.tar")
+    assert prepare("laion", root=tmp_path, out=tmp_path / "out", max_faults=0.5, quiet=True).samples == 1
+
+
 def test_conceptual_captions_as_files_and_as_a_list(put, tmp_path: Path) -> None:
     put("a/00000/000000000.jpg")
     put("a/00000/000000000.txt", "from the text")
@@ -437,10 +466,16 @@ def test_conceptual_captions_as_files_and_as_a_list(put, tmp_path: Path) -> None
     put("a/00000/000000002.jpg")
     put("a/00000/000000003.jpg")
     put("a/00000/000000003.json", "{cut")
+    put("a/00000/000000004.jpg")
+    put("a/00000/000000004.json", {"caption": ["a", "list"]})
+    put("a/00000/000000005.jpg")
+    put("a/00000/000000005.json", "[]")
     samples, faults = split_up(img2dataset.conceptual_captions(tmp_path / "a"))
     assert [sample.captions for sample in samples] == [["from the text"], ["from the JSON"]]
     assert samples[1].meta == {"name": "000000001.jpg", "url": "http://a/1"}
-    assert causes(faults) == [("missing_caption", "00000/000000002.jpg"), ("bad_row", "00000/000000003.jpg")]
+    assert causes(faults) == [("missing_caption", "00000/000000002.jpg")] + [
+        ("bad_row", f"00000/00000000{number}.jpg") for number in (3, 4, 5)
+    ]
     put("b/cc_data/train/0.jpg")
     put(
         "b/Train-GCC-training_output.csv",
@@ -534,3 +569,49 @@ def test_hugging_face_sets(put, tmp_path: Path, make_picture, monkeypatch) -> No
         hf.samples("./nowhere")
     with pytest.raises(ValueError, match="hf: needs a name or a folder"):
         prepare("hf:", out=tmp_path / "x", quiet=True)
+
+
+@pytest.mark.parametrize("odd", [["a"], {"a": 1}, None, 1.5, True, "x" * 300])
+def test_ids_and_names_of_a_wrong_kind_cost_their_row_and_no_more(put, tmp_path: Path, odd: Any) -> None:
+    """Of two pictures each, of which the first has something odd for its id, split, folder or name."""
+    names = ("a.jpg", "b.jpg")
+    for folder in ("train2014", "train", "images/train/3"):
+        for name in names:
+            put(f"{folder}/{name}")
+    images = [{"id": image, "file_name": name} for image, name in zip((odd, 2), names, strict=True)]
+    captions = [{"image_id": image, "caption": "a text"} for image in (odd, 2)]
+    put("captions_train2014.json", {"images": images, "annotations": captions})
+    put("train.json", {"images": images, "annotations": captions})
+    for samples in (coco.samples(tmp_path, "train2014"), vizwiz.samples(tmp_path)):
+        found, faults = split_up(samples)
+        assert [sample.meta["name"] for sample in found] == (["a.jpg", "b.jpg"] if odd is True else ["b.jpg"])
+        assert {fault.cause for fault in faults} <= {"bad_row", "missing_caption"}
+    good = {"filepath": "train2014", "split": "train", "sentences": [{"raw": "a text"}]}
+    for key in ("filepath", "split", "filename"):
+        rows = [{**good, "filename": "a.jpg", key: odd}, {**good, "filename": "b.jpg"}]
+        put("dataset_coco.json", {"images": rows})
+        if isinstance(odd, str):  # another split, a folder that is not there, a picture that is not
+            continue
+        found, faults = split_up(coco.samples(tmp_path))
+        assert [sample.meta["name"] for sample in found] == ["b.jpg"]
+        assert causes(faults) == [("bad_row", "dataset_coco.json: images[0]")]
+    sentence = {"sentence": "s", "label": "True", "directory": odd}
+    put("train.json", lines({"identifier": f"{odd}-0", **sentence}))
+    _, faults = split_up(nlvr.nlvr2(tmp_path))
+    assert faults[0].cause in ("missing_image", "unreadable_image")
+
+
+def test_json_with_a_mark_of_its_encoding_and_json_without_end(put, tmp_path: Path) -> None:
+    put("images/1.jpg")
+    question = {"1": {"imageId": "1", "question": "Is it red?", "answer": "yes"}}
+    put(
+        "train_balanced_questions.json", b"\xef\xbb\xbf" + json.dumps(question).encode()
+    )  # a Windows editor's
+    assert len(split_up(gqa.samples(tmp_path))[0]) == 1
+    put("train_balanced_questions.json", "[" * 100_000)
+    with pytest.raises(ValueError, match="not a JSON file: maximum recursion depth"):
+        gqa.samples(tmp_path)
+    put("img/1.png")
+    put("train.jsonl", lines({"img": "img/1.png", "text": "t", "label": 1}) + "[" * 100_000)
+    samples, faults = split_up(hateful_memes.samples(tmp_path))
+    assert (len(samples), causes(faults)) == (1, [("bad_row", "train.jsonl:2")])

@@ -38,6 +38,24 @@ def test_help_without_and_with_a_recipe(recipe, capsys):
     assert "--optim.lr" in capsys.readouterr().out
 
 
+def test_help_names_what_a_recipe_still_lacks(tmp_path, capsys):
+    (tmp_path / "part.yaml").write_text(
+        "{data: {temperature: 3}, log_every: 7, model: {kind: towers, image_tower: {kind: timm, image_size: 96}}}"
+    )
+    with pytest.raises(SystemExit) as stopped:
+        read(str(tmp_path / "part.yaml"), "--help")
+    assert stopped.value.code == 0
+    said = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "Optimiser steps. (required)" in said
+    assert "Optimiser steps between lines of log.jsonl. (default: 7)" in said
+    for key, default in (("data.temperature", "3.0"), ("model.image-tower.image-size", "96")):
+        assert f"(default: {default})" in said.split(f"--{key} ")[1].split(" --")[0]
+    assert "(required)" in said.split("--model.image-tower.name ")[1].split(" --")[0]
+    (tmp_path / "wrong.yaml").write_text("{data: {trian: shards}}")
+    with pytest.raises(ValueError, match=r"data.trian: unknown key; did you mean 'train'"):
+        read(str(tmp_path / "wrong.yaml"), "--help")
+
+
 def test_no_recipe_and_both_flags_are_refused(recipe):
     with pytest.raises(ValueError, match=r"which recipe\? One of .*flickr8k_cpu.*, or a YAML file"):
         read()

@@ -87,7 +87,7 @@ def test_oversized_by_bytes(sick):
     assert causes["oversized_image"] == 11  # all pictures that get so far
 
 
-def test_exit_code_text_and_json(sick, tmp_path, make_picture, capsys):
+def test_exit_code_text_and_json(sick, tmp_path, make_picture, capsys, monkeypatch):
     assert main(["doctor", str(sick), "--json"]) == 1
     printed = json.loads(capsys.readouterr().out)
     assert main(["doctor", str(sick), "--json", str(tmp_path / "found.json")]) == 1
@@ -98,6 +98,14 @@ def test_exit_code_text_and_json(sick, tmp_path, make_picture, capsys):
         writer.write(Sample("a", make_picture(0), "jpg", ["a text"]))
     assert main(["doctor", str(tmp_path / "well")]) == 0
     assert "nothing found" in capsys.readouterr().out
+    monkeypatch.setattr("data.doctor.examine", None)  # told before the work
+    monkeypatch.setattr("data.check.check_shards", None)
+    (tmp_path / "file").touch()
+    for command in ("doctor", "check"):
+        with pytest.raises(ValueError, match=r"--json .*well is a folder: name a file"):
+            main([command, str(sick), "--json", str(tmp_path / "well")])
+        with pytest.raises(ValueError, match=r"--json .*: no file can be written in .*file"):
+            main([command, str(sick), "--json", str(tmp_path / "file/found.json")])
     with pytest.raises(ValueError, match=r"--json takes one file, got .*: put SHARDS before it"):
         main(["doctor", str(sick), "--json", "a", "b"])
 

@@ -500,6 +500,17 @@ def test_what_is_asked_wrongly(web: Web, here, tmp_path: Path) -> None:
     (tmp_path / "heads.csv").write_text("url,caption\n")
     with pytest.raises(ValueError, match=r"heads.csv: no row in the list"):
         fetch(tmp_path / "heads.csv", out)
+    (tmp_path / "cc12m.tsv").write_text(
+        f"{web.url('1.jpg')}\tfirst\n\nbroken\n"
+    )  # its columns the other way round
+    with pytest.raises(
+        ValueError, match=r"none of its first 2 rows has a URL in the column 'url' \(it holds 'first'"
+    ):
+        fetch("cc3m", out, table=(str(tmp_path / "cc12m.tsv"),))
+    with pytest.raises(FileExistsError, match=r"--out .*list.csv is a file: expected a folder"):
+        fetch(listed, listed)
+    with pytest.raises(ValueError, match=r"--out .*list.csv/out: no file can be written in .*list.csv"):
+        fetch(listed, listed / "out")
     assert not out.exists()
     out.mkdir()
     (out / "holiday.jpg").write_bytes(b"x")

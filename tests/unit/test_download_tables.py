@@ -87,6 +87,17 @@ NONE = {"url": None, "caption": None}
             [{**ONE[0], "by": "Andr\ufffd"}],
         ),
         ("missing.parquet", {"url": [URL, None], "caption": ["one", None]}, [*ONE, NONE]),
+        (
+            "later.jsonl",
+            f'{{"url": null, "caption": "none", "tags": null}}\n'
+            f'{{"url": "{URL}", "caption": "one", "tags": ["a"], "by": "me"}}\n'
+            f'{{"url": ["{URL}"], "caption": "a list"}}\n',
+            [
+                {"url": None, "caption": "none", "by": None},
+                {**ONE[0], "by": "me"},
+                {"url": None, "caption": "a list", "by": None},
+            ],
+        ),
     ],
 )
 def test_odd_lists_are_read_and_bad_rows_counted(tmp_path: Path, name: str, content: Any, expected) -> None:
@@ -125,6 +136,14 @@ def test_odd_lists_are_read_and_bad_rows_counted(tmp_path: Path, name: str, cont
 def test_lists_that_cannot_be_used(tmp_path: Path, name: str, content: Any, options, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         rows(write(tmp_path / name, content), **options)
+
+
+def test_hidden_files_are_no_part_of_a_list(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", PAIR)
+    (tmp_path / ".cache").mkdir()
+    write(tmp_path / ".cache/b.json", "{}")
+    write(tmp_path / ".c.csv", "")
+    assert list_files([str(tmp_path)]) == [tmp_path / "a.csv"]
 
 
 def test_files_of_one_list_that_differ(tmp_path: Path) -> None:

@@ -214,8 +214,15 @@ def test_any_file_system_of_fsspec(shard, tmp_path):
         "memory://bucket/{0..2}.tar", load, collate, batch_size=4, cache_dir=tmp_path / "cache"
     )
     assert keys_of(stream) == sorted("01234" * 3)
-    assert expand_shards("memory://bucket/*.tar") == [f"memory:///bucket/{n}.tar" for n in range(3)]
-    assert expand_shards("http://host/*.tar") == ["http://host/*.tar"]  # http lists no folders
+    memory.pipe("/bucket/0.tar.idx", b"")
+    for pattern, numbers in (("*.tar", "012"), ("?.tar", "012"), ("[12].tar", "12"), ("*", "012")):
+        assert expand_shards(f"memory://bucket/{pattern}") == [f"memory:///bucket/{n}.tar" for n in numbers]
+    versioned = ["s3://bucket/0.tar?versionId=3", "http://host/0.tar?key=*&x[]=1"]
+    assert expand_shards(versioned) == versioned
+    with pytest.raises(
+        ValueError, match=r"http://host/\*.tar: http lists no folders, so name them with braces"
+    ):
+        expand_shards("http://host/*.tar")
     with pytest.raises(ValueError, match=r"shard nope://a/\*.tar: expected a local path"):
         expand_shards("nope://a/*.tar")
     with pytest.raises(
@@ -230,6 +237,8 @@ def test_a_pipe(shard, tmp_path):
     assert keys_of(stream) == list("01234")
     with pytest.raises(FileNotFoundError, match=r"\(5 attempts\): .*the command ended with 3: no such luck"):
         local_shard("pipe:printf half; echo no such luck >&2; exit 3", tmp_path, backoff=0.001)
+    with pytest.raises(FileNotFoundError, match=r"\(5 attempts\): .*the command wrote nothing: gone"):
+        local_shard("pipe:(echo gone >&2; false) | cat", tmp_path, backoff=0.001)
     flaky = f"pipe:if [ -e {tmp_path}/tried ]; then cat {source}; else touch {tmp_path}/tried; printf x; false; fi"
     assert local_shard(flaky, tmp_path, backoff=0.001).read_bytes() == shard
 

@@ -229,6 +229,8 @@ def test_a_folder_with_other_files_is_never_replaced(use, good, tmp_path: Path) 
         prepare("toy", out=tmp_path, overwrite=True, quiet=True)
     with pytest.raises(FileExistsError, match=r"thesis.txt is a file: expected a folder"):
         prepare("toy", out=tmp_path / "thesis.txt", quiet=True)
+    with pytest.raises(ValueError, match=r"--out .*thesis.txt/out: no file can be written in .*thesis.txt"):
+        prepare("toy", out=tmp_path / "thesis.txt/out", quiet=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 

@@ -90,6 +90,8 @@ def test_names_of_shards(tmp_path):
     assert expand_shards(str(tmp_path / "*.tar")) == names
     assert expand_shards(f"{tmp_path}/{{00002..00000}}.tar") == names[::-1]
     assert expand_shards([names[0], tmp_path]) == names
+    Path(f"{names[0]}.idx").touch()  # readers leave it beside the shard
+    assert expand_shards(str(tmp_path / "0*")) == names
     assert expand_shards("http://host/{0..1}.tar") == ["http://host/0.tar", "http://host/1.tar"]
 
 
@@ -101,10 +103,13 @@ def test_names_of_shards(tmp_path):
         (["{d}", " "], "the name of a shard is empty"),
         ("{d}/none-*.tar", "no shards found"),
         ("{d}/0{{1..2}}.tar", "no shards at"),
+        (["{d}/0.tar", "{d}/empty"], "no shards found: .*empty matches no .tar file"),
+        (["{d}/0.tar", "{d}/{{0,none}}*.tar"], r"no shards found: .*none\*.tar matches no .tar file"),
     ],
 )
 def test_no_shards(tmp_path, shards, message):
     (tmp_path / "0.tar").touch()
+    (tmp_path / "empty").mkdir()
     words = [shards] if isinstance(shards, str) else shards
     given = [word.format(d=tmp_path) for word in words]
     with pytest.raises(ValueError, match=message):

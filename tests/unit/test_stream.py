@@ -324,6 +324,14 @@ def test_captions_that_are_not_text(captions):
         RawSample("k", "s", 0, b"", "jpg", {"captions": captions}).captions()
 
 
+@pytest.mark.parametrize("key", [None, "rewritten"])
+def test_a_caption_with_half_a_character_is_a_fault_and_no_end_of_a_run(key):
+    """Tokenizers of the hub raise a TypeError for it."""
+    record = {"caption": "half \ud800 of one", "rewritten": ["whole", "half \udfff of one"]}
+    with pytest.raises(Fault, match="bad_text: a caption holds half a character"):
+        RawSample("k", "s", 0, b"", "jpg", record).captions(key)
+
+
 # Bad input
 
 

@@ -290,8 +290,27 @@ def test_captions_of_sources_that_cannot_be(tmp_path):
         ValueError, match="source x: captions 'latest': expected one of random, first, longest, all"
     ):
         pair_stream([Source("x", name="x", captions="latest")], **options)
-    with pytest.raises(ValueError, match="source x: captions 'all' and 'first' cannot stand in one batch"):
-        pair_stream([Source("x", name="x", captions="first")], captions="all", **options)
+    with pytest.raises(
+        ValueError, match="source x: its captions 'first' and the stream's 'all' cannot stand in one batch"
+    ):
+        pair_stream([Source("x", captions="first")], captions="all", **options)
+    with pytest.raises(ValueError, match="source x: rewritten captions need their JSON key and a share"):
+        pair_stream([Source("x", rewritten_key="new"), Source("y")], **options)
+
+
+def test_sources_that_share_shards_are_pointed_out(tmp_path, caplog):
+    folder = write_keys(tmp_path / "a", [20, 20, 20])
+    (tmp_path / "link").symlink_to(folder)
+    other = write_keys(tmp_path / "b", [20])
+    shared = [f"{tmp_path}/link/1.tar", f"{folder}/2.tar", other]
+    stream_of([Source(folder, name="whole"), Source(shared, name="part"), Source(f"{other}/0.tar", name="b")])
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].startswith("sources whole and part share 2 shards: a picture may stand twice in a batch")
+    assert said[1].startswith("sources part and b share 1 shards")
+    caplog.clear()
+    stream_of([Source(folder, name="a"), Source(other, name="b")])
+    assert not caplog.records
 
 
 # Shards that fail on the way

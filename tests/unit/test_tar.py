@@ -1,4 +1,6 @@
+import gzip
 import io
+import random
 import subprocess
 import tarfile
 from pathlib import Path
@@ -169,6 +171,8 @@ def test_a_cut_inside_a_long_name(tmp_path):
         (b"", "is empty"),
         (b"hello", "not a tar: 5 bytes"),
         (b"\x1f\x8b" + b"1" * 2000, "not a tar but gzip"),
+        (gzip.compress(random.Random(0).randbytes(2000)), "not a tar but gzip"),
+        (b"PK\3\4" + b"\0" * 2000, "not a tar but zip"),
         (b"<html>" * 200, "not a tar"),
     ],
 )
@@ -248,3 +252,41 @@ def test_more_extensions_than_an_index_holds(tmp_path, monkeypatch):
     assert [fault.cause for fault in index.faults] == ["bad_shard"]
     assert "more than 3 different extensions; a sample's key ends at the first dot" in index.faults[0].detail
     assert [index.key(sample) for sample in range(len(index))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_hard_link_has_the_content_of_the_file_that_it_names(tmp_path, format):
+    """tar writes one for the second of two names of a file; the picture of its sample would be lost otherwise."""
+    long = ("k" if format == tarfile.USTAR_FORMAT else "k" * 150) + ".jpg"
+    links = [("b.JPG", "a.jpg"), (long, "a.jpg"), ("c.jpg", long), ("d.jpg", "gone.jpg"), ("README", "a.jpg")]
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in {"a.jpg": b"picture", "a.txt": b"one", "b.txt": b"two"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for name, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.LNKTYPE, target
+            tar.addfile(info)
+    assert contents(path) == {
+        "a": {"jpg": b"picture", "txt": b"one"},
+        "b": {"jpg": b"picture", "txt": b"two"},
+        long.removesuffix(".jpg"): {"jpg": b"picture"},
+        "c": {"jpg": b"picture"},
+    }
+
+
+def test_what_lies_behind_the_end_is_told(tmp_path):
+    """As in shards that were joined by `cat`; zeros behind the end are padding."""
+    path = write_tar(tmp_path / "s.tar", {"a.jpg": b"1", "a.txt": b"one"})
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(100_000))
+    assert scan_shard(path).faults == ()
+    path.write_bytes(whole + write_tar(tmp_path / "t.tar", {"b.jpg": b"2"}).read_bytes())
+    index = scan_shard(path)
+    (fault,) = index.faults
+    assert (len(index), fault.cause) == (1, "bad_shard")
+    assert fault.detail.startswith(
+        "goes on behind its end-of-archive mark at byte 2048: tars are joined by `tar -A`"
+    )

@@ -288,7 +288,7 @@ def test_bad_questions(answerer, files):
         make_model(CaptionTask()).answer(files[:1], ["dog?"])
 
 
-@pytest.mark.parametrize("answers", ["yes", 3, {"answer": "yes"}, [], None])
+@pytest.mark.parametrize("answers", ["yes", 3, {"answer": "yes"}, [], None, ["half \ud800 a character"]])
 def test_answers_are_a_list(answers):
     """The letters of a text are no answers."""
     sample = RawSample(
