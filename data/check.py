@@ -74,7 +74,9 @@ def check(
 
 
 def dump(findings: dict[str, Any]) -> str:
-    return json.dumps(findings, indent=1, ensure_ascii=False) + "\n"
+    """The findings as JSON; bytes of a name that are not UTF-8 stand as JSON escapes them."""
+    text = json.dumps(findings, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def check_shards(

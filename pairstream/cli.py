@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import sys
@@ -75,6 +76,10 @@ def run_stage(main: Callable[[list[str]], int | None], argv: Sequence[str]) -> i
     from pairstream.errors import message, require_own_packages
 
     arguments = [argument for argument in argv if argument != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a name that is not UTF-8 is no reason to print nothing
     try:
         require_own_packages()
         code = main(arguments) or 0

@@ -21,6 +21,7 @@ from data.adapters.common import (
     read_rows,
 )
 from data.faults import Fault
+from data.pictures import open_picture
 
 PERMUTATIONS = 6  # pictures of one NLVR example: the orders of its three boxes
 GAP = 8  # pixels between two photographs
@@ -122,11 +123,10 @@ def beside(left: bytes, right: Path) -> bytes:
 
     Raises:
         FileNotFoundError: The right one is not there.
-        Fault: `undecodable_image`.
+        Fault: `undecodable_image` or `too_large_image`.
     """
     try:
-        files = [io.BytesIO(left), io.BytesIO(right.read_bytes())]
-        pictures = [Image.open(file).convert("RGB") for file in files]
+        pictures = [open_picture(content).convert("RGB") for content in (left, right.read_bytes())]
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError) as error:

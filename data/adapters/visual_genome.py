@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from data.adapters.common import (
     Counted,
     Row,
@@ -21,6 +19,8 @@ from data.adapters.common import (
     read_list,
     read_rows,
 )
+from data.faults import Fault
+from data.pictures import open_picture
 from data.shards import Sample
 
 SMALLEST = 16  # pixels; sides of the smallest region that is cut out
@@ -158,9 +158,12 @@ def cut_out(
     for image_id, photograph in photographs.items():
         path = place(image_id)
         try:
-            picture = Image.open(path).convert("RGB")
+            picture = open_picture(path.read_bytes()).convert("RGB")
         except FileNotFoundError:
             yield Skipped("missing_image", photograph.where, f"no picture {path}")
+            continue
+        except Fault as fault:
+            yield Skipped(fault.cause, photograph.where, f"{path.name}: {fault.detail}")
             continue
         except (OSError, SyntaxError, ValueError) as error:
             yield Skipped("undecodable_image", photograph.where, f"{path.name}: {error}")

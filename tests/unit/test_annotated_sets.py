@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zlib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -615,3 +616,19 @@ def test_json_with_a_mark_of_its_encoding_and_json_without_end(put, tmp_path: Pa
     put("train.jsonl", lines({"img": "img/1.png", "text": "t", "label": 1}) + "[" * 100_000)
     samples, faults = split_up(hateful_memes.samples(tmp_path))
     assert (len(samples), causes(faults)) == (1, [("bad_row", "train.jsonl:2")])
+
+
+def test_pictures_too_large_to_decode_cost_their_row(put, genome: Path, tmp_path: Path) -> None:
+    """Where a picture is put together or cut, Pillow's own limit would end the preparation."""
+    file = io.BytesIO()
+    Image.new("1", (1, 1)).save(file, "PNG")
+    bomb = bytearray(file.getvalue())  # now the header of a 30,000 x 30,000 picture
+    bomb[16:24] = (30_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
+    put("VG_100K/1.jpg", bytes(bomb))
+    _, faults = split_up(visual_genome.samples(genome, crops=True))
+    assert ("too_large_image", "region_descriptions.json[0]") in causes(faults)
+    put("images/train/3/train-1-img0.png")
+    put("images/train/3/train-1-img1.png", bytes(bomb))
+    put("train.json", lines({"identifier": "train-1-0", "sentence": "s", "label": "True", "directory": 3}))
+    assert causes(split_up(nlvr.nlvr2(tmp_path))[1]) == [("too_large_image", "train.json:1")]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from data.check import check_shards
 from data.cli import main
 from data.doctor import as_text, examine
 from data.shards import Sample, ShardWriter
+from pairstream.cli import run_stage
 
 
 def write_tar(path: Path, files: list[tuple[str, bytes]]) -> Path:
@@ -136,6 +138,17 @@ def test_shards_without_a_sample_and_those_that_cannot_be_read(tmp_path, make_pi
     assert (findings["samples"], findings["sound"]) == (3, 2)
     assert "holds no sample: no file in it has a name such as KEY.jpg" in as_text(findings)
     assert check_shards(folder)["faults"]["unreadable_shard"]["samples"] == 2
+
+
+def test_a_shard_whose_name_is_not_utf8(tmp_path, make_picture, capsys):
+    (tmp_path / "set").mkdir()
+    shard = write_tar(tmp_path / "s.tar", [("a.jpg", make_picture(0))])
+    name = os.fsencode(tmp_path / "set") + b"/caf\xe9.tar"
+    shard.rename(os.fsdecode(name))
+    for command in ("doctor", "check"):
+        assert run_stage(main, [command, str(tmp_path / "set"), "--json", str(tmp_path / "found.json")]) == 1
+        assert r"/caf\udce9.tar, sample 'a': no caption" in capsys.readouterr().out
+        assert r"/caf\udce9.tar" in json.dumps(json.loads((tmp_path / "found.json").read_bytes()))
 
 
 def test_a_set_elsewhere_that_cannot_be_had(tmp_path, monkeypatch):
