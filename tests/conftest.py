@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of two threads each waits, spinning, for a core that others use
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads would spin while they wait for a shared core
 ROOT = Path(__file__).resolve().parent.parent
 
 
