@@ -27,7 +27,10 @@ pytestmark = pytest.mark.dist
 WORKER = Path(__file__).with_name("two_process_worker.py")
 TOWERS = ("vit", "resnet", "timm")
 SPLITS = {"even": [4, 4], "uneven": [5, 3]}
-DTYPES = {"float64": 1e-6, "float32": 1e-5}  # largest relative difference
+DTYPES = {
+    "float64": 1e-6,
+    "float32": 2e-5,
+}  # largest relative difference; sums of float32 round as threads divide them
 OPEN_CLIP = {"default": {}, "gathered": {"local_loss": True, "gather_with_grad": True}}
 
 
