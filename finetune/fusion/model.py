@@ -144,6 +144,15 @@ class FusionClassifier(TaskModel):
         return torch.cat([mean, tokens.amax(dim=1, keepdim=True)], dim=-1)
 
     @torch.no_grad()
+    def expect(self, shares: Sequence[float]) -> None:
+        """Begin with logistic outputs that say how often each is right in training, `(labels,)`, instead of a half.
+
+        Of many answers each is rarely right: the first hundreds of steps would teach that and little else.
+        """
+        rates = torch.tensor(shares, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+        self.output.bias.copy_(rates.logit())
+
+    @torch.no_grad()
     def learn_scale(self, features: Tensor, rows: Sequence[int]) -> None:
         """Take mean and deviation of each channel from the training pictures; a channel that never changes becomes 0.
 
