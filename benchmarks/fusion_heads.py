@@ -43,6 +43,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "product": {"kind": "product", "width": 128},
     "single_stream": {"kind": "single_stream", "width": 128, "layers": 2, "heads": 4},
     "co_attention": {"kind": "co_attention", "width": 128, "layers": 1, "heads": 4},
+    "cross_attention": {"kind": "cross_attention", "width": 128, "layers": 1, "heads": 4},
     "gated_tokens": {"kind": "gated", "width": 128, "picture": "mean_max"},
 }
 STANDARDISED = ("gated_tokens",)
@@ -97,7 +98,7 @@ def inputs_of(model: FusionClassifier) -> tuple[torch.Tensor, ...]:
     words = model.encoder.tokenize(["what a lovely day this is"])
     image, text = model.image_features(blank), model.text_features(words)
     seen = words.ne(0) if not model.pooled else torch.ones(1, 1, dtype=torch.bool)
-    return image, text, seen
+    return image, text, seen, torch.zeros(1, dtype=torch.int64)
 
 
 def latencies(models: dict[str, FusionClassifier], calls: int) -> dict[str, float]:

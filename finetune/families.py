@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from data.transforms import EvalTransform, TrainTransform
+from finetune.fusion.answers import Choosing
 from finetune.fusion.model import FusionClassifier, load_classifier
 from finetune.fusion.recipe import MatchTask
 from finetune.fusion.samples import FusionCollate, make_load
@@ -158,6 +159,8 @@ class Fusing:
         frozen = recipe.freeze_image_tower
         model = FusionClassifier(encoder, recipe.task, run.task.labels, freeze_image_tower=frozen)
         model.parts = parts_of(recipe)
+        if isinstance(run.task, Choosing):
+            model.expect(run.task.shares)
         return weighted(model, run)
 
     def reopen(self, run: Any, folder: Path) -> FusionClassifier:

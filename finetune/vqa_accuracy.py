@@ -9,6 +9,7 @@ Public implementations of this metric differ by up to 27 points on the same answ
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}
 
 
+@functools.lru_cache(maxsize=100_000)  # ten people give the same few answers again and again
 def normalise(answer: str) -> str:
     """An answer as the metric compares it: no articles, digits for number words, little punctuation.
 

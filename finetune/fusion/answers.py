@@ -24,6 +24,8 @@ class Choosing(Questions):
     def __init__(self, task: ChooseTask):
         super().__init__(task)
         self.labels: tuple[str, ...] = ()
+        self.shares: tuple[float, ...] = ()
+        """Of the training questions, how many each answer of the list is right for."""
 
     @property
     def class_weights(self) -> list[float]:
@@ -41,6 +43,7 @@ class Choosing(Questions):
         counts.pop("", None)  # "a" and "the" are nothing once they are normalised
         frequent = sorted((-times, name) for name, times in counts.items() if times >= self.task.occurrences)
         self.labels = tuple(name for _, name in frequent[: self.task.answers])
+        self.shares = tuple(counts[name] / counts.total() for name in self.labels)
         if len(self.labels) < 2:
             raise ValueError(
                 f"{len(self.labels)} of {len(counts)} training answers are right for at least "

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finetune.fusion.heads import build_head
+from finetune.fusion.heads import build_head, token_grid
 from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask, Pooled
 from finetune.fusion.samples import MATCHES
 from finetune.recipe_model import TowerLora
@@ -84,6 +84,7 @@ class FusionClassifier(TaskModel):
             image_dim=image.shape[-1],
             text_dim=text.shape[-1],
             norm_image=not task.standardise,
+            grid=token_grid(image.shape[1], encoder.image_size),
         )
         self.missing_image = nn.Parameter(torch.randn(image.shape[-1]) * 0.02)
         self.missing_text = nn.Parameter(torch.randn(text.shape[-1]) * 0.02)
@@ -141,6 +142,15 @@ class FusionClassifier(TaskModel):
         if fusion.picture == "tokens":
             return mean
         return torch.cat([mean, tokens.amax(dim=1, keepdim=True)], dim=-1)
+
+    @torch.no_grad()
+    def expect(self, shares: Sequence[float]) -> None:
+        """Begin with logistic outputs that say how often each is right in training, `(labels,)`, instead of a half.
+
+        Of many answers each is rarely right: the first hundreds of steps would teach that and little else.
+        """
+        rates = torch.tensor(shares, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+        self.output.bias.copy_(rates.logit())
 
     @torch.no_grad()
     def learn_scale(self, features: Tensor, rows: Sequence[int]) -> None:
@@ -227,14 +237,13 @@ class FusionClassifier(TaskModel):
         if tokens is None:
             assert images is not None, "give images or their features"
             tokens = self.image_features(images)
-        tokens = tokens if image_of_text is None else tokens[image_of_text]
         no_image = torch.zeros_like(text_missing)
         if self.training and self.task.modality_dropout:
             draw = torch.rand(len(text_missing), device=text.device)
             share = self.task.modality_dropout
             no_image = (draw < share) & ~text_missing
             text_missing = text_missing | ((draw >= share) & (draw < 2 * share))
-        logits = self.logits(tokens, text, no_image, text_missing, text_of).float()
+        logits = self.logits(tokens, text, no_image, text_missing, text_of, image_of_text).float()
         weights: Any = self.class_weights
         if labels.ndim == 1:
             return F.cross_entropy(logits, labels, weight=weights, ignore_index=IGNORED, reduction="sum")
@@ -257,19 +266,22 @@ class FusionClassifier(TaskModel):
         no_image: Tensor,
         no_text: Tensor,
         text_of: Tensor | None = None,
+        image_of_text: Tensor | None = None,
     ) -> Tensor:
-        """Features, tokens, and what is missing, to float `(b, labels)`; see `forward`."""
+        """Features of pictures, tokens, and what is missing of each sample, to float `(n, labels)`; see `forward`."""
         words = self.text_features(text)
         if text_of is not None:
             words, text = words[text_of], text[text_of]
         if self.task.standardise:
             image = (image - self.image_mean) * self.image_scale
-        image = torch.where(no_image[:, None, None], self.missing_image.to(image.dtype), image)
+        nothing = self.missing_image.to(image.dtype).expand(1, image.shape[1], -1)
+        own = torch.arange(len(image), device=image.device) if image_of_text is None else image_of_text
+        own = torch.where(no_image, len(image), own)
         words = torch.where(no_text[:, None, None], self.missing_text.to(words.dtype), words)
         seen = text[:, : words.shape[1]].ne(0) if not self.pooled else text.new_ones(len(text), 1).bool()
         seen = seen & ~no_text[:, None]
         seen[:, 0] = True  # all that is seen of a missing text, however long its neighbours are
-        return self.output(self.dropout(self.head(image, words, seen)))
+        return self.output(self.dropout(self.head(torch.cat([image, nothing]), words, seen, own)))
 
     @torch.no_grad()
     def scores(
@@ -319,11 +331,12 @@ class FusionClassifier(TaskModel):
             text: number for number, text in enumerate(dict.fromkeys(text or "" for text in written))
         }
         logits = self.logits(
-            self.image_features(pixels)[owners.to(self.device)],
+            self.image_features(pixels),
             self.encoder.tokenize(list(different)).to(self.device),
             no_image.to(self.device),
             no_text.to(self.device),
             torch.tensor([different[text or ""] for text in written], device=self.device),
+            owners.to(self.device),
         ).double()
         self.train(training)
         finite(logits)

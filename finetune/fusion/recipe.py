@@ -50,13 +50,29 @@ class CoAttention(Config):
         return check_heads(self)
 
 
+class CrossAttention(Config):
+    """Text tokens that look at the picture in each layer, as in ALBEF and BLIP.
+
+    The picture's tokens are computed once for all its texts: the cheapest over many tokens and questions.
+    """
+
+    kind: Literal["cross_attention"] = "cross_attention"
+    width: int = Field(default=128, ge=8)
+    layers: int = Field(default=3, ge=1)
+    heads: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def fits(self) -> CrossAttention:
+        return check_heads(self)
+
+
 def check_heads(config):
     if config.width % config.heads:
         raise ValueError(f"width {config.width} is not a multiple of heads {config.heads}")
     return config
 
 
-Fusion = Annotated[Pooled | SingleStream | CoAttention, Field(discriminator="kind")]
+Fusion = Annotated[Pooled | SingleStream | CoAttention | CrossAttention, Field(discriminator="kind")]
 
 
 class FusionTask(Config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from safetensors.torch import load_file
 
 from data.shards import Sample, ShardWriter
 from finetune.cli import main
-from finetune.fusion.heads import build_head
+from finetune.fusion.heads import build_head, token_grid, waves
 from finetune.fusion.model import FusionClassifier, load_classifier
-from finetune.fusion.recipe import ClassifyTask, CoAttention, Pooled, SingleStream
+from finetune.fusion.recipe import ClassifyTask, CoAttention, CrossAttention, Pooled, SingleStream
 from finetune.fusion.task import Classification
 from finetune.predict import predict
 from finetune.recipe import FinetuneRecipe
@@ -29,6 +30,7 @@ FUSIONS = [
     {"kind": "product", "width": 16, "picture": "mean_max"},
     {"kind": "single_stream", "width": 16, "layers": 1, "heads": 2},
     {"kind": "co_attention", "width": 16, "layers": 1, "heads": 2},
+    {"kind": "cross_attention", "width": 16, "layers": 1, "heads": 2},
 ]
 MOODS = ("bad", "fine", "good")
 
@@ -87,39 +89,74 @@ def train(recipe: FinetuneRecipe, **options) -> dict:
 
 def test_pooled_heads_are_their_formulas():
     torch.manual_seed(0)
-    image, text, seen = torch.randn(3, 1, 5), torch.randn(3, 1, 7), torch.ones(3, 1).bool()
-    x = torch.nn.functional.layer_norm(image[:, 0], (5,))
+    image, text, seen = torch.randn(2, 1, 5), torch.randn(3, 1, 7), torch.ones(3, 1).bool()
+    own = torch.tensor([1, 0, 1])
+    x = torch.nn.functional.layer_norm(image[own, 0], (5,))
     y = torch.nn.functional.layer_norm(text[:, 0], (7,))
     head = build_head(Pooled(kind="tanh", width=4), image_dim=5, text_dim=7)
     expected = torch.tanh(x @ head.image.weight.T + head.image.bias + y @ head.text.weight.T)
-    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
+    assert torch.allclose(head(image, text, seen, own), expected, atol=1e-6)
     head = build_head(Pooled(kind="concat", width=4), image_dim=5, text_dim=7)
     expected = torch.nn.functional.gelu(torch.cat([x, y], 1) @ head.both.weight.T + head.both.bias)
-    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
+    assert torch.allclose(head(image, text, seen, own), expected, atol=1e-6)
     head = build_head(Pooled(kind="product", width=4), image_dim=5, text_dim=7)
     expected = torch.tanh(head.image(x)) * torch.tanh(head.text(y))
-    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
+    assert torch.allclose(head(image, text, seen, own), expected, atol=1e-6)
     head = build_head(Pooled(kind="product", width=4), image_dim=5, text_dim=7, norm_image=False)
-    expected = torch.tanh(head.image(image[:, 0])) * torch.tanh(head.text(y))
-    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
+    expected = torch.tanh(head.image(image[own, 0])) * torch.tanh(head.text(y))
+    assert torch.allclose(head(image, text, seen, own), expected, atol=1e-6)
     head = build_head(Pooled(kind="gated", width=4), image_dim=5, text_dim=7)
     gate = torch.sigmoid(torch.cat([x, y], 1) @ head.gate.weight.T + head.gate.bias)
     expected = gate * torch.tanh(head.image(x)) + (1 - gate) * torch.tanh(head.text(y))
-    assert torch.allclose(head(image, text, seen), expected, atol=1e-6)
+    assert torch.allclose(head(image, text, seen, own), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [SingleStream(width=8, heads=2), CoAttention(width=8, heads=2)])
+TOKEN_HEADS = [
+    SingleStream(width=8, heads=2),
+    CoAttention(width=8, heads=2),
+    CrossAttention(width=8, layers=2, heads=2),
+]
+
+
+@pytest.mark.parametrize("config", TOKEN_HEADS, ids=lambda config: config.kind)
 def test_token_heads_do_not_see_padding(config):
     torch.manual_seed(0)
-    head = build_head(config, image_dim=5, text_dim=7).eval()
+    head = build_head(config, image_dim=5, text_dim=7, grid=(2, 2)).eval()
     image, text, seen = torch.randn(2, 4, 5), torch.randn(2, 6, 7), torch.ones(2, 6).bool()
     seen[1, 3:] = False
-    before = head(image, text, seen)
+    own = torch.arange(2)
+    before = head(image, text, seen, own)
     text[1, 3:] = 9.0
-    assert torch.allclose(head(image, text, seen), before, atol=1e-6)
-    assert torch.allclose(head(image[1:], text[1:, :3], seen[1:, :3]), before[1:], atol=1e-5)
+    assert torch.allclose(head(image, text, seen, own), before, atol=1e-6)
+    alone = head(image[1:], text[1:, :3], seen[1:, :3], own[:1])
+    assert torch.allclose(alone, before[1:], atol=1e-5)
     text[1, 0] = 9.0
-    assert not torch.allclose(head(image, text, seen), before, atol=1e-3)
+    assert not torch.allclose(head(image, text, seen, own), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", TOKEN_HEADS, ids=lambda config: config.kind)
+def test_token_heads_know_places_and_share_pictures(config):
+    torch.manual_seed(0)
+    head = build_head(config, image_dim=5, text_dim=7, grid=(2, 3)).eval()
+    image, text, seen = torch.randn(2, 6, 5), torch.randn(4, 3, 7), torch.ones(4, 3).bool()
+    own = torch.tensor([1, 0, 1, 1])
+    found = head(image, text, seen, own)
+    assert torch.allclose(head(image[own], text, seen, torch.arange(4)), found, atol=1e-5)
+    turned = image.view(2, 2, 3, 5).flip(2).flatten(1, 2)  # the same tokens, left and right swapped
+    assert not torch.allclose(head(turned, text, seen, own), found, atol=1e-3)
+
+
+def test_places_of_a_grid_are_waves_of_row_and_column():
+    found = waves((2, 3), 10)
+    assert found.shape == (6, 10)
+    for place in range(6):
+        row, column = divmod(place, 3)
+        angles = [rate * at for at in (row, column) for rate in (1.0, 0.1)]
+        expected = [f(a) for pair in (angles[:2], angles[2:]) for f in (math.sin, math.cos) for a in pair]
+        assert found[place].tolist() == pytest.approx([*expected, 0.0, 0.0], abs=1e-6)
+    assert token_grid(36, (96, 96)) == (6, 6)
+    assert token_grid(18, (48, 96)) == (3, 6)
+    assert token_grid(197, (224, 224)) == (1, 197)  # 14 x 14 with a class token in front
 
 
 @pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: "-".join(map(str, fusion.values())))
@@ -184,7 +221,7 @@ def test_modality_dropout_takes_one_or_the_other_but_never_both(monkeypatch, mak
     model = make_model(FUSIONS[0], modality_dropout=0.3).train()
     seen = []
 
-    def record(image, text, no_image, no_text, text_of):
+    def record(image, text, no_image, no_text, text_of, image_of_text):
         seen.append((no_image, no_text))
         return torch.zeros(len(text), 3, requires_grad=True)
 
@@ -253,7 +290,7 @@ def test_standardised_channels_have_mean_0_and_deviation_1(make_model):
     rows = [row for row in range(1500) if row != 7]
     model.learn_scale(features, rows)
     seen = []
-    hook = model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hook = model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][inputs[3]]))
     text = model.encoder.tokenize(["a day"] * len(rows))
     no = torch.zeros(len(rows)).bool()
     with torch.no_grad():

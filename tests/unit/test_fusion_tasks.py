@@ -81,6 +81,7 @@ def test_the_list_has_the_most_frequent_answers_and_says_how_far_they_reach():
     choosing = Choosing(ChooseTask(answers=3, occurrences=1))
     choosing.learn(rows)
     assert choosing.labels == ("2", "b", "c")  # "a" is nothing once it is normalised
+    assert choosing.shares == (2 / 5, 2 / 5, 1 / 5)
     judged = [
         {"judged_by": [Question(0, "q", ["two"] * 10, {})], "written": ["2"], "unseen": ["b"]},
         {"judged_by": [Question(1, "q", ["unheard of"] * 10, {})], "written": ["b"], "unseen": ["b"]},
@@ -89,6 +90,13 @@ def test_the_list_has_the_most_frequent_answers_and_says_how_far_they_reach():
     assert (numbers["accuracy"], numbers["reachable"], numbers["text_only"]) == (0.5, 0.5, 0.0)
     with pytest.raises(ValueError, match="1 of 3 training answers are right for at least 3 questions"):
         Choosing(ChooseTask(occurrences=3)).learn([*rows[:2], *rows[:1], rows[2], rows[4]])
+
+
+def test_answers_begin_as_often_right_as_they_are_in_training(world, tmp_path):
+    model = Finetuner(recipe(world, tmp_path / "run", {"kind": "choose"})).model
+    begun = dict(zip(model.labels, model.output.bias.sigmoid().tolist(), strict=True))
+    shares = {"no": 32 / 96, "yes": 16 / 96, **dict.fromkeys(COLOURS, 16 / 96)}
+    assert begun == pytest.approx(shares, abs=1e-6)
 
 
 def test_what_is_said_of_one_modality_alone_was_trained(world, tmp_path):

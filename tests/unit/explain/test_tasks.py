@@ -85,6 +85,7 @@ def test_an_answer_and_its_question(explained, pictures):
         {"kind": "tanh"},
         {"kind": "tanh", "picture": "mean_max"},
         {"kind": "co_attention", "width": 16, "heads": 2},
+        {"kind": "cross_attention", "width": 16, "heads": 2},
     ],
 )
 def test_a_label_with_and_without_a_text(explained, pictures, fusion):
