@@ -97,7 +97,7 @@ def inputs_of(model: FusionClassifier) -> tuple[torch.Tensor, ...]:
     blank = torch.zeros(1, 3, *model.encoder.image_size, dtype=torch.uint8)
     words = model.encoder.tokenize(["what a lovely day this is"])
     image, text = model.image_features(blank), model.text_features(words)
-    seen = words.ne(0) if not model.pooled else torch.ones(1, 1, dtype=torch.bool)
+    seen = words[:, : text.shape[1]].ne(0) if not model.pooled else torch.ones(1, 1, dtype=torch.bool)
     return image, text, seen, torch.zeros(1, dtype=torch.int64)
 
 
