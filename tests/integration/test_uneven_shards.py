@@ -13,7 +13,15 @@ pytestmark = pytest.mark.dist
 SIZES = (1, 17, 3, 29, 2, 11)  # 63 samples: no multiple of any global batch below
 
 
-@pytest.mark.parametrize(("world", "batch_size", "workers"), [(2, 5, 0), (2, 32, 2), (3, 7, 0), (3, 4, 2)])
+@pytest.mark.parametrize(
+    ("world", "batch_size", "workers"),
+    [
+        (2, 32, 2),
+        (3, 7, 0),
+        pytest.param(2, 5, 0, marks=pytest.mark.slow),
+        pytest.param(3, 4, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_every_rank_has_as_many_batches_and_every_key_comes_once(
     tmp_path, make_picture, run_ranks, world, batch_size, workers
 ):
