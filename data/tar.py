@@ -23,6 +23,7 @@ SPAN = 8 * BLOCK  # bytes of one read while scanning
 EXTENSIONS = 1 << 16  # different ones of a shard; their codes are uint16
 REGULAR = (b"0", b"\0", b"7")  # the last one is "contiguous", which is read as regular everywhere
 HARD_LINK = b"1"
+OF_THE_NEXT = (b"L", b"K", b"x")  # the next member's long name, the long target of its link, its PAX records
 # A header as nearly all writers make it, of a regular file without a folder: key, extension, size, checksum's field.
 PLAIN = re.compile(
     rb"(?=([^\0./_][^\0./]*)\.([^\0/]*)\0).{124}([0-7]{11})[\0 ].{12}([0-7]{6}\0 )0.{188}\0.{166}",
@@ -91,9 +92,8 @@ class _Building:
         self.numbers: dict[bytes, int] = {}  # key -> number of its sample
         self.codes: dict[bytes, int] = {}  # extension -> its code
         self.files: list[int] = []  # sample, extension, offset and size of the first file, of the second, ...
-        self.places: dict[
-            tuple[int, int], tuple[int, int]
-        ] = {}  # offset and size by sample and extension, for links
+        # Offset and size by sample and extension, for links.
+        self.places: dict[tuple[int, int], tuple[int, int]] = {}
         self.placed = 0  # how much of `files` is in `places`
 
     def add(self, key: bytes, extension: bytes, offset: int, size: int) -> None:
@@ -255,11 +255,7 @@ def _scan(descriptor: int, size: int, found: _Building) -> None:
         kind = header[156:157]
         content = position + BLOCK
         following = content + -(-length // BLOCK) * BLOCK
-        if kind in (
-            b"L",
-            b"K",
-            b"x",
-        ):  # the next member's long name, the long target of a link, or PAX records
+        if kind in OF_THE_NEXT:
             if content + length > size:
                 raise TruncatedError(f"ends at byte {size} inside a header", None)
             text = os.pread(descriptor, length, content)

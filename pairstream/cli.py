@@ -77,9 +77,8 @@ def run_stage(main: Callable[[list[str]], int | None], argv: Sequence[str]) -> i
 
     arguments = [argument for argument in argv if argument != "--debug"]
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a name that is not UTF-8 is no reason to print nothing
+        # A name that is not UTF-8 is no reason to print nothing.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         require_own_packages()
         code = main(arguments) or 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from pairstream.recipe import Config
 
@@ -80,6 +80,13 @@ class ScheduleFreeConfig(AdamW):
     betas: tuple[float, float] = (0.9, 0.98)
     """Share of the average in the point where gradients are taken, and of the past in the second moments."""
 
+    @field_validator("betas")
+    @classmethod
+    def are_shares(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not (0 < betas[0] < 1 and 0 <= betas[1] < 1):
+            raise ValueError(f"expected shares below 1, the first above 0, got {betas}")
+        return betas
+
 
 def kind_or(default: str) -> Discriminator:
     """Tells the alternatives of a union by `kind`; a configuration that names none is of the default one."""
@@ -90,20 +97,15 @@ def kind_or(default: str) -> Discriminator:
     return Discriminator(kind_of)
 
 
-Optimizer = Annotated[
-    Annotated[AdamW, Tag("adamw")]
-    | Annotated[MuonConfig, Tag("muon")]
-    | Annotated[LionConfig, Tag("lion")]
-    | Annotated[AdafactorConfig, Tag("adafactor")],
-    kind_or("adamw"),
-]
-PretrainOptimizer = Annotated[
+Scheduled = (
     Annotated[AdamW, Tag("adamw")]
     | Annotated[MuonConfig, Tag("muon")]
     | Annotated[LionConfig, Tag("lion")]
     | Annotated[AdafactorConfig, Tag("adafactor")]
-    | Annotated[ScheduleFreeConfig, Tag("schedule_free")],
-    kind_or("adamw"),
+)
+Optimizer = Annotated[Scheduled, kind_or("adamw")]
+PretrainOptimizer = Annotated[
+    Scheduled | Annotated[ScheduleFreeConfig, Tag("schedule_free")], kind_or("adamw")
 ]
 
 

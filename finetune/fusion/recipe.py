@@ -24,46 +24,39 @@ class Pooled(Config):
     each channel, since a mean loses what is small in the picture."""
 
 
-class SingleStream(Config):
-    """Image and text tokens in one row of transformer layers, as in VisualBERT and ViLT."""
+class OverTokens(Config):
+    """What every fusion has that looks at the tokens of both towers."""
 
-    kind: Literal["single_stream"] = "single_stream"
     width: int = Field(default=128, ge=8)
     layers: int = Field(default=2, ge=1)
     heads: int = Field(default=4, ge=1)
 
     @model_validator(mode="after")
-    def fits(self) -> SingleStream:
+    def fits(self) -> OverTokens:
         return check_heads(self)
 
 
-class CoAttention(Config):
+class SingleStream(OverTokens):
+    """Image and text tokens in one row of transformer layers, as in VisualBERT and ViLT."""
+
+    kind: Literal["single_stream"] = "single_stream"
+
+
+class CoAttention(OverTokens):
     """Two rows of layers, each of which looks at the other, as in ViLBERT and LXMERT."""
 
     kind: Literal["co_attention"] = "co_attention"
-    width: int = Field(default=128, ge=8)
     layers: int = Field(default=1, ge=1)
-    heads: int = Field(default=4, ge=1)
-
-    @model_validator(mode="after")
-    def fits(self) -> CoAttention:
-        return check_heads(self)
 
 
-class CrossAttention(Config):
+class CrossAttention(OverTokens):
     """Text tokens that look at the picture in each layer, as in ALBEF and BLIP.
 
     The picture's tokens are computed once for all its texts: the cheapest over many tokens and questions.
     """
 
     kind: Literal["cross_attention"] = "cross_attention"
-    width: int = Field(default=128, ge=8)
     layers: int = Field(default=3, ge=1)
-    heads: int = Field(default=4, ge=1)
-
-    @model_validator(mode="after")
-    def fits(self) -> CrossAttention:
-        return check_heads(self)
 
 
 def check_heads(config):

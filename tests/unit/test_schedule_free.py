@@ -105,6 +105,7 @@ def test_the_scale_of_the_logits_stays_below_its_bound_in_the_average_too(train,
     [
         ({"schedule": {"warmup": 2}}, "wants a rate that stays: .*decay: 0.*got cosine"),
         ({"schedule": {"kind": "wsd", "warmup": 1, "decay": 2}}, "got wsd with a decay"),
+        ({"optim": {"kind": "schedule_free", "betas": [0.0, 0.9]}}, "the first above 0"),
         ({"ema": {}}, "leave out ema, lora and all phases but the first"),
         ({"lora": {}}, "leave out ema, lora and all phases but the first"),
         ({"phases": [{"step": 0}, {"step": 2}]}, "leave out ema, lora and all phases but the first"),
