@@ -186,6 +186,8 @@ def run(
             plan["retries"].append([planned, again])
             write_text(work / "plan.json", json.dumps(plan, indent=1))
             planned += again
+        elif retry[1] and not quiet:
+            print(f"no picture failed for {' or '.join(retry[1])}: nothing is tried again", file=sys.stderr)
     kept = [*chosen.kept.values(), *(["boxes"] if chosen.boxes else [])]
     downloader = PartDownloader(
         out,

@@ -242,7 +242,7 @@ def test_opt_outs_are_obeyed_only_as_long_as_one_wants(web: Web, here, tmp_path:
     assert web.asked["/robots.txt"] == 0
 
 
-def test_only_failed_pictures_are_tried_again(web: Web, here, tmp_path: Path) -> None:
+def test_only_failed_pictures_are_tried_again(web: Web, here, tmp_path: Path, capsys) -> None:
     names = ["1.jpg", "flaky.jpg", "gone.jpg", "noai.jpg", "2.jpg", "flaky.jpg?b"]
     listed = write_list(tmp_path / "list.csv", web, names, similarity=["0.5"] * 6)
     out = tmp_path / "out"
@@ -258,8 +258,9 @@ def test_only_failed_pictures_are_tried_again(web: Web, here, tmp_path: Path) ->
     rows = {row["source_row"]: row["similarity"] for row in records(out)}
     assert rows == {0: 0.5, 4: 0.5, 1: 0.5, 5: 0.5}
     before = Counter(web.asked)
-    fetch(listed, out, samples_per_shard=3, retry_failed=True, retry_causes=("timeout",))
+    fetch(listed, out, samples_per_shard=3, retry_failed=True, retry_causes=("timeout",), quiet=False)
     assert web.asked == before, "nothing failed so"
+    assert "no picture failed for timeout: nothing is tried again" in capsys.readouterr().err
     summary = fetch(listed, out, samples_per_shard=3, retry_failed=True, retry_causes=("http_404",))
     assert summary["failed"] == {"http_404": 1, "opt_out_header": 1}
     assert summary["rows"] == 6
