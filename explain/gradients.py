@@ -15,6 +15,7 @@ from explain.layout import Layout, tower_layout
 from explain.relevance import chefer_relevance, rollout
 from explain.targets import Target, mean_colour, score
 from pairstream.errors import require
+from pretrain.encoder import channels_first
 
 
 def chefer(target: Target, pixels: Tensor, *, layers: int | None = None) -> Tensor:
@@ -173,11 +174,14 @@ def layer_gradients(target: Target, layout: Layout, pixels: Tensor) -> list[tupl
     try:
         with torch.enable_grad():
             value = score(target, pixels)
-            gradients = torch.autograd.grad(value.sum(), kept)
+            gradients = torch.autograd.grad(value.sum(), kept, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    return [(layer.detach(), found) for layer, found in zip(kept, gradients, strict=True)]
+    # Who looks at finer tokens does not look at the last stage.
+    both = [pair for pair in zip(kept, gradients, strict=True) if pair[1] is not None]
+    visual = target.encoder.model.visual
+    return [(channels_first(visual, layer.detach()), channels_first(visual, found)) for layer, found in both]
 
 
 def views(size: tuple[int, int]) -> list[tuple[int, int, bool]]:

@@ -163,16 +163,26 @@ class Encoder:
         """
         return self.tokens_of(self.pixels(images))
 
-    def tokens_of(self, pixels: Tensor) -> Tensor:
+    def tokens_of(self, pixels: Tensor, *, finer: bool = False) -> Tensor:
         """`image_tokens` of normalised pixels, for those who want gradients as far as the picture.
 
         Args:
             pixels: Float `(b, 3, h, w)` as `pixels` makes them.
+            finer: Take the map in front of a convolutional tower's last stage: four times as many tokens, of fewer
+                channels and with less of their surroundings.
 
         Returns:
-            float `(b, n, token_dim)`.
+            float `(b, n, token_dim)`; of finer tokens `(b, n, d)`.
+
+        Raises:
+            ValueError: Finer tokens of a tower that has one grid throughout.
         """
         visual = self.model.visual
+        if finer and not narrows(visual):
+            raise ValueError(
+                f"{self.name}: finer tokens are those in front of the last stage of a convolutional tower, and a "
+                f"{type(getattr(visual, 'trunk', visual)).__name__} has one grid throughout: take its last tokens"
+            )
         if isinstance(visual, VisionTransformer):
             found = visual.forward_intermediates(
                 pixels, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
@@ -180,10 +190,14 @@ class Encoder:
             return found["image_intermediates"][-1]
         if isinstance(visual, ModifiedResNet):
             grid = visual.stem(pixels)
-            for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+            for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4)[: 3 if finer else 4]:
                 grid = stage(grid)
         elif isinstance(visual, TimmModel):
-            grid: Any = visual.trunk.forward_features(pixels)  # pyright: ignore
+            trunk: Any = visual.trunk
+            if finer:
+                grid = trunk.forward_intermediates(pixels, indices=2, intermediates_only=True)[0]
+            else:
+                grid = channels_first(visual, trunk.forward_features(pixels))
         else:
             raise TypeError(f"{self.name}: no image tokens known for an image tower {type(visual).__name__}")
         return grid.flatten(2).transpose(1, 2) if grid.ndim == 4 else grid  # (b, n, token_dim)
@@ -332,6 +346,20 @@ def checkpoint_folder(name: str) -> Path | None:
     raise ValueError(
         f"{path}: no checkpoint there: expected {CONFIG}, or checkpoints/step-*/model in a run folder"
     )
+
+
+def channels_first(visual: Any, found: Tensor) -> Tensor:
+    """What a module of an image tower gives, with a map as `(b, c, rows, columns)`: Swin's have their channels last."""
+    last = getattr(getattr(visual, "trunk", None), "output_fmt", "NCHW") == "NHWC" and found.ndim == 4
+    return found.permute(0, 3, 1, 2) if last else found
+
+
+def narrows(visual: Any) -> bool:
+    """Whether an image tower's last stage has fewer cells than the one in front of it."""
+    if isinstance(visual, ModifiedResNet):
+        return True
+    stages = list(getattr(getattr(visual, "trunk", None), "feature_info", None) or ())
+    return len(stages) > 1 and stages[-1]["reduction"] > stages[-2]["reduction"]
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finetune.fusion.heads import build_head, token_grid
+from finetune.fusion.heads import build_head
+from finetune.fusion.inputs import token_grid
 from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask, Pooled
 from finetune.fusion.samples import MATCHES
 from finetune.recipe_model import TowerLora
@@ -131,7 +132,11 @@ class FusionClassifier(TaskModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_image_tower):
             if self.image_pooled:
                 return self.towers.encode_image(self.encoder.pixels(images)).unsqueeze(1)
-            return self.gather(self.encoder.image_tokens(images))
+            return self.gather(self.tokens_of(self.encoder.pixels(images)))
+
+    def tokens_of(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels to those of the image tower's tokens that the head looks at, float `(b, n, d)`."""
+        return self.encoder.tokens_of(pixels, finer=self.task.fusion.picture == "finer_tokens")
 
     def gather(self, tokens: Tensor) -> Tensor:
         """The image tower's tokens `(b, n, d)` to what the head gets of them: all, or one vector `(b, 1, d)`."""

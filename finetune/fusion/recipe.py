@@ -30,6 +30,9 @@ class OverTokens(Config):
     width: int = Field(default=128, ge=8)
     layers: int = Field(default=2, ge=1)
     heads: int = Field(default=4, ge=1)
+    picture: Literal["tokens", "finer_tokens"] = "tokens"
+    """What of the picture is looked at: the tower's last tokens; or those in front of a convolutional tower's last
+    stage, four times as many, for tasks about how many there are and where."""
 
     @model_validator(mode="after")
     def fits(self) -> OverTokens:

@@ -15,15 +15,19 @@ from pretrain.recipe_model import TowersModel
 
 @pytest.fixture(scope="module")
 def encoders(tiny_models) -> dict[str, Encoder]:
-    timm = {"kind": "timm", "name": "test_efficientnet", "image_size": 64}
-    contents = {**tiny_models, "timm": {**tiny_models["vit"], "image_tower": timm}}
+    contents = dict(tiny_models)
+    for kind, options in {
+        "timm": {"name": "test_efficientnet"},
+        "channels_last": {"name": "test_mambaout", "projection": "classifier"},
+    }.items():
+        contents[kind] = {**tiny_models["vit"], "image_tower": {"kind": "timm", "image_size": 64, **options}}
     return {
         name: build_encoder(TowersModel.model_validate(content), device="cpu")
         for name, content in contents.items()
     }
 
 
-KINDS = pytest.mark.parametrize("kind", ["vit", "resnet", "timm"])
+KINDS = pytest.mark.parametrize("kind", ["vit", "resnet", "timm", "channels_last"])
 
 
 @KINDS
@@ -61,10 +65,37 @@ def test_image_tokens_lie_row_by_row_and_carry_gradients(encoders, kind):
     tokens = encoder.image_tokens(images)
     assert tokens.shape[0] == 2
     assert tokens.shape[2] == encoder.token_dim
-    assert tokens.shape[1] == {"vit": 4, "resnet": 1, "timm": 4}[kind]
+    assert tokens.shape[1] == {"vit": 4, "resnet": 1, "timm": 4, "channels_last": 4}[kind]
     encoder.model.zero_grad()
     tokens.square().sum().backward()
     assert any(value.grad is not None for value in encoder.model.visual.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("resnet", "layer3"), ("timm", "blocks.3"), ("channels_last", "stages.2")]
+)
+def test_finer_tokens_are_what_the_last_stage_is_given(encoders, kind, stage):
+    encoder = encoders[kind]
+    pixels = encoder.pixels(torch.randint(0, 256, (2, 3, *encoder.image_size), dtype=torch.uint8))
+    trunk, seen = getattr(encoder.model.visual, "trunk", encoder.model.visual), []
+    handle = trunk.get_submodule(stage).register_forward_hook(
+        lambda module, inputs, output: seen.append(output)
+    )
+    with torch.no_grad():
+        encoder.model.encode_image(pixels)
+        handle.remove()
+        found, last = encoder.tokens_of(pixels, finer=True), encoder.tokens_of(pixels)
+    map_ = seen[0].permute(0, 3, 1, 2) if kind == "channels_last" else seen[0]  # (b, d, rows, columns)
+    torch.testing.assert_close(found, map_.flatten(2).transpose(1, 2))
+    assert found.shape[1] == 4 * last.shape[1]
+
+
+def test_a_tower_of_one_grid_has_no_finer_tokens(encoders):
+    pixels = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(
+        ValueError, match=r"a VisionTransformer has one grid throughout: take its last tokens"
+    ):
+        encoders["vit"].tokens_of(pixels, finer=True)
 
 
 def test_vit_tokens_are_those_that_open_clip_pools(encoders):

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from data.shards import Sample, ShardWriter
 from finetune.cli import main
-from finetune.fusion.heads import build_head, token_grid, waves
+from finetune.fusion.heads import build_head
+from finetune.fusion.inputs import token_grid, waves
+from finetune.fusion.looking import LookingLayer
 from finetune.fusion.model import FusionClassifier, load_classifier
 from finetune.fusion.recipe import ClassifyTask, CoAttention, CrossAttention, Pooled, SingleStream
 from finetune.fusion.task import Classification
@@ -144,6 +146,49 @@ def test_token_heads_know_places_and_share_pictures(config):
     assert torch.allclose(head(image[own], text, seen, torch.arange(4)), found, atol=1e-5)
     turned = image.view(2, 2, 3, 5).flip(2).flatten(1, 2)  # the same tokens, left and right swapped
     assert not torch.allclose(head(turned, text, seen, own), found, atol=1e-3)
+
+
+def test_many_texts_of_a_picture_are_each_read_as_if_alone():
+    torch.manual_seed(0)
+    head = build_head(CrossAttention(width=8, layers=2, heads=2), image_dim=5, text_dim=7, grid=(2, 2)).eval()
+    image, text, lengths = torch.randn(3, 4, 5), torch.randn(100, 6, 7), torch.randint(1, 7, (100,))
+    seen, own = torch.arange(6) < lengths[:, None], torch.randint(0, 3, (100,))
+    found = head(image, text, seen, own)
+    for number, length in enumerate(lengths.tolist()):
+        row = slice(number, number + 1)
+        alone = head(image, text[row, :length], seen[row, :length], own[row])
+        assert torch.allclose(alone[0], found[number], atol=1e-5), number
+
+
+def test_the_looking_layer_is_its_formula():
+    torch.manual_seed(0)
+    step = LookingLayer(8, 2)
+    torch.nn.init.normal_(step.look.empty)
+    text, picture, own = torch.randn(3, 4, 8), torch.randn(2, 5, 8), torch.tensor([1, 0, 1])
+    seen = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    found = step(text, seen[:, None, None], step.look.keys(picture), own, only_first=False)
+    first = step(text, seen[:, None, None], step.look.keys(picture), own, only_first=True)
+    assert torch.allclose(first, found[:, :1], atol=1e-6)
+
+    def attend(part, queries, keys, values):
+        rows = []
+        for head in (slice(0, 4), slice(4, 8)):
+            weights = (part.query(queries)[:, head] @ keys[:, head].T / 2).softmax(-1)
+            rows.append(weights @ values[:, head])
+        return part.out(torch.cat(rows, 1))
+
+    for number in range(3):
+        x = step.norm(text[number])
+        known = x[seen[number]]
+        part = step.attention
+        y = text[number] + attend(part, x, part.key(known), part.value(known))
+        part, cells = step.look, picture[own[number]]
+        keys = torch.cat([part.key(cells), part.empty[0]])
+        values = torch.cat([part.value(cells), torch.zeros(1, 8)])
+        y = y + attend(part, step.look_norm(y), keys, values)
+        gate, content = step.wide(step.gated_norm(y)).split(24, dim=1)
+        y = y + step.narrow(torch.nn.functional.gelu(gate) * content)
+        assert torch.allclose(found[number], y, atol=1e-5)
 
 
 def test_places_of_a_grid_are_waves_of_row_and_column():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import open_clip
 import pytest
 import torch
@@ -11,7 +13,14 @@ from pretrain.losses import info_nce
 from pretrain.network import DualEncoder
 from pretrain.recipe import PretrainRecipe
 from pretrain.recipe_model import TowersModel
-from pretrain.short_texts import cut_length, reads_at_the_end, text_features, text_tokens, used_length
+from pretrain.short_texts import (
+    cut_length,
+    groups_of_like_length,
+    reads_at_the_end,
+    text_features,
+    text_tokens,
+    used_length,
+)
 from pretrain.trainer import Trainer
 
 TEXTS = ["a dog", "", "a much longer text about two dogs, a boat and the hills behind the old town " * 5]
@@ -64,6 +73,31 @@ def test_tokens_are_the_padded_ones_without_those_behind_the_end(custom, pool):
         short, whole = text_tokens(model, tokens[:2]), padded_tokens(model, tokens[:2])
     assert short.shape == (2, 4, 32)
     torch.testing.assert_close(short, whole[:, :4], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 31, 70, 300])
+def test_groups_have_texts_of_like_length_and_each_once(count):
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 20, (count,))
+    groups = groups_of_like_length(torch.arange(20) < lengths[:, None])
+    assert len(groups) == {1: 1, 31: 1, 70: 2, 300: 4}[count]
+    assert sorted(torch.cat([rows for rows, _ in groups]).tolist()) == list(range(count))
+    assert [length for _, length in groups] == [int(lengths[rows].max()) for rows, _ in groups]
+    for (rows, length), (later, _) in itertools.pairwise(groups):
+        assert length <= int(lengths[later].min()), rows
+
+
+def test_tokens_in_groups_are_those_of_each_text_alone():
+    model = build(False)
+    texts = [" ".join(["cat"] * (1 + number % 7)) for number in range(80)]
+    tokens = open_clip.SimpleTokenizer(context_length=40)(texts)
+    with torch.no_grad():
+        found = text_tokens(model, tokens)
+        assert found.shape == (80, 9, 32)  # seven words, start and end
+        for number, text in enumerate(texts):
+            end = 3 + number % 7
+            alone = text_tokens(model, tokens[number : number + 1])[0]
+            torch.testing.assert_close(found[number, :end], alone, rtol=1e-4, atol=1e-5, msg=text)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,15 @@ TOWERS = {
     "resnet": {**VIT, "image_tower": {"kind": "resnet", "image_size": 64, "width": 8}},
     "timm_vit": {**VIT, "image_tower": {"kind": "timm", "name": "test_vit", "image_size": 160}},
     "timm_cnn": {**VIT, "image_tower": {"kind": "timm", "name": "test_efficientnet", "image_size": 64}},
+    "channels_last": {
+        **VIT,
+        "image_tower": {
+            "kind": "timm",
+            "name": "test_mambaout",
+            "projection": "classifier",
+            "image_size": 64,
+        },
+    },
 }
 
 

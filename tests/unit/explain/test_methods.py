@@ -66,6 +66,7 @@ def bright_corner(encoder) -> torch.Tensor:
         ("timm_vit", "gradcam", (10, 10)),
         ("resnet", "gradcam", (8, 8)),
         ("timm_cnn", "gradcam", (8, 8)),
+        ("channels_last", "gradcam", (8, 8)),
         ("resnet", "occlusion", (8, 8)),
         ("resnet", "integrated_gradients", (64, 64)),
     ],
