@@ -86,12 +86,14 @@ def test_an_answer_and_its_question(explained, pictures):
         {"kind": "tanh", "picture": "mean_max"},
         {"kind": "co_attention", "width": 16, "heads": 2},
         {"kind": "cross_attention", "width": 16, "heads": 2},
+        {"kind": "cross_attention", "width": 16, "heads": 2, "picture": "finer_tokens"},
     ],
 )
 def test_a_label_with_and_without_a_text(explained, pictures, fusion):
     torch.manual_seed(1)
     task = ClassifyTask.model_validate({"fusion": fusion, "labels": ("bad", "good")})
-    model = FusionClassifier(explained["vit"], task, ("bad", "good")).eval()
+    tower = "timm_cnn" if fusion.get("picture") == "finer_tokens" else "vit"
+    model = FusionClassifier(explained[tower], task, ("bad", "good")).eval()
     image = pictures(model.encoder, 1)[0]
     found = explain_label(model, image, "what a day", label="good")
     assert [word for word, _ in found.words] == ["what", "a", "day"]
