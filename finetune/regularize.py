@@ -1,4 +1,5 @@
-"""Keeping what pretraining gave: a pull to the starting weights (L2-SP), and attacks on word embeddings (FGM)."""
+"""Keeping what pretraining gave: parts that wait for others (LP-FT), a pull to the starting weights (L2-SP), attacks on
+word embeddings (FGM)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.families import begin
-from finetune.recipe import FinetuneRecipe
+from finetune.recipe import FinetuneRecipe, Waits
 
 
 def starting_weights(recipe: FinetuneRecipe, prefix: str) -> dict[str, Tensor]:
@@ -24,6 +25,24 @@ def starting_weights(recipe: FinetuneRecipe, prefix: str) -> dict[str, Tensor]:
     encoder = begin(recipe, "auto")
     module: nn.Module = encoder.model.visual if prefix == "image_tower." else encoder.model
     return {f"{prefix}{name}": value.detach().clone() for name, value in module.named_parameters()}
+
+
+def waiting(model: nn.Module, waits: Waits, towers: str, step: int) -> dict[str, nn.Parameter]:
+    """The parameters that are to train and do not yet, by name.
+
+    Args:
+        model: The task model.
+        waits: Until which step its parts wait.
+        towers: What the names of the towers' parameters begin with.
+        step: Optimiser steps taken.
+    """
+    until = {towers: waits.towers, "language_model.": waits.language_model}
+    prefixes = tuple(prefix for prefix, begins in until.items() if step < begins)
+    return {
+        name: parameter
+        for name, parameter in (model.named_parameters() if prefixes else ())
+        if parameter.requires_grad and name.startswith(prefixes)
+    }
 
 
 @torch.no_grad()

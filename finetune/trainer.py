@@ -22,8 +22,9 @@ from finetune.history import History
 from finetune.kept import Present, keep_image_tokens
 from finetune.language_models import recompute_activations
 from finetune.recipe import FinetuneRecipe
-from finetune.regularize import perturbed, pull_back, starting_weights
+from finetune.regularize import perturbed, pull_back, starting_weights, waiting
 from finetune.report import write_report
+from finetune.resume import identity, refuse_another
 from finetune.reward import SelfCritic
 from finetune.samples import TextRow
 from finetune.saved import BEST
@@ -135,37 +136,10 @@ class Finetuner:
 
     def restore(self, checkpoint: Path, state: dict[str, Any]) -> Any:
         """The model as a checkpoint has it; the run's step and history are set from its state."""
-        changed = [key for key, value in self.identity().items() if state["identity"].get(key) != value]
-        if changed:
-            raise ValueError(
-                f"{checkpoint}: cannot resume with another {', '.join(changed)}: the run would not be the one that "
-                "was begun. Change it back, or start a new run with --run NAME."
-            )
+        refuse_another(self.recipe, state["identity"], checkpoint)
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.history = History(self.task.main, self.recipe.evaluate.patience, state["history"])
         return self.family.reopen(self, checkpoint / "model")
-
-    def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed."""
-        recipe = self.recipe.model_dump(mode="json")
-        same = (
-            "model",
-            "task",
-            "connector",
-            "language_model",
-            "freeze_image_tower",
-            "tower_lr",
-            "rates",
-            "waits",
-            "lora",
-            "tower_lora",
-            "reward",
-            "shots",
-            "l2_sp",
-            "adversarial",
-            "batch_size",
-        )
-        return {key: recipe[key] for key in (*same, "seed", "steps", "optim", "schedule")}
 
     def open_train(self) -> PairStream:
         """The training batches of this rank."""
@@ -211,9 +185,8 @@ class Finetuner:
         )
         if self.history.given_up:  # a run that had stopped early is resumed: there is nothing left to do
             return self.finish()
-        late = set(self.waiting())
-        waiting = [name for name, parameter in self.model.named_parameters() if parameter in late]
-        self.guard = FirstStep(self.model, waiting)
+        late = waiting(self.model, recipe.waits, self.family.towers, self.step)
+        self.guard = FirstStep(self.model, list(late))
         if recipe.gradient_checkpointing and hasattr(self.model, "language_model"):
             recompute_activations(self.model.language_model)
         wrapped, optimizer = self.accelerator.prepare(self.model, self.optimizer)
@@ -291,7 +264,7 @@ class Finetuner:
                 with self.accelerator.autocast():
                     attacked = wrapped(**inputs)
                 self.accelerator.backward(attacked * (self.world / words))
-        for parameter in self.waiting():
+        for parameter in waiting(self.model, self.recipe.waits, self.family.towers, self.step).values():
             parameter.grad = None  # the optimiser passes over it: neither the weight nor its moments move
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.optim.clip_norm or math.inf)
         optimizer.step()
@@ -302,25 +275,6 @@ class Finetuner:
         optimizer.zero_grad(set_to_none=True)
         window.add(loss.detach(), torch.as_tensor(norm), int(pictures))
         self.samples_seen += int(pictures)
-
-    def waiting(self) -> list[torch.nn.Parameter]:
-        """The parameters that do not train yet; see `Waits`."""
-        waits, step = self.recipe.waits, self.step
-        prefixes = tuple(
-            prefix
-            for prefix, until in (
-                (self.family.towers, waits.towers),
-                ("language_model.", waits.language_model),
-            )
-            if step < until
-        )
-        if not prefixes:
-            return []
-        return [
-            parameter
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and name.startswith(prefixes)
-        ]
 
     def mean_loss(self, window: Window) -> float | None:
         """`Window.mean_loss`, with what can be done about a run that has diverged."""
@@ -380,7 +334,7 @@ class Finetuner:
                 write_model=lambda temporary: self.model.write_into(temporary, final=folder / "model"),
                 optimizer=self.optimizer,
                 state={
-                    "identity": self.identity(),
+                    "identity": identity(self.recipe),
                     "samples_seen": self.samples_seen,
                     "history": self.history.state(),
                     "faults": self.stream.faults,
