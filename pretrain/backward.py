@@ -51,15 +51,16 @@ def backward(
 
     if recipe.micro_batch is None:
         value = loss(network(*seen))
-        accelerator.backward(value)
+        wrap.backward(value)
         return value
-    return cached_backward(
-        network,
-        seen,
-        loss,
-        micro_batch=recipe.micro_batch,
-        backward=accelerator.backward,
-        no_sync=wrap.no_sync,
-        compiled=recipe.compile,
-        passes=math.ceil(rows / recipe.micro_batch) if wrap.gathers else 0,
-    )
+    with wrap.one_step():
+        return cached_backward(
+            network,
+            seen,
+            loss,
+            micro_batch=recipe.micro_batch,
+            backward=accelerator.backward,
+            no_sync=wrap.no_sync,
+            compiled=recipe.compile,
+            passes=math.ceil(rows / recipe.micro_batch) if wrap.gathers else 0,
+        )

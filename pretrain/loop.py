@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, patch_environment
 from torch import Tensor
 
 from pretrain.precision import accelerate_precision, precision_options
@@ -93,7 +93,7 @@ def make_accelerator(
     Args:
         recipe: How the run is launched.
         rank_timeout: Seconds that processes wait for one another; None leaves torch's own.
-        shards: Whether the trainer takes FSDP; see `pretrain.wrapping`.
+        shards: Whether the trainer takes FSDP and DeepSpeed; see `pretrain.wrapping` and `pretrain.zero`.
 
     Raises:
         ValueError: The launcher's world size is not what Accelerate or the recipe has, the machine does not give the
@@ -108,16 +108,18 @@ def make_accelerator(
     refuse_engines(shards)
     for tracker in sorted(set(recipe.trackers) - {str(known) for known in get_available_trackers()}):
         raise ImportError(f"the tracker {tracker} cannot be imported: pip install {tracker}")
-    accelerator = Accelerator(
-        cpu=not gpu,
-        mixed_precision=precision,
-        log_with=list(recipe.trackers) or None,
-        project_dir=recipe.run,
-        kwargs_handlers=[
-            *precision_options(precision),
-            *([InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout))] if rank_timeout else []),
-        ],
-    )
+    # Told of DeepSpeed, Accelerate would cast the weights, and ignore it on CPUs: `pretrain.zero` starts it itself.
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+        accelerator = Accelerator(
+            cpu=not gpu,
+            mixed_precision=precision,
+            log_with=list(recipe.trackers) or None,
+            project_dir=recipe.run,
+            kwargs_handlers=[
+                *precision_options(precision),
+                *([InitProcessGroupKwargs(timeout=timedelta(seconds=rank_timeout))] if rank_timeout else []),
+            ],
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -152,24 +154,24 @@ def make_accelerator(
 
 
 def refuse_engines(shards: bool) -> None:
-    """Refuse what takes the training step out of our hands.
+    """Refuse what a trainer does not take.
 
     Raises:
         ValueError: The launcher asks for it.
     """
-    for engine, name in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
-        if asked_for(engine):
-            raise ValueError(
-                f"Accelerate is set up for {name}, whose engine has its own backward pass, clipping, optimizer step "
-                "and checkpoints: steps that diverge could not be left out, nor runs resumed on another number of "
-                "processes. FSDP2 shards the same tensors: accelerate launch --use_fsdp --fsdp_version 2 -m pretrain "
-                "RECIPE. Or leave it out to train replicas."
-            )
-    if wants_shards() and not shards:
+    if asked_for("MEGATRON_LM"):
         raise ValueError(
-            "Accelerate is set up for FSDP, which this trainer does not take (pretraining does): launch without "
-            "--use_fsdp"
+            "Accelerate is set up for Megatron-LM, whose engine has its own models, backward pass, optimizer step and "
+            "checkpoints. FSDP2 shards the same tensors: accelerate launch --use_fsdp --fsdp_version 2 -m pretrain "
+            "RECIPE. Or leave it out to train replicas."
         )
+    for engine, flag in (("FSDP", "--use_fsdp"), ("DEEPSPEED", "--use_deepspeed")):
+        if asked_for(engine) and not shards:
+            name = "DeepSpeed" if engine == "DEEPSPEED" else engine
+            raise ValueError(
+                f"Accelerate is set up for {name}, which this trainer does not take (pretraining does): launch without "
+                f"{flag}"
+            )
 
 
 def keep_freed_memory() -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from pretrain.encoder import Encoder
 from pretrain.flops import count_flops, loss_flops, peak_flops, view_flops
@@ -15,7 +15,6 @@ from pretrain.recipe import PretrainRecipe
 from pretrain.recompute import recompute_activations
 from pretrain.selfcheck import part_of
 from pretrain.terms import Terms
-from pretrain.wrapping import whole
 
 
 class Meter:
@@ -49,13 +48,14 @@ class Meter:
         self.norms: dict[str, Tensor] = {}
         self.per_pair: dict[int, float] = {}
 
-    def take_norms(self) -> None:
-        """Take the gradient norm of each tower, before clipping; tensors, so that nothing waits for the device."""
-        grads = {
-            part: [parameter.grad for parameter in parameters if parameter.grad is not None]
-            for part, parameters in self.parts.items()
-        }
-        self.norms = {part: whole(get_total_norm(found)) for part, found in grads.items() if found}
+    def take_norms(self, norm: Callable[[list[nn.Parameter]], Tensor | None]) -> None:
+        """Take the gradient norm of each tower, before clipping; tensors, so that nothing waits for the device.
+
+        Args:
+            norm: Of some parameters' gradients; every rank must call it.
+        """
+        found = {part: norm(parameters) for part, parameters in self.parts.items()}
+        self.norms = {part: value for part, value in found.items() if value is not None}
 
     def flops_per_pair(self) -> float:
         """FLOPs of a step for each pair, with texts of `text_length`."""

@@ -134,21 +134,30 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def require_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """After a phase's first step: refuse parameters that are to train and got no gradient.
+def parameters_without_state(optimizer: torch.optim.Optimizer) -> list[str]:
+    """After a phase's first step: names of parameters that are to train and got no gradient.
 
-    They would silently stay as they were. The step's gradients are gone by then, but every optimiser here keeps state
-    of exactly those parameters that had one.
-
-    Raises:
-        ValueError: The loss does not depend on some; the message names them.
+    The step's gradients are gone by then, but every optimiser keeps state of exactly those parameters that had one.
     """
-    dead = [
+    return [
         name
         for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
         if parameter not in optimizer.state
     ]
+
+
+def require_gradients(dead: list[str]) -> None:
+    """After a phase's first step: refuse parameters that are to train and got no gradient.
+
+    They would silently stay as they were.
+
+    Args:
+        dead: Their names.
+
+    Raises:
+        ValueError: There are some: the loss does not depend on them.
+    """
     if dead:
         more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
         raise ValueError(

@@ -39,7 +39,7 @@ from pretrain.objectives import Features, build_objective
 from pretrain.optim import learning_rate_factor, require_gradients, set_learning_rate
 from pretrain.peers import peers_present
 from pretrain.phases import Phases
-from pretrain.precision import LossScale, clip_gradients
+from pretrain.precision import LossScale
 from pretrain.preemption import Preempted, StopRequest
 from pretrain.recipe import Phase, PretrainRecipe
 from pretrain.recipe_loss import GlobalContrastConfig
@@ -58,7 +58,7 @@ from pretrain.saver import Saver
 from pretrain.selfcheck import check_gradients
 from pretrain.source_losses import source_losses, source_records
 from pretrain.terms import build_terms
-from pretrain.wrapping import Shards, make_wrapping, share, whole
+from pretrain.wrapping import make_wrapping, whole
 
 
 class Trainer:
@@ -176,10 +176,10 @@ class Trainer:
         Raises:
             ValueError: They differ.
         """
-        if isinstance(self.wrap, Shards):
+        if self.wrap.engine:
             raise ValueError(
-                "--check-gradients wraps the model for replicas, which would prove nothing of FSDP2: leave it out, or "
-                "check without --use_fsdp"
+                f"--check-gradients wraps the model for replicas, which would prove nothing of {self.wrap.engine}: "
+                "leave it out, or check without --use_fsdp or --use_deepspeed"
             )
         self.phases.lock(self.phases.at(self.step))
         network = DualEncoder(self.encoder, self.terms)
@@ -273,7 +273,7 @@ class Trainer:
             set_learning_rate(self.optimizer, lr)
             seen = self.train_step(batch, parameters, window)
             if seen and not checked:
-                require_gradients(self.optimizer)
+                require_gradients(self.wrap.without_gradient())
                 checked = True
             if self.average:
                 self.average.update(self.step)
@@ -336,8 +336,8 @@ class Trainer:
         )
         self.scale.unscale(self.optimizer)
         if told:
-            self.meter.take_norms()
-        norm = clip_gradients(parameters, self.recipe.optim.clip_norm or math.inf)
+            self.meter.take_norms(self.wrap.norm)
+        norm = self.wrap.clip(parameters, self.recipe.optim.clip_norm)
         overflows = self.scale.overflows(loss, norm)
         if overflows or not self.watch.accepts(self.step + 1, loss, norm, batch.keys):
             if not overflows:
@@ -349,10 +349,7 @@ class Trainer:
             return 0
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for value in (model.logit_scale, self.optimizer.state.get(model.logit_scale, {}).get("z")):
-                if value is not None:
-                    share(value).clamp_(0, math.log(self.recipe.max_logit_scale))
+        self.wrap.limit_scale(math.log(self.recipe.max_logit_scale))
         window.add(loss.detach(), norm, sum(counts))
         return sum(counts)
 
@@ -427,7 +424,7 @@ class Trainer:
         """Begin to write a checkpoint (rank 0, with what the others have of it)."""
         self.saver.wait()
         self.wrap.refresh()
-        taken = self.main or isinstance(self.wrap, Shards)
+        taken = self.main or self.wrap.engine
         moments = self.wrap.state(copy=self.recipe.checkpoint.background) if taken else {}
         if self.main:
             self.saver.save(

@@ -1,23 +1,29 @@
-"""How the model that trains lies on the ranks: whole on each (DistributedDataParallel), or a share on each (FSDP2)."""
+"""How the model that trains lies on the ranks: whole on each (DistributedDataParallel), or a share on each (FSDP2).
+
+DeepSpeed's way is in `pretrain.zero`.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.nn.utils import get_total_norm
 
 from pretrain.checkpoint import load_optimizer_state, optimizer_state
 from pretrain.compiled import compile_network
 from pretrain.encoder import Encoder
-from pretrain.loop import wants_shards
+from pretrain.loop import asked_for, wants_shards
 from pretrain.network import DualEncoder
-from pretrain.optim import build_optimizer
+from pretrain.optim import build_optimizer, parameters_without_state
+from pretrain.precision import clip_gradients
 from pretrain.recipe import PretrainRecipe
 from pretrain.short_texts import cut_length, text_tower
 from pretrain.terms import Terms
@@ -40,9 +46,11 @@ class Replicas:
         network: What trains, by its plain names; `wrapped` is what training calls.
         optimizer: Over the network's parameters; `stepper` is it as Accelerate steps it.
         gathers: Whether each call of the network waits for the other ranks', which must then make as many.
+        engine: What shares the training state among the ranks, all of which must then call `state`; empty for none.
     """
 
     gathers = False
+    engine = ""
 
     def __init__(self, encoder: Encoder, terms: Terms, recipe: PretrainRecipe, accelerator: Accelerator):
         self.encoder, self.terms, self.recipe, self.accelerator = encoder, terms, recipe, accelerator
@@ -73,6 +81,35 @@ class Replicas:
         """Leave gradients of this rank to be added to."""
         return self.accelerator.no_sync(self.wrapped)
 
+    def one_step(self) -> AbstractContextManager[Any]:
+        """Around all backward passes of a step that has several."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Leave this rank's gradients, summed over ranks unless `no_sync` or `one_step` holds that back."""
+        self.accelerator.backward(loss)
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor | None:
+        """The norm of the gradients of some parameters, of all ranks; None where none of them has one."""
+        found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return whole(get_total_norm(found)) if found else None
+
+    def clip(self, parameters: list[nn.Parameter], largest: float | None) -> Tensor:
+        """Scale gradients down to a global norm of at most `largest`; returns the norm before."""
+        return clip_gradients(parameters, largest or math.inf)
+
+    def without_gradient(self) -> list[str]:
+        """Names of parameters that are to train and had no gradient in the first step, which was taken."""
+        return parameters_without_state(self.optimizer)
+
+    @torch.no_grad()
+    def limit_scale(self, largest: float) -> None:
+        """Hold the temperature's logarithm between 0 and `largest`."""
+        scale = self.model.logit_scale
+        for value in (scale, self.optimizer.state.get(scale, {}).get("z")):
+            if value is not None:
+                share(value).clamp_(0, largest)
+
     def refresh(self) -> None:
         """Let encoder and terms have the weights that train; every rank must call it."""
 
@@ -95,6 +132,7 @@ class Shards(Replicas):
     """
 
     gathers = True
+    engine = "FSDP2"
 
     def begin(self, lr_scale: dict[str, float], saved: dict[str, Tensor]) -> None:
         self.network = DualEncoder(self.encoder)
@@ -206,9 +244,13 @@ def make_wrapping(
     """The wrapping that the launcher asks for.
 
     Raises:
-        ValueError: The recipe has what FSDP2 does not do here, or the launcher asks for FSDP's first version, CPU
-            offload, activation checkpointing or loading on one rank.
+        ValueError: As `pretrain.zero.make_zero`; or the recipe has what FSDP2 does not do here, or the launcher asks
+            for FSDP's first version, CPU offload, activation checkpointing or loading on one rank.
     """
+    if asked_for("DEEPSPEED") and accelerator.num_processes > 1:
+        from pretrain.zero import make_zero  # it builds upon this module
+
+        return make_zero(encoder, terms, recipe, accelerator)
     if not wants_shards() or (
         accelerator.num_processes == 1 and accelerator.distributed_type.value != "FSDP"
     ):

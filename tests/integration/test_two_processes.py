@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import open_clip
@@ -31,6 +32,15 @@ DTYPES = {
     "float64": 1e-6,
     "float32": 2e-5,
 }  # largest relative difference; sums of float32 round as threads divide them
+ZERO = [
+    pytest.param(
+        f"zero{stage} ",
+        marks=pytest.mark.skipif(
+            not find_spec("deepspeed"), reason="needs pip install 'pairstream[deepspeed]'"
+        ),
+    )
+    for stage in (1, 2)
+]
 OPEN_CLIP = {"default": {}, "gathered": {"local_loss": True, "gather_with_grad": True}}
 
 
@@ -135,7 +145,26 @@ def sharded(trainings) -> Callable[[Path], dict[str, dict]]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, models, batches, trainings, sharded) -> Path:
+def zero(trainings) -> Callable[[Path], dict[str, dict]]:
+    """The same under DeepSpeed's ZeRO, where it is installed; stage 1 with activations that are recomputed."""
+
+    def make(folder: Path) -> dict[str, dict]:
+        return {
+            f"{way} {name}": {
+                **recipe,
+                "run": str(folder / f"{way} {name}"),
+                "checkpoint_activations": way == "zero1" and name in ("vit", "terms"),
+            }
+            for way in ("zero1", "zero2")
+            for name, recipe in trainings(folder).items()
+            if find_spec("deepspeed")
+        }
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, models, batches, trainings, sharded, zero) -> Path:
     """What two processes left: one start of torchrun for the whole module."""
     folder = tmp_path_factory.mktemp("two")
     cases = [
@@ -169,7 +198,7 @@ def two(tmp_path_factory, models, batches, trainings, sharded) -> Path:
         "check": {**alone, "run": str(folder / "unchecked")},
     }
     job = {"cases": cases, "refused": refused, "checked": checked, "sharded refusals": sharded_refusals}
-    job["trainings"] = {**trainings(folder), **sharded(folder)}
+    job["trainings"] = {**trainings(folder), **sharded(folder), **zero(folder)}
     (folder / "job.json").write_text(json.dumps(job))
     for size, batch in batches.items():
         save_file(batch, folder / f"batch-{size}.safetensors")
@@ -253,7 +282,7 @@ def test_open_clip_with_gathered_gradients_is_what_we_do_by_default(two, models,
     compare(load_file(two / "gathered.safetensors"), expected, 1e-6)
 
 
-@pytest.mark.parametrize("way", ["", "sharded "])
+@pytest.mark.parametrize("way", ["", "sharded ", *ZERO])
 @pytest.mark.parametrize("name", ["vit", "phases", "sigmoid", "global", "terms"])
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_trained_weights_are_those_of_one_process(two, trainings, tmp_path, name, way):

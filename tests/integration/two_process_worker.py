@@ -27,6 +27,9 @@ from pretrain.recipe import PretrainRecipe
 from pretrain.recipe_model import TowersModel
 from pretrain.trainer import DualEncoder, Trainer
 from pretrain.wrapping import Shards, share
+from pretrain.zero import Zero
+
+ZERO = ("zero1", "zero2")
 
 
 def one_backward(
@@ -137,10 +140,22 @@ def main() -> None:
         except ValueError as error:
             refusals[name] = str(error)
     for name, content in job["trainings"].items():
-        os.environ |= {**sharded, "ACCELERATE_USE_FSDP": "true" if name.startswith("sharded") else "false"}
+        way = name.split()[0]
+        os.environ |= {**sharded, "ACCELERATE_USE_FSDP": "true" if way == "sharded" else "false"}
+        os.environ |= {
+            "ACCELERATE_USE_DEEPSPEED": str(way in ZERO).lower(),
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": way[-1],
+        }
         trainer = Trainer(PretrainRecipe.model_validate(content))
         trainer.train()
-        assert isinstance(trainer.wrap, Shards) == name.startswith("sharded")
+        assert isinstance(trainer.wrap, Shards) == (way == "sharded")
+        assert isinstance(trainer.wrap, Zero) == (way in ZERO)
+        if isinstance(trainer.wrap, Zero):  # each rank has a share of the moments, and of stage 2's gradients
+            flat = [group["params"][0] for group in trainer.optimizer.param_groups]
+            assert trainer.wrap.config["zero_optimization"]["stage"] == int(way[-1])
+            shares = sum(trainer.optimizer.state[value]["exp_avg"].numel() for value in flat)
+            whole = sum(value.numel() for values in trainer.wrap.groups for value in values[1])
+            assert whole / 2 <= shares < 0.51 * whole
         if name.startswith("sharded"):  # and each rank trains a share of every matrix
             shares = sum(share(value).numel() for value in trainer.wrap.network.parameters())
             whole = [*trainer.model.parameters(), *trainer.terms.parameters()]

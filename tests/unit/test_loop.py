@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -42,22 +43,24 @@ def test_gradient_accumulation_is_refused(monkeypatch):
         make_accelerator(Plain())
 
 
-@pytest.mark.parametrize(("engine", "name"), [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")])
-def test_other_engines_are_refused_before_accelerate_looks_for_them(monkeypatch, engine, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+def test_megatron_is_refused_before_accelerate_looks_for_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
     with pytest.raises(
-        ValueError, match=f"set up for {name}, whose engine .* launch --use_fsdp --fsdp_version 2"
+        ValueError, match=r"set up for Megatron-LM, whose engine .* launch --use_fsdp --fsdp_version 2"
     ):
         make_accelerator(Plain(), shards=True)
 
 
-def test_fsdp_is_refused_where_replicas_would_train_without_a_word(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(
-        ValueError, match=r"set up for FSDP, which this trainer does not take \(pretraining does\)"
-    ):
+@pytest.mark.parametrize(("engine", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_engines_are_refused_where_replicas_would_train_without_a_word(monkeypatch, engine, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    told = (
+        rf"{name}, which this trainer does not take \(pretraining does\): launch without --use_{name.lower()}"
+    )
+    with pytest.raises(ValueError, match=told):
         make_accelerator(Plain())
     assert make_accelerator(Plain(), shards=True).num_processes == 1
+    assert os.environ[f"ACCELERATE_USE_{engine}"] == "true"
 
 
 def test_accelerates_own_compilation_is_refused(monkeypatch):
