@@ -134,7 +134,7 @@ def two(tmp_path_factory, jobs, one) -> Path:
             capture_output=True,
             text=True,
             check=False,
-            timeout=500,
+            timeout=900,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         (folder / "errors.json").rename(folder / f"errors-{resumes}.json")
