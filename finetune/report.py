@@ -60,7 +60,7 @@ def write_report(
         sets = {"target": metrics, **metrics["shifted"]}
         report.table(
             ["set", task.main, "pictures"],
-            [[name, round(found[task.main], 3), found["images"]] for name, found in sets.items()],
+            [[name, found[task.main], found["images"]] for name, found in sets.items()],
             caption="The target set, and shifted ones beside it",
         )
     report.cards(wall, task.cards(rows))
@@ -86,7 +86,7 @@ def encoder_name(recipe: FinetuneRecipe) -> str:
 def add_caption_numbers(report: Report, metrics: dict[str, Any]) -> None:
     report.numbers(
         [
-            (label, round(metrics[name], 3), f"most frequent caption: {metrics[f'baseline_{name}']:.3f}")
+            (label, metrics[name], f"most frequent caption: {metrics[f'baseline_{name}']:.3f}")
             for label, name in CAPTION_ROWS
         ]
     )
@@ -102,11 +102,11 @@ def add_answer_numbers(report: Report, metrics: dict[str, Any]) -> None:
         [
             (
                 "VQA accuracy",
-                round(metrics["accuracy"], 3),
+                metrics["accuracy"],
                 f"{metrics['questions']:,} questions, mode {metrics['mode']}",
             ),
-            ("question only", round(metrics["question_only_baseline"], 3), metrics["question_only_model"]),
-            ("majority", round(metrics["majority_baseline"], 3), f"always “{metrics['majority_answer']}”"),
+            ("question only", metrics["question_only_baseline"], metrics["question_only_model"]),
+            ("majority", metrics["majority_baseline"], f"always “{metrics['majority_answer']}”"),
         ]
     )
     if "reachable" in metrics:
@@ -124,7 +124,7 @@ def add_answer_numbers(report: Report, metrics: dict[str, Any]) -> None:
         label = name.removeprefix("by_").replace("_", " ")
         report.table(
             [label, "accuracy", "question only"],
-            [[kind, round(value, 3), round(blind[kind], 3)] for kind, value in metrics[name].items()],
+            [[kind, value, blind[kind]] for kind, value in metrics[name].items()],
             caption=f"VQA accuracy by {label}",
         )
 
@@ -138,16 +138,16 @@ def add_label_numbers(report: Report, metrics: dict[str, Any], main: str) -> Non
         [
             (
                 "all labels right" if several else "accuracy",
-                round(metrics["accuracy"], 3),
+                metrics["accuracy"],
                 notes_of.get("accuracy", ""),
             ),
             (
                 "macro F1",
-                round(metrics["macro_f1"], 3),
+                metrics["macro_f1"],
                 notes_of.get("macro_f1") or f"{metrics['images']:,} pictures with a label",
             ),
-            ("calibration error", round(metrics["ece"], 3), "15 bins of confidence"),
-            ("majority", round(metrics["majority_baseline"], 3), f"always “{metrics['majority_label']}”"),
+            ("calibration error", metrics["ece"], "15 bins of confidence"),
+            ("majority", metrics["majority_baseline"], f"always “{metrics['majority_label']}”"),
         ]
     )
     last = ("average precision", "average_precision") if several else ("AUROC", "auroc")
@@ -156,10 +156,7 @@ def add_label_numbers(report: Report, metrics: dict[str, Any], main: str) -> Non
         [
             [
                 name,
-                *(
-                    None if entry[key] is None else round(entry[key], 3)
-                    for key in ("precision", "recall", "f1", last[1])
-                ),
+                *(entry[key] for key in ("precision", "recall", "f1", last[1])),
                 entry["samples"],
             ]
             for name, entry in metrics["by_class"].items()

@@ -262,7 +262,7 @@ def show(value: Cell) -> str:
         return f"{round(value):,}"
     if value and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.3g}"
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
+    return f"{value:.4f}" if abs(value) <= 1 else f"{value:.4g}"  # shares of 1 stand under other shares
 
 
 def numbers_html(block: dict[str, Any], part: int) -> str:
