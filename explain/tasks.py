@@ -117,12 +117,37 @@ def load(model: str | Path | Any, device: str, kind: str) -> Any:
         from finetune.fusion.model import load_classifier
 
         return load_classifier(model, device=device)
+    if kind == "vqa":
+        from finetune.opening import open_answer_model
+
+        return open_answer_model(model, device=device)
     from finetune.model import load_task_model
 
     loaded = load_task_model(model, device=device)
-    if (loaded.caption_task if kind == "caption" else loaded.vqa_task) is None:
+    if loaded.caption_task is None:
         raise ValueError(f"{model} was trained for {loaded.task.kind}, expected a model for {kind}")
     return loaded
+
+
+def answer_target(model: Any, questions: Sequence[str], answer: str) -> TextTarget | LabelTarget:
+    """The log-probability of an answer that is written, or the logit of one that is chosen from a list.
+
+    Args:
+        model: Either kind of model.
+        questions: One for each picture; a model that writes takes a single one.
+        answer: Explained.
+
+    Raises:
+        ValueError: The answer is not in the list.
+    """
+    if hasattr(model, "labels"):
+        if answer not in model.labels:
+            raise ValueError(f"no answer {answer!r} in the model's list of {len(model.labels):,}")
+        return LabelTarget(model, questions, model.labels.index(answer))
+    (question,) = questions
+    prompt = model.tokenizer(model.prompt(question), add_special_tokens=False)["input_ids"]
+    ids, _, _ = text_pieces(model.tokenizer, answer, behind_prompt=True)
+    return TextTarget(model, prompt, ids, (0, len(ids)))
 
 
 def one_map(target: Any, images: Tensor, method: str) -> tuple[Any, float]:
@@ -195,29 +220,27 @@ def explain_answer(
         device: For a folder.
 
     Returns:
-        The explanation of the answer's log-probability; `title` holds question and answer.
+        The explanation of the answer's log-probability, or of its logit where it is chosen from a list; `title` holds
+        question and answer.
 
     Raises:
-        ValueError: An empty question, a model for another task, or a method that its tower does not allow.
+        ValueError: An empty question, an answer that is not in the list, a model for another task, or a method that its
+            tower does not allow.
         data.faults.Fault: File contents that are no picture.
     """
     opened: Any = load(model, device, "vqa")
     method = default_method(opened.encoder) if method == "auto" else method
     images = opened.encoder.preprocess(image)[None]
     answered: str = opened.answer([images[0]], [question])[0] if answer is None else answer
-    ids, _, _ = text_pieces(opened.tokenizer, answered, behind_prompt=True)
-
-    def target(asked: str) -> TextTarget:
-        prompt = opened.tokenizer(opened.prompt(asked), add_special_tokens=False)["input_ids"]
-        return TextTarget(opened, prompt, ids, (0, len(ids)))
-
-    heat, value = one_map(target(question), images, method)
+    target = answer_target(opened, [question], answered)
+    heat, value = one_map(target, images, method)
     with torch.no_grad():
-        seen = opened.encoder.tokens_of(opened.encoder.pixels(images))
+        seen = target.see(opened.encoder.pixels(images))
         of = torch.zeros(1, dtype=torch.int64, device=seen.device)
 
         def scores(texts: Sequence[str]) -> Tensor:
-            return torch.cat([target(text or "?").score_of(seen, of) for text in texts])
+            each = [answer_target(opened, [text or "?"], answered) for text in texts]
+            return torch.cat([one.score_of(seen, of) for one in each])
 
         words = task_words(question, scores, method)
     return Explanation(to_pil(images[0]), heat, words, value, method, f"{question} {answered}")

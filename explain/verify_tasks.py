@@ -22,7 +22,7 @@ from data.scenes.questions import CATEGORY_QUESTIONS
 from data.scenes.vocabulary import COLOUR_SYNONYMS, alike, kinds
 from data.transforms import decode_image
 from explain.targets import Target
-from explain.tasks import LabelTarget, TextTarget, load, text_pieces
+from explain.tasks import LabelTarget, TextTarget, answer_target, load, text_pieces
 from explain.trials import Raw, Trials, as_trials, read_trial, scene_samples, shard_samples
 from explain.verify import GATES, check_wishes, hold
 from pretrain.encoder import Encoder
@@ -116,7 +116,7 @@ def verify_task(
         for numbers in result["methods"].values():
             numbers |= dict.fromkeys(WITH_OBJECTS)
     name = str(getattr(model, "name", model)) if isinstance(model, str | Path) else type(opened).__name__
-    unit = "logit" if kind == "classify" else "log-prob."
+    unit = "logit" if hasattr(opened, "labels") else "log-prob."
     return {"model": name, "data": "scenes (val)" if data is None else data, "score": unit, **result}
 
 
@@ -186,15 +186,8 @@ def vqa_questions(model: Any, samples: Samples, counts: list[int]) -> Iterator[Q
             if any(said[each] not in asked[each][1] or (said[each] == "yes" and guessed) for each in both):
                 counts[1] += 1
                 continue
-            one, other = (answer_target(model, asked[each][0], said[each]) for each in both)
+            one, other = (answer_target(model, [asked[each][0]], said[each]) for each in both)
             yield Question(raw, (one, other))
-
-
-def answer_target(model: Any, question: str, answer: str) -> TextTarget:
-    """The log-probability of an answer."""
-    prompt = model.tokenizer(model.prompt(question), add_special_tokens=False)["input_ids"]
-    ids, _, _ = text_pieces(model.tokenizer, answer, behind_prompt=True)
-    return TextTarget(model, prompt, ids, (0, len(ids)))
 
 
 def question_about(raw: Raw, place: int) -> tuple[str, tuple[str, ...]]:

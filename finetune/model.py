@@ -224,6 +224,22 @@ class VisionLanguageModel(Learns, Continues, TaskModel):
         ]
         return self.write_after(shown, images, prompts, decoding, seeds=self.seeds(names, decoding))
 
+    def answer_each(
+        self, images: Sequence[Picture] | Tensor, questions: Sequence[str], image_of_question: Sequence[int]
+    ) -> list[str]:
+        """Answer any number of questions about each picture, which is encoded once.
+
+        Args:
+            images: As for `see`.
+            questions: Any number.
+            image_of_question: Each question's picture.
+
+        Raises:
+            ValueError: As for `answer`.
+        """
+        prompts = [self.prompt(question) for question in questions]
+        return self.write(self.see(images), image_of_question, prompts)
+
     def seeds(self, names: Sequence[str] | None, decoding: Decoding | None) -> list[int] | None:
         """The seeds of drawing texts of these names; None where they are not named."""
         seed = (decoding or self.decoding).seed or 0

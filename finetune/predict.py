@@ -75,6 +75,7 @@ def predict(
         overwrite: Begin anew, whatever --out holds.
     """
     from finetune.examples import read_examples
+    from finetune.opening import open_task_model
     from finetune.saved import opened
 
     if batch_size < 1:
@@ -96,7 +97,7 @@ def predict(
     settings = {"model": str(folder.resolve()), "question": question}
     settings |= {"examples": hashlib.sha256(repr(shown).encode()).hexdigest()[:16] if shown else None}
     done = resume(out, settings, overwrite=overwrite)
-    writer = Writer(open_model(folder, kind, device), kind, shown)
+    writer = Writer(open_task_model(folder, device=device), kind, shown)
     log, written = FaultLog(max_faults), 0
     log.add((), len(done))  # max_faults is a share of all, whichever call looked at them
     with out.open("a", encoding="utf-8") as file, ProgressBar("predict", source.count) as bar:
@@ -109,17 +110,6 @@ def predict(
     left = f", {log.counts.total()} left out ({dict(log.counts)})" if log.counts else ""
     before = f", {len(done)} were there before" if done else ""
     print(f"{out}: {written} lines written{before}{left}", file=sys.stderr)
-
-
-def open_model(folder: Path, kind: str, device: str) -> Any:
-    """The task model of a folder, whatever its task is."""
-    if kind in ("classify", "choose", "match"):
-        from finetune.fusion.model import load_classifier
-
-        return load_classifier(folder, device=device)
-    from finetune.model import load_task_model
-
-    return load_task_model(folder, device=device)
 
 
 class Writer:

@@ -15,7 +15,6 @@ from finetune.evaluation import judge, open_val, training_texts
 from finetune.families import begin
 from finetune.recipe import FinetuneRecipe
 from finetune.report import encoder_name
-from finetune.saved import task_folder
 from finetune.tasks import make_task
 from pairstream.atomic import write_text
 from pairstream.recipe import load_recipe
@@ -54,7 +53,7 @@ def wise(
     Reference:
         Wortsman et al. 2022, Robust fine-tuning of zero-shot models.
     """
-    from finetune.predict import open_model
+    from finetune.opening import open_task_model
 
     for alpha in (*alphas, *(() if save is None else (save,))):
         if not 0 <= alpha <= 1:
@@ -63,7 +62,7 @@ def wise(
     if not source.is_file():
         raise FileNotFoundError(f"no {source}: expected the run folder of `pairstream finetune`")
     recipe = load_recipe(FinetuneRecipe, "finetune", str(source))
-    tuned = open_model(task_folder(model), recipe.task.kind, device)
+    tuned = open_task_model(model, device=device)
     begun = zero_shot or encoder_name(recipe)
     start = load_encoder(zero_shot, device=device) if zero_shot else begin(recipe, tuned.device)
     towers = Interpolation(tuned.encoder, start, begun)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune.fusion.model import FusionClassifier, load_classifier
 from finetune.model import VisionLanguageModel, load_task_model
+from finetune.opening import AnswerModel, open_answer_model
 from finetune.saved import task_folder
 from pretrain.encoder import Encoder, load_encoder
 from retrieval.artifact import MANIFEST, sha256
@@ -35,7 +36,7 @@ class Models:
     encoder: Encoder
     identity: EncoderIdentity
     captioner: tuple[VisionLanguageModel, ModelIdentity] | None = None
-    vqa: tuple[VisionLanguageModel, ModelIdentity] | None = None
+    vqa: tuple[AnswerModel, ModelIdentity] | None = None
     index: tuple[Index, IndexIdentity] | None = None
     picture_rows: PictureRows | None = None
     gallery: Gallery | None = None
@@ -58,7 +59,7 @@ def load_models(
     Args:
         model: A dual encoder, as `load_encoder` takes it.
         captioner: A folder that `load_task_model` opens.
-        vqa: Another one.
+        vqa: A folder of one that answers questions, by writing or from a list.
         classifier: A folder that `load_classifier` opens.
         index: A folder that `retrieval index` wrote.
         data: The shards that were indexed; only to show their pictures.
@@ -98,8 +99,8 @@ def load_models(
     return Models(
         encoder,
         identity,
-        captioner=None if captioner is None else task_model(captioner, captions=True, device=device),
-        vqa=None if vqa is None else task_model(vqa, captions=False, device=device),
+        captioner=None if captioner is None else caption_model(captioner, device=device),
+        vqa=None if vqa is None else answer_model(vqa, device=device),
         index=found,
         picture_rows=None if found is None else PictureRows(found[0].images),
         gallery=gallery,
@@ -107,21 +108,32 @@ def load_models(
     )
 
 
-def task_model(
-    folder: str | Path, *, captions: bool, device: str = "auto"
-) -> tuple[VisionLanguageModel, ModelIdentity]:
-    """A captioner or a VQA model with its identity.
+def caption_model(folder: str | Path, *, device: str = "auto") -> tuple[VisionLanguageModel, ModelIdentity]:
+    """A captioner with its identity.
 
     Raises:
         FileNotFoundError: None is there.
-        ValueError: It is of the other kind, or damaged.
+        ValueError: A model of another task, or damaged.
     """
     model = load_task_model(folder, device=device)
-    if (model.caption_task if captions else model.vqa_task) is None:
-        option, wanted = ("--captioner", "caption") if captions else ("--vqa", "vqa")
+    if model.caption_task is None:
         raise ValueError(
-            f"{option} {folder}: expected a model trained for {wanted}, it is for {model.task.kind}"
+            f"--captioner {folder}: expected a model trained for caption, it is for {model.task.kind}"
         )
+    return model, ModelIdentity(name=short_name(folder), fingerprint=folder_hash(task_folder(folder)))
+
+
+def answer_model(folder: str | Path, *, device: str = "auto") -> tuple[AnswerModel, ModelIdentity]:
+    """A model that answers questions, with its identity.
+
+    Raises:
+        FileNotFoundError: None is there.
+        ValueError: A model of another task, or damaged.
+    """
+    try:
+        model = open_answer_model(folder, device=device)
+    except ValueError as error:
+        raise ValueError(f"--vqa {error}") from error
     return model, ModelIdentity(name=short_name(folder), fingerprint=folder_hash(task_folder(folder)))
 
 

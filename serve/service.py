@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from data.faults import Fault
+from finetune.fusion.model import FusionClassifier
 from finetune.model import VisionLanguageModel
+from finetune.opening import AnswerModel
 from finetune.text import token_ids
 from retrieval.search import Hit, search
 from serve.batching import Batcher, deadline_passed
@@ -97,7 +99,7 @@ class Service:
                 places[id(picture)] = len(pictures)
                 pictures.append(picture)
         owners = [places[id(picture)] for picture, _ in pairs]
-        return model.write(model.see(torch.stack(pictures)), owners, [model.prompt(q) for _, q in pairs])
+        return model.answer_each(torch.stack(pictures), [question for _, question in pairs], owners)
 
     def run_posts(self, posts: list[tuple[Tensor | None, str | None]]) -> list[dict[str, float]]:
         assert self.models.classifier is not None
@@ -347,7 +349,7 @@ async def all_within(works: Sequence[asyncio.Future[Result]], seconds: float) ->
             await asyncio.gather(*works, return_exceptions=True)
 
 
-def check_question(model: VisionLanguageModel, question: str, place: int) -> None:
+def check_question(model: AnswerModel, question: str, place: int) -> None:
     """A question that cannot be asked is refused before it stands in a queue with others.
 
     Raises:
@@ -355,6 +357,8 @@ def check_question(model: VisionLanguageModel, question: str, place: int) -> Non
     """
     if not question.strip():
         raise Refusal(422, "empty_question", f"questions[{place}] is empty: expected some words")
+    if isinstance(model, FusionClassifier):
+        return  # a text tower cuts what is too long, as it does a caption
     tokens = len(token_ids(model.tokenizer, model.prompt(question)))
     room = model.context - model.prefix_length - model.decoding.max_new_tokens
     if tokens > room:

@@ -363,12 +363,30 @@ class FusionClassifier(TaskModel):
         Raises:
             ValueError: An empty question, numbers that differ, or a model for another task.
         """
+        return self.answer_each(images, questions, None)
+
+    def answer_each(
+        self,
+        images: Sequence[Picture] | Tensor,
+        questions: Sequence[str],
+        image_of_question: Sequence[int] | None,
+    ) -> list[str]:
+        """The best answer of the list to any number of questions about each picture, which is encoded once.
+
+        Args:
+            images: As for `scores`.
+            questions: Any number.
+            image_of_question: Each question's picture; one question a picture when None.
+
+        Raises:
+            ValueError: As for `answer`.
+        """
         if not isinstance(self.task, ChooseTask):
             raise ValueError(f"this model was trained for {self.task.kind}: use classify(images, texts)")
         for question in questions:
             if not question.strip():
                 raise ValueError("an empty question cannot be answered: expected some words")
-        best = self.scores(images, questions).argmax(dim=1)
+        best = self.scores(images, questions, image_of_question).argmax(dim=1)
         return [self.labels[number] for number in best.tolist()]
 
     def match(self, images: Sequence[Picture] | Tensor, texts: Sequence[str]) -> list[float]:

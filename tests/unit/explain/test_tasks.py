@@ -10,7 +10,7 @@ from explain.cli import main
 from explain.targets import score
 from explain.tasks import LabelTarget, TextTarget, explain_answer, explain_caption, explain_label, text_pieces
 from finetune.fusion.model import FusionClassifier
-from finetune.fusion.recipe import ClassifyTask
+from finetune.fusion.recipe import ChooseTask, ClassifyTask
 from finetune.language_models import small_language_model
 from finetune.model import VisionLanguageModel
 from finetune.recipe_model import Mlp, SmallLanguageModel
@@ -79,6 +79,36 @@ def test_an_answer_and_its_question(explained, pictures):
         )
 
 
+@pytest.mark.parametrize(("kind", "picture"), [("vit", "tokens"), ("timm_cnn", "finer_tokens")])
+def test_an_answer_that_is_chosen_from_a_list(explained, pictures, kind, picture, tmp_path, make_picture):
+    torch.manual_seed(1)
+    fusion = {"kind": "cross_attention", "width": 16, "heads": 2, "picture": picture}
+    model = FusionClassifier(
+        explained[kind], ChooseTask.model_validate({"fusion": fusion}), ("no", "yes", "2")
+    )
+    image = pictures(model.eval().encoder, 1)[0]
+    question = "Is there a dog?"
+    found = explain_answer(model, image, question)
+    assert found.title == f"{question} {model.answer([image], [question])[0]}"
+    assert [word for word, _ in found.words] == ["Is", "there", "a", "dog?"]
+    for answer in ("no", "2"):
+        one = explain_answer(model, image, question, answer=answer)
+        logit = model.scores([image], [question])[0, model.labels.index(answer)].logit()
+        assert one.score == pytest.approx(float(logit), abs=1e-4)
+        assert np.abs(one.heat).max() > 0
+    with pytest.raises(ValueError, match="no answer 'three' in the model's list of 3"):
+        explain_answer(model, image, question, answer="three")
+    folder = model.save(tmp_path / "chooser")
+    (tmp_path / "cat.jpg").write_bytes(make_picture(1))
+    call = ["--image", str(tmp_path / "cat.jpg"), "--out", str(tmp_path / "cat.png"), "--device", "cpu"]
+    assert main(["--vqa", str(folder), *call, "--question", question]) == 0
+    classifier = (
+        FusionClassifier(explained[kind], ClassifyTask(), ("no", "yes")).eval().save(tmp_path / "posts")
+    )
+    with pytest.raises(ValueError, match="was trained for classify: expected a model for questions"):
+        main(["--vqa", str(classifier), *call, "--question", question])
+
+
 @pytest.mark.parametrize(
     "fusion",
     [
@@ -120,7 +150,9 @@ def test_the_wrong_task_and_nothing_to_explain(explained, pictures, tmp_path, ma
     assert main(["--captioner", str(folder), *call, "--text", CAPTION]) == 0
     assert (tmp_path / "cat.png").stat().st_size > 1000
     assert "unicorns: score" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="was trained for caption, expected a model for vqa"):
+    with pytest.raises(
+        ValueError, match=r"was trained for caption: expected a model for questions \(vqa, mixed or choose\)"
+    ):
         main(["--vqa", str(folder), *call, "--question", "why?"])
     with pytest.raises(ValueError, match="the text has no words"):
         explain_caption(model, pictures(model.encoder, 1)[0], caption=" ")

@@ -109,6 +109,33 @@ def test_captions_and_answers_are_the_library_s(live, models, make_picture, pict
     assert answer["model"] == models.vqa[1].model_dump()
 
 
+def test_answers_may_be_chosen_from_a_list(folders, tmp_path, run_app, make_picture, picture_field):
+    from finetune.fusion.model import FusionClassifier
+    from finetune.fusion.recipe import ChooseTask, CrossAttention
+    from pretrain.encoder import load_encoder
+    from serve.app import create_app
+    from serve.settings import Settings
+
+    encoder = load_encoder(folders["model"], device="cpu")
+    task = ChooseTask(fusion=CrossAttention(width=16, heads=2))
+    FusionClassifier(encoder, task, ["no", "yes", "2", "red"]).eval().save(tmp_path / "chooser")
+    models = load_models(folders["model"], vqa=tmp_path / "chooser", device="cpu")
+    questions = [f"Is there a {name}?" for name in ("dog", "cat", "cow")]
+    contents = [make_picture(seed) for seed in range(2)]
+    with run_app(create_app(models, Settings(rate=0))) as live:
+        for content in contents:
+            asked = {"image": picture_field(content), "questions": questions}
+            status, answer, _ = live.ask("/v1/vqa", asked)
+            assert status == 200
+            assert answer["answers"] == models.vqa[0].answer([content] * 3, questions)
+            assert answer["model"]["name"] == "chooser"
+        status, answer, _ = live.ask("/v1/vqa", {"image": picture_field(contents[0]), "questions": [" "]})
+        assert (status, answer["error"]["code"]) == (422, "empty_question")
+        wish = {"image": picture_field(contents[0]), "of": "answer", "question": questions[0]}
+        status, answer, _ = live.ask("/v1/explain", wish)
+        assert status == 200, answer
+
+
 def test_operations_and_the_document(live):
     assert live.ask("/healthz")[:2] == (200, {"status": "alive"})
     assert live.ask("/readyz")[:2] == (200, {"status": "ready"})
