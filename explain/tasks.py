@@ -71,7 +71,7 @@ class LabelTarget:
     def see(self, pixels: Tensor) -> Tensor:
         if self.model.image_pooled:
             return self.encoder.model.encode_image(pixels)
-        return self.model.tokens_of(pixels)
+        return self.encoder.tokens_of(pixels, finer=self.model.finer)
 
     def score_of(self, features: Tensor, of: Tensor) -> Tensor:
         image = features[:, None] if self.model.image_pooled else self.model.gather(features)

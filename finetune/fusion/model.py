@@ -132,11 +132,12 @@ class FusionClassifier(TaskModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_image_tower):
             if self.image_pooled:
                 return self.towers.encode_image(self.encoder.pixels(images)).unsqueeze(1)
-            return self.gather(self.tokens_of(self.encoder.pixels(images)))
+            return self.gather(self.encoder.tokens_of(self.encoder.pixels(images), finer=self.finer))
 
-    def tokens_of(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels to those of the image tower's tokens that the head looks at, float `(b, n, d)`."""
-        return self.encoder.tokens_of(pixels, finer=self.task.fusion.picture == "finer_tokens")
+    @property
+    def finer(self) -> bool:
+        """Whether the head looks at the finer ones of the image tower's tokens."""
+        return self.task.fusion.picture == "finer_tokens"
 
     def gather(self, tokens: Tensor) -> Tensor:
         """The image tower's tokens `(b, n, d)` to what the head gets of them: all, or one vector `(b, 1, d)`."""

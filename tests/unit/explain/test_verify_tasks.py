@@ -156,9 +156,10 @@ def test_the_two_tests_are_held_and_rollout_fails_them(task_model, monkeypatch):
     assert 0 <= result["methods"]["chefer"]["target_over_distractor"] <= 1
 
 
-def test_a_classifier_is_asked_about_two_labels_by_the_command(explained, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["tanh", "cross_attention"])
+def test_a_classifier_is_asked_about_two_labels_by_the_command(explained, tmp_path, capsys, kind):
     torch.manual_seed(1)
-    task = ClassifyTask.model_validate({"fusion": {"kind": "tanh"}, "labels": ("bad", "good")})
+    task = ClassifyTask.model_validate({"fusion": {"kind": kind}, "labels": ("bad", "good")})
     model = FusionClassifier(explained["vit"], task, ("bad", "good")).eval()
     counts = [0, 0]
     first = next(iter(label_questions(model, scene_samples(60, 64, 0), counts)))
@@ -179,6 +180,7 @@ def test_a_classifier_is_asked_about_two_labels_by_the_command(explained, tmp_pa
     result = json.loads((tmp_path / "verify.json").read_text())
     assert code == (0 if result["passed"] else 1)
     assert result["methods"]["chefer"]["target_over_distractor"] is None
+    assert result["methods"]["chefer"]["random_weights_spearman"] < 0.99  # another tower, other maps
     assert result["box_area"] is None
     assert "two_text_spearman" in capsys.readouterr().out
     explained["vit"].model.requires_grad_(True)
