@@ -164,7 +164,8 @@ def test_drawn_texts_are_the_same_each_time(models, pictures, tmp_path, beams):
     torch.manual_seed(99)
     assert drawn("b.jsonl") == first
     assert len(set(first)) > 3  # each picture has its own
-    assert drawn("c.jsonl", seed=4) != first
+    # Names begin with the test's folder, so luck differs from run to run; two beams often end at the same likely text.
+    assert any(drawn(f"{seed}.jsonl", seed=seed) != first for seed in range(4, 10))
     if beams == 1:
         assert drawn("d.jsonl", batch=2) == first
 
