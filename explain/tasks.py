@@ -129,12 +129,12 @@ def load(model: str | Path | Any, device: str, kind: str) -> Any:
     return loaded
 
 
-def answer_target(model: Any, questions: Sequence[str], answer: str) -> TextTarget | LabelTarget:
+def answer_target(model: Any, question: str, answer: str) -> TextTarget | LabelTarget:
     """The log-probability of an answer that is written, or the logit of one that is chosen from a list.
 
     Args:
         model: Either kind of model.
-        questions: One for each picture; a model that writes takes a single one.
+        question: What is asked.
         answer: Explained.
 
     Raises:
@@ -143,8 +143,7 @@ def answer_target(model: Any, questions: Sequence[str], answer: str) -> TextTarg
     if hasattr(model, "labels"):
         if answer not in model.labels:
             raise ValueError(f"no answer {answer!r} in the model's list of {len(model.labels):,}")
-        return LabelTarget(model, questions, model.labels.index(answer))
-    (question,) = questions
+        return LabelTarget(model, [question], model.labels.index(answer))
     prompt = model.tokenizer(model.prompt(question), add_special_tokens=False)["input_ids"]
     ids, _, _ = text_pieces(model.tokenizer, answer, behind_prompt=True)
     return TextTarget(model, prompt, ids, (0, len(ids)))
@@ -232,14 +231,14 @@ def explain_answer(
     method = default_method(opened.encoder) if method == "auto" else method
     images = opened.encoder.preprocess(image)[None]
     answered: str = opened.answer([images[0]], [question])[0] if answer is None else answer
-    target = answer_target(opened, [question], answered)
+    target = answer_target(opened, question, answered)
     heat, value = one_map(target, images, method)
     with torch.no_grad():
         seen = target.see(opened.encoder.pixels(images))
         of = torch.zeros(1, dtype=torch.int64, device=seen.device)
 
         def scores(texts: Sequence[str]) -> Tensor:
-            each = [answer_target(opened, [text or "?"], answered) for text in texts]
+            each = [answer_target(opened, text or "?", answered) for text in texts]
             return torch.cat([one.score_of(seen, of) for one in each])
 
         words = task_words(question, scores, method)

@@ -186,7 +186,7 @@ def vqa_questions(model: Any, samples: Samples, counts: list[int]) -> Iterator[Q
             if any(said[each] not in asked[each][1] or (said[each] == "yes" and guessed) for each in both):
                 counts[1] += 1
                 continue
-            one, other = (answer_target(model, [asked[each][0]], said[each]) for each in both)
+            one, other = (answer_target(model, asked[each][0], said[each]) for each in both)
             yield Question(raw, (one, other))
 
 

@@ -209,7 +209,7 @@ def two(tmp_path_factory, models, batches, trainings, sharded, zero) -> Path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
