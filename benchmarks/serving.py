@@ -65,7 +65,7 @@ def small_encoder() -> Encoder:
 def serve(model: str, batch: int) -> None:
     """Be one server; prints its port."""
     from serve.app import create_app
-    from serve.models import load_models
+    from serve.models import load_models, settle
     from serve.server import make_server
     from serve.settings import Batching, Settings
 
@@ -73,7 +73,9 @@ def serve(model: str, batch: int) -> None:
         embedding=Batching(batch=batch, wait=0.002 if batch > 1 else 0.0, deadline=120), rate=0
     )
     app = create_app(load_models(model, device="cpu"), settings)
-    make_server(app, port=0, listening=lambda port: print(port, flush=True)).run()
+    server = make_server(app, port=0, listening=lambda port: print(port, flush=True))
+    settle()
+    server.run()
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def serve(
         serve_on_cluster(sources, scaling, settings, keys, {"cluster": cluster, "host": host, "port": port})
         return
     from serve.app import create_app
-    from serve.models import load_models
+    from serve.models import load_models, settle
 
     models = load_models(**dict(sources))
 
@@ -128,7 +128,9 @@ def serve(
             f"PairStream serves {models.identity.name} at http://{name}:{bound}/ (Ctrl-C ends it)", flush=True
         )
 
-    make_server(create_app(models, settings, keys=keys), host=host, port=port, listening=listening).run()
+    server = make_server(create_app(models, settings, keys=keys), host=host, port=port, listening=listening)
+    settle()
+    server.run()
 
 
 def where(path: Path | None) -> str | None:

@@ -30,9 +30,11 @@ def application(sources: Sources, settings: Settings, keys: Keys, scaling: Scali
 
     def build() -> FastAPI:
         from serve.app import create_app
-        from serve.models import load_models
+        from serve.models import load_models, settle
 
-        return create_app(load_models(**dict(sources)), settings, keys=keys)
+        app = create_app(load_models(**dict(sources)), settings, keys=keys)
+        settle()
+        return app
 
     deployment = ray_serve.deployment(
         name=NAME,
