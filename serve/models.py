@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import hashlib
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # the end of the process may clear them away
 
 
 def caption_model(folder: str | Path, *, device: str = "auto") -> tuple[VisionLanguageModel, ModelIdentity]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import subprocess
@@ -16,6 +17,17 @@ from PIL import Image
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads would spin while they wait for a shared core
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """Everything is imported: half a million objects that no collection need go through again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """And that the end of the process clears away."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +156,30 @@ def tiny_recipe(tiny_shards: Path, tmp_path: Path):
         return {**content, **keys}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """`torchrun("-m", "pairstream", ...)`: two processes of a command by torchrun, which must end well."""
+
+    def start(*words: str | Path, timeout: float = 900) -> None:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*launch, *map(str, words)],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "ACCELERATE_USE_CPU": "true",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return start
 
 
 @pytest.fixture

@@ -173,9 +173,8 @@ def test_ranks_that_share_the_work_write_the_same_bytes(model, shards, whole, tm
 
 
 @pytest.mark.dist
-def test_torchrun_writes_the_same_bytes(model, shards, whole, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pairstream"]
-    run([*launch, *command(model, shards, tmp_path / "rows")])
+def test_torchrun_writes_the_same_bytes(model, shards, whole, torchrun, tmp_path):
+    torchrun("-m", "pairstream", *command(model, shards, tmp_path / "rows"))
     assert content(tmp_path / "rows") == content(whole)
 
 

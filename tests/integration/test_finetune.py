@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -367,7 +364,7 @@ def test_the_command(world, tmp_path, capsys):
 
 
 @pytest.mark.dist
-def test_two_processes_train_what_one_trains(world, tmp_path):
+def test_two_processes_train_what_one_trains(world, torchrun, tmp_path):
     """The ranks hold unequal numbers of answer words; the loss is the mean over all of them."""
     one = recipe(
         world,
@@ -380,12 +377,7 @@ def test_two_processes_train_what_one_trains(world, tmp_path):
     two = one.model_copy(update={"run": str(tmp_path / "two"), "processes": 2})
     file = tmp_path / "two.yaml"
     file.write_text(json.dumps(two.model_dump(mode="json")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, "-m", "finetune", str(file)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun("-m", "finetune", file)
     ours = load_file(tmp_path / "one/checkpoints/step-00000008/model/connector.safetensors")
     theirs = load_file(tmp_path / "two/checkpoints/step-00000008/model/connector.safetensors")
     for name, value in ours.items():

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -116,11 +113,10 @@ def one(tmp_path_factory, jobs):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, jobs, one) -> Path:
+def two(tmp_path_factory, jobs, one, torchrun) -> Path:
     """What two processes left: one start for what needs no earlier run, and one to resume."""
     folder = tmp_path_factory.mktemp("two_zero")
     later = ("resumed 1", "resumed 2", "onward")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for resumes in (False, True):
         now = {name: job for name, job in jobs(folder).items() if (name in later) == resumes}
         (folder / "job.json").write_text(json.dumps(now))
@@ -128,15 +124,7 @@ def two(tmp_path_factory, jobs, one) -> Path:
             for stage in STAGES:
                 copy_half(folder / f"parts {stage}", folder / f"resumed {stage}")
             copy_half(one("parts 1")[0], folder / "onward")
-        done = subprocess.run(
-            [*torchrun, str(WORKER), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        torchrun(WORKER, folder)
         (folder / "errors.json").rename(folder / f"errors-{resumes}.json")
     assert (folder / "errors-True.json").read_text() == "{}"
     return folder

@@ -7,6 +7,8 @@ process, which has imported everything already and run nothing, so that torch is
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import signal
@@ -148,6 +150,8 @@ def run_chain(chain: list[dict]) -> list[int]:
 
 def main() -> None:
     """Two chains at a time."""
+    gc.freeze()  # Accelerate collects garbage after each training
+    atexit.register(gc.unfreeze)
     folder = Path(sys.argv[1])
     chains = json.loads((folder / "chains.json").read_text())
     halves = []

@@ -5,6 +5,8 @@ Argument: a folder with job.json. Rank 0 leaves NAME.safetensors for each case t
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import sys
@@ -97,6 +99,8 @@ def mistaken(name: str) -> Any:
 
 
 def main() -> None:
+    gc.freeze()  # Accelerate collects garbage after each training
+    atexit.register(gc.unfreeze)
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
     refusals = {}

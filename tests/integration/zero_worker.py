@@ -6,6 +6,8 @@ a step whose loss is to be NaN, and whether the loss is to leave out the texts. 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import math
 import os
@@ -36,6 +38,8 @@ def make_trainer(job: dict) -> Trainer:
 
 
 def main() -> None:
+    gc.freeze()  # Accelerate collects garbage after each training
+    atexit.register(gc.unfreeze)
     folder = Path(sys.argv[1])
     errors = {}
     for name, job in json.loads((folder / "job.json").read_text()).items():
