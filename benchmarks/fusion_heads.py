@@ -31,7 +31,8 @@ import torch
 
 from data.shards import Sample, ShardWriter
 from data.stream import PairStream
-from finetune.fusion.model import FusionClassifier, load_classifier
+from finetune.fusion.model import FusionClassifier
+from finetune.fusion.saved import load_classifier
 from finetune.recipe import FinetuneRecipe
 from finetune.trainer import Finetuner
 from pairstream.recipe import validate

@@ -114,7 +114,7 @@ def load(model: str | Path | Any, device: str, kind: str) -> Any:
         return model
     require("transformers", "finetune", "task models")
     if kind == "classify":
-        from finetune.fusion.model import load_classifier
+        from finetune.fusion.saved import load_classifier
 
         return load_classifier(model, device=device)
     if kind == "vqa":

@@ -10,9 +10,10 @@ from accelerate.utils import broadcast_object_list
 
 from data.transforms import EvalTransform, TrainTransform
 from finetune.fusion.answers import Choosing
-from finetune.fusion.model import FusionClassifier, load_classifier
+from finetune.fusion.model import FusionClassifier
 from finetune.fusion.recipe import MatchTask
 from finetune.fusion.samples import FusionCollate, make_load
+from finetune.fusion.saved import load_classifier
 from finetune.language_models import pretrained_language_model, small_language_model
 from finetune.model import VisionLanguageModel, build_task_model, load_task_model
 from finetune.parts import parts_of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.fusion.model import TASKS, FusionClassifier, load_classifier
+from finetune.fusion.model import FusionClassifier
+from finetune.fusion.saved import TASKS, load_classifier
 from finetune.model import VisionLanguageModel, load_task_model
 from finetune.saved import opened
 

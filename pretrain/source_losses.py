@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from data.mixture import Mixture
 from pretrain.collectives import gather_counts, gather_rows, several_ranks, sum_over_ranks
+from pretrain.objectives import Features
 
 ROWS = 1024  # of the logits that are held at a time
 
@@ -59,29 +61,60 @@ def source_losses(
     return total / pairs
 
 
-def source_records(
-    mixture: Mixture, before: int, after: int, seconds: float, losses: Tensor | None
-) -> dict[str, dict[str, float | None]]:
-    """What the log says of a mixture's sources: samples and epochs so far, samples/s, the last step's loss.
+class SourceLosses:
+    """The loss of each source of a mixture, taken in the steps that are logged; nothing where there is one source.
 
     Args:
         mixture: Of the stream.
-        before: Step of the line before.
-        after: Step of this line.
-        seconds: Time between them.
-        losses: As `source_losses` has them, NaN for a source without rows; None when there was no step.
-
-    Returns:
-        Numbers by source name.
     """
-    told = [None] * len(mixture.names) if losses is None else losses.tolist()
-    epochs, counts = mixture.epochs_seen(after), zip(mixture.drawn(before), mixture.drawn(after), strict=True)
-    return {
-        name: {
-            "samples": drawn,
-            "epochs": epochs[name],
-            "samples_per_s": (drawn - earlier) / seconds,
-            "loss": None if loss is None or math.isnan(loss) else loss,
+
+    def __init__(self, mixture: Mixture):
+        self.mixture = mixture
+        self.rows: Tensor | None = None  # sources of the pairs of a step that is logged
+        self.losses: Tensor | None = None  # as `source_losses` has them; None when there was no step
+
+    def watch(self, sources: Tensor, *, logged: bool) -> None:
+        """Begin a step with the number of each pair's source, int64 `(b_r,)`."""
+        self.rows = sources if logged and len(self.mixture.names) > 1 else None
+
+    def take(self, features: Features) -> None:
+        """Keep the losses of a step that is logged; every rank must call it."""
+        if self.rows is None:
+            return
+        images, texts, scale = features[:3]
+        texts = texts.reshape(len(images), -1, texts.shape[-1])[
+            :, 0
+        ]  # of several captions the first one drawn
+        self.losses = source_losses(images, texts, scale, self.rows, len(self.mixture.names))
+
+    def record(self, before: int, after: int, seconds: float) -> dict[str, Any]:
+        """What the log says of the sources: samples and epochs so far, samples/s, the last step's loss.
+
+        Args:
+            before: Step of the line before.
+            after: Step of this line.
+            seconds: Time between them.
+
+        Returns:
+            `sources`, with numbers by source name, a loss of None for a source without pairs; empty for one source.
+        """
+        mixture = self.mixture
+        if len(mixture.names) < 2:
+            return {}
+        told = [None] * len(mixture.names) if self.losses is None else self.losses.tolist()
+        self.losses = None
+        epochs, counts = (
+            mixture.epochs_seen(after),
+            zip(mixture.drawn(before), mixture.drawn(after), strict=True),
+        )
+        return {
+            "sources": {
+                name: {
+                    "samples": drawn,
+                    "epochs": epochs[name],
+                    "samples_per_s": (drawn - earlier) / seconds,
+                    "loss": None if loss is None or math.isnan(loss) else loss,
+                }
+                for name, (earlier, drawn), loss in zip(mixture.names, counts, told, strict=True)
+            }
         }
-        for name, (earlier, drawn), loss in zip(mixture.names, counts, told, strict=True)
-    }

@@ -56,7 +56,7 @@ from pretrain.resume import (
 )
 from pretrain.saver import Saver
 from pretrain.selfcheck import check_gradients
-from pretrain.source_losses import source_losses, source_records
+from pretrain.source_losses import SourceLosses
 from pretrain.terms import build_terms
 from pretrain.wrapping import make_wrapping, whole
 
@@ -114,8 +114,7 @@ class Trainer:
             clear_leftovers(self.folder.checkpoints)
         self.step, self.samples_seen = 0, 0
         self.saved: dict[str, Tensor] = {}
-        self.watched: Tensor | None = None  # sources of the rows of a step whose loss is told by source
-        self.source_losses: Tensor | None = None
+        self.sources = SourceLosses(self.stream.mixture)
         self.records = Records(self.folder, self.accelerator)
         self.meter = Meter(self.encoder, self.terms, recipe, self.accelerator)
         self.scale = LossScale(self.accelerator)
@@ -324,7 +323,7 @@ class Trainer:
         inputs = tuple(batch[name].to(device, non_blocking=True) for name in self.inputs)
         self.meter.text_length = length = self.wrap.text_length(batch["tokens"])
         told = (self.step + 1) % self.recipe.log_every == 0 or self.step + 1 == self.recipe.steps
-        self.watched = batch.sources if told and len(self.stream.sources) > 1 else None
+        self.sources.watch(batch.sources, logged=told)
         loss = backward(
             self.wrap,
             inputs,
@@ -370,12 +369,7 @@ class Trainer:
 
     def loss_of(self, features: Features, inputs: tuple[Tensor, ...]) -> Tensor:
         """The recipe's loss; in a mixture, steps that are logged also keep each source's share of it."""
-        if self.watched is not None:
-            images, texts, scale = features[:3]
-            texts = texts.reshape(len(images), -1, texts.shape[-1])[
-                :, 0
-            ]  # of several captions the first one drawn
-            self.source_losses = source_losses(images, texts, scale, self.watched, len(self.stream.sources))
+        self.sources.take(features)
         return self.objective(features, *inputs)
 
     def log_window(self, window: Window, batch: Batch, lr: float) -> dict[str, Any]:
@@ -398,12 +392,8 @@ class Trainer:
             **self.meter.record(window.samples / elapsed),
             **self.terms.record(),
             **self.scale.record(),
+            **self.sources.record(self.logged, self.step, elapsed),
         }
-        if len(self.stream.sources) > 1:
-            record["sources"] = source_records(
-                self.stream.mixture, self.logged, self.step, elapsed, self.source_losses
-            )
-            self.source_losses = None
         self.records.step(record)
         return record
 

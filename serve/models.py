@@ -8,7 +8,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.fusion.model import FusionClassifier, load_classifier
+from finetune.fusion.model import FusionClassifier
+from finetune.fusion.saved import load_classifier
 from finetune.model import VisionLanguageModel, load_task_model
 from finetune.opening import AnswerModel, open_answer_model
 from finetune.saved import task_folder

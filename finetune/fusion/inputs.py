@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,30 @@ def token_grid(count: int, size: tuple[int, int]) -> Grid:
     """Rows and columns of so many image tokens of pictures of a size; one row where they are no grid of that shape."""
     rows = max(1, round((count * size[0] / size[1]) ** 0.5))
     return (rows, count // rows) if count % rows == 0 else (1, count)
+
+
+def channel_scale(features: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What to subtract from each channel, and to multiply it with, for mean 0 and deviation 1 over some samples.
+
+    Args:
+        features: float `(samples, n, d)`.
+        rows: Those that count.
+
+    Returns:
+        Mean and scale, float64 `(d,)`; the scale of a channel that never changes is 0.
+    """
+    total, squares = torch.zeros(2, features.shape[-1], dtype=torch.float64)
+    count = 0
+    # A part at a time: all in float64 would be twice the memory.
+    for part in torch.as_tensor(list(rows)).split(1024):
+        values = features[part].double().flatten(0, 1)
+        total += values.sum(0)
+        squares += values.square().sum(0)
+        count += len(values)
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
+    changes = deviation > 1e-6 * mean.abs().clamp(min=1)
+    return mean, torch.where(changes, 1 / deviation, 0.0)
 
 
 def waves(grid: Grid, width: int) -> Tensor:

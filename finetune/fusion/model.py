@@ -9,23 +9,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.fusion.heads import build_head
-from finetune.fusion.inputs import token_grid
+from finetune.fusion.inputs import channel_scale, token_grid
 from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask, Pooled
 from finetune.fusion.samples import MATCHES
-from finetune.recipe_model import TowerLora
-from finetune.saved import TASK, TaskModel, finite, opened
+from finetune.saved import TaskModel, finite
 from finetune.text import IGNORED
-from finetune.tower_adapters import adapt_image_tower, train_adapters_alone
+from finetune.tower_adapters import train_adapters_alone
 from pretrain.checkpoint import save_tensors
-from pretrain.encoder import Encoder, load_encoder
+from pretrain.encoder import Encoder
 from pretrain.short_texts import text_features, text_tokens
 
 WEIGHTS = "fusion.safetensors"
-TASKS: dict[str, Any] = {"classify": ClassifyTask, "choose": ChooseTask, "match": MatchTask}
 Picture = Image.Image | bytes | Tensor
 
 
@@ -166,19 +163,9 @@ class FusionClassifier(TaskModel):
             features: float `(samples, n, d)`, what `image_tokens` made of them.
             rows: Those that count.
         """
-        total, squares = torch.zeros(2, features.shape[-1], dtype=torch.float64)
-        count = 0
-        # A part at a time: all in float64 would be twice the memory.
-        for part in torch.as_tensor(list(rows)).split(1024):
-            values = features[part].double().flatten(0, 1)
-            total += values.sum(0)
-            squares += values.square().sum(0)
-            count += len(values)
-        mean = total / count
-        deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
-        changes = deviation > 1e-6 * mean.abs().clamp(min=1)
+        mean, scale = channel_scale(features, rows)
         self.image_mean.copy_(mean)
-        self.image_scale.copy_(torch.where(changes, 1 / deviation, 0.0))
+        self.image_scale.copy_(scale)
 
     @torch.no_grad()
     def keep_texts(self, texts: Iterable[str]) -> None:
@@ -412,45 +399,3 @@ class FusionClassifier(TaskModel):
         """Head, output and learnt vectors."""
         save_tensors(self.own_state(), folder / WEIGHTS)
         return {"task": self.task.model_dump(), "labels": self.labels}
-
-
-def load_classifier(
-    folder: str | Path,
-    *,
-    device: str = "auto",
-    freeze_image_tower: bool = True,
-    tower_lora: TowerLora | None = None,
-) -> FusionClassifier:
-    """Open a saved classifier, chooser of answers or matcher; nothing is downloaded.
-
-    Args:
-        folder: What `TaskModel.save` wrote, or a run folder of `pairstream finetune`.
-        device: A torch device, or `auto`.
-        freeze_image_tower: For a model that goes on training.
-        tower_lora: Adapters of its image tower, likewise.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: No task model is there.
-        ValueError: It is no classifier, or a part is damaged or of another version.
-    """
-    with opened(folder) as (place, content):
-        kind = content["task"]["kind"]
-        if kind not in TASKS:
-            raise ValueError(f"a model for {kind}, not for classify")
-        task, labels = TASKS[kind].model_validate(content["task"]), content["labels"]
-        state = load_file(place / WEIGHTS)
-    encoder = load_encoder(place / "encoder", device=device)
-    adapt_image_tower(encoder, tower_lora or TowerLora(), place)
-    model = FusionClassifier(encoder, task, labels, freeze_image_tower=freeze_image_tower)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{place}: {WEIGHTS} does not fit {TASK}: {error}") from error
-    absent = [name for name in missing if not name.startswith("towers.")]
-    if absent or unexpected:
-        raise ValueError(f"{place}: {WEIGHTS} does not fit {TASK}: {absent or unexpected}")
-    model.parts = content.get("parts", {})
-    return model.eval()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.fusion.model import load_classifier
+from finetune.fusion.saved import load_classifier
 from finetune.model import load_task_model
 from finetune.recipe import FinetuneRecipe
 from finetune.recipe_model import TowerLora

@@ -15,8 +15,9 @@ from finetune.cli import main
 from finetune.fusion.heads import build_head
 from finetune.fusion.inputs import token_grid, waves
 from finetune.fusion.looking import LookingLayer
-from finetune.fusion.model import FusionClassifier, load_classifier
+from finetune.fusion.model import FusionClassifier
 from finetune.fusion.recipe import ClassifyTask, CoAttention, CrossAttention, Pooled, SingleStream
+from finetune.fusion.saved import load_classifier
 from finetune.fusion.task import Classification
 from finetune.predict import predict
 from finetune.recipe import FinetuneRecipe

@@ -11,9 +11,10 @@ import torch
 from data.shards import Sample, ShardWriter
 from finetune.fusion.answers import Choosing
 from finetune.fusion.matching import Matching
-from finetune.fusion.model import FusionClassifier, load_classifier
+from finetune.fusion.model import FusionClassifier
 from finetune.fusion.recipe import ChooseTask, ClassifyTask, MatchTask
 from finetune.fusion.samples import FusionCollate, Text, soft_target, wrong_captions
+from finetune.fusion.saved import load_classifier
 from finetune.predict import predict
 from finetune.recipe import FinetuneRecipe
 from finetune.samples import Question
