@@ -27,6 +27,7 @@ from data.stored import SUFFIX, Stored, settings_of
 from data.tar import ShardIndex, ShardReader
 from data.transforms import TrainTransform, decode_image
 from pairstream.atomic import write_text
+from pairstream.memory import keep_freed_memory
 from pairstream.progress import ProgressBar
 from pretrain.encoder import Encoder, load_encoder
 
@@ -129,6 +130,8 @@ def reinforce(
     if any(Path(source).resolve().parent == out.resolve() for source in sources):
         raise ValueError(f"--out {out} is where the shards lie: the copies need another folder")
     encoders = {name: load_encoder(model, device=device) for name, model in names.items()}
+    if all(encoder.device.type == "cpu" for encoder in encoders.values()):
+        keep_freed_memory()
     transform = TrainTransform((1, 1), scale=crop_scale, hflip=hflip, color_jitter=color_jitter)
     seen = Views(transform, views, seed)
     settings = {

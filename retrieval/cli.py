@@ -129,6 +129,7 @@ def embed(
         ray: Work on a Ray cluster (RAY_ADDRESS, or this machine); --data, --model and --out must be seen by all.
         ray_actors: Processes on the cluster; one a GPU, or one for each two CPUs, when not given.
     """
+    from pairstream.memory import keep_freed_memory
     from pretrain.encoder import load_encoder
     from retrieval.job import Launch, finish_job, make_parts, plan_job, start_job
 
@@ -138,6 +139,8 @@ def embed(
             "several processes were launched: remove the folder instead of --overwrite, and give --ray to one process"
         )
     encoder = load_encoder(model, pretrained=pretrained, device=launch.device(device))
+    if encoder.device.type == "cpu":
+        keep_freed_memory()
     job = plan_job(encoder, data, dtype=dtype, batch_size=batch_size, limit=limit)
     count = len(job.shards)
     if not start_job(out, job, overwrite=overwrite):

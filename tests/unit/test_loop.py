@@ -110,7 +110,7 @@ def test_step_seeds_differ_between_steps_and_ranks():
 def test_freed_memory_is_kept():
     program = """
 import resource, sys, torch
-from pretrain.loop import keep_freed_memory
+from pairstream.memory import keep_freed_memory
 assert sys.argv[1] == "as it is" or keep_freed_memory()
 for turn in range(16):
     block = torch.ones(16 * 2**20)  # 64 MiB
