@@ -69,9 +69,7 @@ def serve(model: str, batch: int) -> None:
     from serve.server import make_server
     from serve.settings import Batching, Settings
 
-    settings = Settings(
-        embedding=Batching(batch=batch, wait=0.002 if batch > 1 else 0.0, deadline=120), rate=0
-    )
+    settings = Settings(embedding=Batching(batch=batch, deadline=120), rate=0)
     app = create_app(load_models(model, device="cpu"), settings)
     server = make_server(app, port=0, listening=lambda port: print(port, flush=True))
     settle()

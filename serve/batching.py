@@ -50,8 +50,8 @@ class Batcher:
     """Collects items of many requests into passes of one worker thread, first come first served.
 
     While a pass runs, what arrives waits, and the next pass takes all of it (at most `batch`): under load passes grow
-    by themselves, and a lone request never waits for company. Only when the last pass carried several requests is the
-    next one held back up to `wait` seconds, because their clients are about to ask again.
+    by themselves. A pass begins when half of the items that hold places are there, or after `wait` seconds: a lone
+    request never waits for company, and among many none goes alone while the others are still being decoded.
 
     A pass that fails is repeated request by request, so that one request's bad luck stays its own.
 
@@ -76,8 +76,6 @@ class Batcher:
         self.jobs: deque[Job] = deque()
         self.arrived = asyncio.Event()
         self.admitted = 0
-        self.company = False  # whether the last pass carried several requests
-        self.last = 0  # items of the last pass
         self.seconds_per_item = 0.01
         self.closing = False
         self.worker: asyncio.Task | None = None
@@ -160,18 +158,18 @@ class Batcher:
             seconds, count = time.perf_counter() - began, sum(len(items) for _, items in batch)
             self.observer.batch(count, seconds)
             self.seconds_per_item += 0.2 * (seconds / count - self.seconds_per_item)
-            self.company, self.last = len(batch) > 1, count
             for (job, _), result in zip(batch, outcome, strict=True):
                 self._deliver(job, result)
 
     async def _gather(self) -> None:
-        """Let a pass fill up when its clients come in numbers, unless it is as large as half the last one already."""
-        if not (self.company and self.config.wait) or self.closing:
-            return
-        until, enough = time.monotonic() + self.config.wait, self.last // 2
-        if self._waiting() >= enough:
-            return
-        while self._waiting() < self.config.batch:
+        """Wait, for a while, for half of what was admitted: the rest is still being read or decoded.
+
+        A pass of the few that are there would keep the processor from the others, which then come late for the next
+        as well, and passes would stay small.
+        """
+        until = time.monotonic() + self.config.wait
+        await asyncio.sleep(0)  # those who have just been answered leave their places
+        while not self.closing and self._waiting() < min(self.config.batch, self.admitted // 2):
             left = until - time.monotonic()
             if left <= 0:
                 return

@@ -51,8 +51,8 @@ class Batching(Config):
 
     batch: int = Field(default=32, ge=1)
     """Items of one forward pass at the most."""
-    wait: float = Field(default=0.002, ge=0)
-    """Seconds that a pass waits for more items while requests come in side by side; a lone request never waits."""
+    wait: float = Field(default=0.01, ge=0)
+    """Seconds that a pass waits at the most for half of what is being decoded; a lone request never waits."""
     queue: int = Field(default=256, ge=1)
     """Items that may wait or be worked on; past it the answer is 503 with Retry-After."""
     deadline: float = Field(default=30.0, gt=0)

@@ -75,18 +75,40 @@ def test_a_large_request_is_cut_into_passes(slow):
     asyncio.run(main())
 
 
-def test_company_is_waited_for_only_while_there_is_some(slow):
+def test_a_pass_waits_for_half_of_what_is_being_decoded(slow):
     async def main():
-        queue = batcher(slow, wait=5.0, batch=2)
+        queue = batcher(slow, wait=60.0)
         slow.go.set()
-        began = time.monotonic()
-        assert await queue.submit([1]) == [2]  # alone: not held back
-        queue.company = True
-        pair = asyncio.gather(queue.submit([2]), queue.submit([3]))
-        assert await pair == [[4], [6]]  # full: not held back
-        assert slow.passes == [[1], [2, 3]]
-        assert time.monotonic() - began < 5
+        with queue.admit(1):
+            assert await queue.submit([1]) == [2]  # alone: not held back
+        with queue.admit(5):
+            first = asyncio.create_task(queue.submit([2]))
+            await asyncio.sleep(0.05)
+            assert slow.passes == [[1]]
+            assert await queue.submit([3]) == [6]
+            assert await first == [4]
+        with queue.admit(20):
+            tasks = [asyncio.create_task(queue.submit([number])) for number in range(20, 28)]
+            assert [await task for task in tasks] == [
+                [2 * number] for number in range(20, 28)
+            ]  # a whole batch
+        assert slow.passes == [[1], [2, 3], list(range(20, 28))]
         await queue.close()
+
+    asyncio.run(main())
+
+
+def test_the_wait_for_what_is_being_decoded_has_an_end(slow):
+    async def main():
+        queue = batcher(slow, wait=0.05)
+        slow.go.set()
+        with queue.admit(20):
+            assert await queue.submit([1]) == [2]
+            closing = asyncio.create_task(queue.submit([2]))
+            await asyncio.sleep(0)
+            queue.config = queue.config.model_copy(update={"wait": 60.0})
+            await queue.close()  # nor does a server that goes down wait
+            assert await closing == [4]
 
     asyncio.run(main())
 
