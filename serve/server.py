@@ -133,19 +133,24 @@ def make_server(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """A listening socket, whose connections send what they are given at once.
+
+    asyncio sees to that for its own sockets alone. An answer has two parts, and the second would wait for the first to
+    be acknowledged: 40 ms with many callers.
 
     Raises:
         OSError: The port is taken, or the address is none of this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise OSError(
             f"cannot listen on {host}, port {port} ({error.strerror or error}): choose another --port (0 takes a free "
             "one) or --host"
         ) from error
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # those that are accepted inherit it
+    return listener
 
 
 def is_loopback(host: str) -> bool:

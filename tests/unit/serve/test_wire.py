@@ -10,7 +10,7 @@ import pytest
 
 from serve.app import create_app
 from serve.keys import Keys
-from serve.server import HEADER_BYTES, HEADERS, PIPELINED
+from serve.server import HEADER_BYTES, HEADERS, PIPELINED, bind
 from serve.settings import Settings
 
 POST = b"POST /v1/embed/text HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -36,6 +36,13 @@ def exchange(port: int, *parts: bytes, pause: float = 0.0, timeout: float = 2.0)
 
 def statuses(answer: bytes) -> list[int]:
     return [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]]
+
+
+def test_the_second_part_of_an_answer_waits_for_nothing():
+    with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_requests_sent_ahead_are_answered_in_order(live):
