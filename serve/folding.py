@@ -48,7 +48,7 @@ def fold(encoder: Encoder) -> int:
     """Fold the batch norms of open_clip's ResNets into the convolutions before them, in place.
 
     Shortcuts' convolutions join those that they are added to, the attention pool asks one query, and average pools
-    over one pixel go. The rows are the same up to rounding (1e-6), at two thirds of the time in batches of 32 on a
+    over one pixel go. The rows are the same up to rounding (1e-6), at three quarters of the time in batches of 32 on a
     CPU, where norms and sums are passes over memory of their own. Other towers stay as they are.
     `Encoder.fingerprint` is another afterwards: ask for it before.
 

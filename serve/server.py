@@ -136,7 +136,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket, whose connections send what they are given at once.
 
     asyncio sees to that for its own sockets alone. An answer has two parts, and the second would wait for the first to
-    be acknowledged: 40 ms with many callers.
+    be acknowledged, up to 40 ms.
 
     Raises:
         OSError: The port is taken, or the address is none of this machine's.
